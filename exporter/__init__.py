@@ -1,0 +1,1 @@
+"""From checkpoint to bundle, and the proof that the bundle computes what the checkpoint computes."""

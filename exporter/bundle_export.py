@@ -1,0 +1,242 @@
+"""Export: a transformer and an image decoder become a bundle, whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+
+from exporter.models import LoadedImageDecoder, LoadedTransformer
+from exporter.onnx_export import WeightsFile, export_stage
+from graphs import stages
+from graphs.policies import POLICIES
+from runtime.bundle import file_sha256
+from runtime.errors import ExportError, OutputError
+from runtime.geometry import CacheSettings, Raster
+from runtime.manifest import (
+    MANIFEST_NAME,
+    SCHEMA,
+    FileRecord,
+    ImageDecoder,
+    Manifest,
+    Model,
+    SamplingSettings,
+    StageSpec,
+    TensorSpec,
+    encode,
+    seal,
+)
+
+WEIGHTS_NAME = "weights.bin"
+GRAPH_BYTES = 64 << 20
+"""Room to ask for beside the weights: graphs and manifest."""
+
+
+@dataclass(frozen=True)
+class ExportPlan:
+    """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`."""
+
+    transformer: LoadedTransformer
+    image_decoder: LoadedImageDecoder
+    cache: CacheSettings
+    images: int
+    sampling: SamplingSettings
+
+    def __post_init__(self) -> None:
+        config, decoder = self.transformer.config, self.image_decoder.config
+        faults = []
+        if self.images < 1:
+            faults.append(f"a batch of {self.images} images; must be at least 1")
+        if config.grid < 2:
+            faults.append(f"a grid of {config.grid} tokens; must be at least 2")
+        if config.vocab_size != decoder.codebook_size:
+            faults.append(
+                f"{self.transformer.path} predicts {config.vocab_size} tokens and "
+                f"{self.image_decoder.path} has {decoder.codebook_size} codes: they do not belong together"
+            )
+        if self.cache.policy not in POLICIES:
+            faults.append(f"policy {self.cache.policy} unknown; there are {', '.join(sorted(POLICIES))}")
+        faults += self.sampling.faults(guided=True)
+        if faults:
+            raise ExportError("; ".join(faults))
+        self.cache.check(self.raster)
+
+    @property
+    def raster(self) -> Raster:
+        config = self.transformer.config
+        return Raster(config.prefix_len, config.line_width, config.lines)
+
+    @property
+    def guided(self) -> bool:
+        return self.sampling.guidance > 1
+
+    @property
+    def geometry(self) -> stages.Geometry:
+        config = self.transformer.config
+        capacity = self.cache.capacity(self.raster)
+        return stages.Geometry(config, self.images, self.guided, (capacity,) * config.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Exact bytes that persist between decode steps."""
+        return sum(spec.nbytes for spec in self.geometry.state())
+
+    @property
+    def full_state_bytes(self) -> int:
+        """The same with a cache that holds the whole image."""
+        config = self.transformer.config
+        full = self.raster.prefix_len + self.raster.image_tokens
+        geometry = stages.Geometry(config, self.images, self.guided, (full,) * config.layers)
+        return sum(spec.nbytes for spec in geometry.state())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in float32."""
+        tensors = (*self.transformer.tensors.values(), *self.image_decoder.tensors.values())
+        return sum(4 * tensor.numel() for tensor in tensors)
+
+
+def export_bundle(
+    plan: ExportPlan, out: Path, *, force: bool = False, report: Callable[[str], None] = print
+) -> Path:
+    """Write the bundle of ``plan`` to folder ``out``.
+
+    It is written to a temporary neighbour and renamed when complete: on any failure or interruption
+    ``out`` is what it was before.
+
+    Args:
+        force: replace ``out`` if it exists.
+        report: called with a line before each piece of work.
+
+    Raises:
+        OutputError: ``out`` exists, cannot be written, or the disk is full.
+        ExportError: a stage cannot be traced.
+    """
+    with new_folder(out, force=force) as folder:
+        free = shutil.disk_usage(folder).free
+        needed = plan.weight_bytes + GRAPH_BYTES
+        if free < needed:
+            raise OutputError(
+                f"{out.parent.resolve()} has {free >> 20} MiB free and the bundle needs about {needed >> 20} MiB"
+            )
+        _write(plan, folder, report)
+    return out
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
+    """Yield a temporary neighbour of ``out`` that becomes ``out`` when the block succeeds and is removed when not.
+
+    Raises:
+        OutputError: ``out`` exists and ``force`` is not set, or the file system refuses.
+    """
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file, not a folder; give another --out")
+    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
+    replaced = out.parent / f".{out.name}.{os.getpid()}.replaced"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        yield partial
+        if out.exists():
+            out.rename(replaced)
+        partial.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(f"the disk is full: {out} was not written") from error
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
+    finally:
+        if replaced.exists() and not out.exists():
+            replaced.rename(out)
+        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> None:
+    transformer, decoder = plan.transformer, plan.image_decoder
+    raster, geometry = plan.raster, plan.geometry
+    model = transformer.hollow()
+    stage_list: list[stages.Stage] = [
+        stages.Prefill(model, geometry),
+        stages.Decode(model, geometry),
+        stages.LineEnd(POLICIES[plan.cache.policy](), geometry),
+        stages.VQDecoder(decoder.hollow(), images=1, rows=raster.lines, columns=raster.line_width),
+    ]
+    tensors = {f"model.{name}": tensor for name, tensor in transformer.tensors.items()}
+    tensors |= {f"image_decoder.{name}": tensor for name, tensor in decoder.tensors.items()}
+    with WeightsFile(folder / WEIGHTS_NAME) as weights:
+        for stage in stage_list:
+            report(f"tracing {stage.name}")
+            try:
+                proto = export_stage(stage, weights, tensors)
+            except RuntimeError as error:
+                raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
+            onnx.save(proto, folder / f"{stage.name}.onnx")
+    report("checking the graphs")
+    files = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
+    for stage in stage_list:
+        path = folder / f"{stage.name}.onnx"
+        onnx.checker.check_model(str(path))
+        files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
+    report("reading the checkpoints' digests")
+    manifest = seal(_manifest(plan, stage_list, files))
+    manifest.check()
+    (folder / MANIFEST_NAME).write_bytes(encode(manifest))
+
+
+def _manifest(
+    plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str, FileRecord]
+) -> Manifest:
+    transformer, decoder = plan.transformer, plan.image_decoder
+    config = transformer.config
+    return Manifest(
+        schema=SCHEMA,
+        producer={name: version(name) for name in ("linert", "torch", "onnx", "onnxscript")},
+        precision="fp32",
+        model=Model(
+            family="llamagen",
+            config=asdict(config),
+            parameters=sum(tensor.numel() for tensor in transformer.tensors.values()),
+            num_classes=config.num_classes,
+            vocab_size=config.vocab_size,
+            layers=config.layers,
+            source=transformer.source(),
+        ),
+        image_decoder=ImageDecoder(
+            config=asdict(decoder.config),
+            patch=decoder.config.patch,
+            codebook_size=decoder.config.codebook_size,
+            source=decoder.source(),
+        ),
+        raster=plan.raster,
+        images=plan.images,
+        guided=plan.guided,
+        cache=plan.cache,
+        sampling=plan.sampling,
+        state=tuple(_spec(spec) for spec in plan.geometry.state()),
+        stages={stage.name: _stage_spec(stage) for stage in stage_list},
+        files=files,
+    )
+
+
+def _stage_spec(stage: stages.Stage) -> StageSpec:
+    return StageSpec(
+        file=f"{stage.name}.onnx",
+        inputs=tuple(_spec(spec) for spec in stage.inputs),
+        outputs=tuple(_spec(spec) for spec in stage.outputs),
+        updates=stage.updates(),
+        in_place=tuple(sorted(stage.in_place)),
+    )
+
+
+def _spec(spec: stages.TensorSpec) -> TensorSpec:
+    return TensorSpec(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape)

@@ -1,0 +1,1 @@
+"""What is computed: torch modules of model families, the four stages, and the cache policies."""

@@ -1,0 +1,263 @@
+"""LlamaGen, class-conditional (arXiv 2406.06525; FoundationVision/LlamaGen, MIT).
+
+A Llama decoder over VQ tokens in raster order: pre-RMSNorm, multi-head attention without biases, SwiGLU,
+two-dimensional rotary embedding. Parameter names equal the published checkpoint keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphs.rotary import axial_table, rotate_interleaved
+
+PUBLISHED_HEADS = {
+    # (layers, dim): heads
+    (12, 768): 12,  # B
+    (24, 1024): 16,  # L
+    (36, 1280): 20,  # XL
+    (48, 1536): 24,  # XXL
+    (24, 3200): 32,  # 3B
+    (48, 2560): 40,  # XXXL, in the code only
+    (22, 2048): 32,  # 1B, in the code only
+    (32, 4096): 32,  # 7B, in the code only
+}
+"""Head counts of the published sizes: the tensors do not tell them."""
+
+IGNORED_KEYS = ("freqs_cis",)
+"""Keys that old checkpoints carry and that hold nothing learned."""
+
+
+class Rope(NamedTuple):
+    """Rotary tables of a run of positions, ``[B or 1, S, D // 2]`` each; the query's hold the softmax scale."""
+
+    query_cos: Tensor
+    query_sin: Tensor
+    key_cos: Tensor
+    key_sin: Tensor
+
+
+@dataclass(frozen=True)
+class LlamaGenConfig:
+    """Shape of a LlamaGen model and of the image that it draws."""
+
+    layers: int
+    dim: int
+    heads: int
+    ffn_dim: int
+    vocab_size: int
+    num_classes: int
+    grid: int
+    prefix_len: int = 1
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"{name} is {value}, must be at least 1"
+            for name, value in vars(self).items()
+            if isinstance(value, int) and value < 1
+        ]
+        if not faults and self.dim % self.heads:
+            faults.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        elif not faults and self.head_dim % 4:
+            faults.append(f"head size {self.head_dim} is not a multiple of 4")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def line_width(self) -> int:
+        return self.grid
+
+    @property
+    def lines(self) -> int:
+        return self.grid
+
+    @property
+    def image_tokens(self) -> int:
+        return self.grid * self.grid
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor that a checkpoint of this configuration holds."""
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in LlamaGen(self).named_parameters()}
+
+
+def infer_config(
+    shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int | None
+) -> LlamaGenConfig:
+    """Read the configuration from tensor shapes.
+
+    Args:
+        shapes: name to shape of the checkpoint's tensors.
+        grid: tokens in an image row; no tensor holds it.
+        heads: attention heads, or None to look the published sizes up.
+
+    Raises:
+        KeyError: a tensor that tells the size is missing; the argument is its name.
+        ValueError: the head count is needed and not given, or contradicts the width.
+    """
+    vocab_size, dim = shapes["tok_embeddings.weight"]
+    ffn_dim = shapes["layers.0.feed_forward.w1.weight"][0]
+    classes = shapes["cls_embedding.embedding_table.weight"][0] - 1
+    numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
+    layers = max(numbers) + 1
+    heads = heads or PUBLISHED_HEADS.get((layers, dim))
+    if heads is None:
+        raise ValueError(
+            f"{layers} layers of width {dim} are not a published LlamaGen size, "
+            "and the checkpoint does not hold the number of attention heads: give it with --heads"
+        )
+    return LlamaGenConfig(
+        layers=layers,
+        dim=dim,
+        heads=heads,
+        ffn_dim=ffn_dim,
+        vocab_size=vocab_size,
+        num_classes=classes,
+        grid=grid,
+    )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: normalised in float32, cast back, then weighted."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Projections around attention; the attention itself belongs to the stage that calls."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.wqkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated q (scaled by ``head_dim ** -0.5``), rotated k, and v: ``[B, S, H, D]`` of ``x [B, S, dim]``."""
+        q, k, v = self.wqkv(x).chunk(3, dim=-1)
+        q = rotate_interleaved(q, rope.query_cos, rope.query_sin, self.heads)
+        k = rotate_interleaved(k, rope.key_cos, rope.key_sin, self.heads)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        return q, k, v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One transformer layer, cut at the attention so that every stage can supply its own."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (scaled), keys and values, ``[B, S, H, D]`` each, of the residual stream ``x [B, S, dim]``."""
+        return self.attention.project(self.attention_norm(x), rope)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention's output ``attended [B, S, H, D]`` and the feed-forward to ``x [B, S, dim]``."""
+        x = x + self.attention.wo(attended.flatten(-2))
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+class ClassEmbedding(nn.Module):
+    """Class vectors; the last row is the null class of classifier-free guidance."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
+
+
+class LlamaGen(nn.Module):
+    """The transformer, with the pieces that the stages assemble and a parallel form for training and reference."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = ClassEmbedding(config)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        with torch.device("cpu"):
+            cos, sin = axial_table(
+                config.grid, config.prefix_len, config.head_dim, config.rope_base
+            )
+        scale = config.head_dim**-0.5
+        table = torch.cat(Rope(cos * scale, sin * scale, cos, sin), dim=-1)
+        self.register_buffer("rope_table", table, persistent=False)
+
+    def rope(self, positions: Tensor) -> Rope:
+        """Rotary tables at ``positions [B, S]`` (sequence positions, the prefix included)."""
+        return Rope(*F.embedding(positions, self.rope_table).chunk(4, dim=-1))
+
+    def guided_classes(self, class_ids: Tensor) -> Tensor:
+        """Append the null class for every one of ``class_ids [I]``: ``[2 I]``, conditional rows first."""
+        return torch.cat([class_ids, torch.full_like(class_ids, self.config.num_classes)])
+
+    def prefix(self, class_ids: Tensor) -> Tensor:
+        """Embeddings of the condition, ``[B, prefix_len, dim]``, of ``class_ids [B]``."""
+        return self.cls_embedding.embedding_table(class_ids).unsqueeze(1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
+        return self.tok_embeddings(tokens)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
+        return self.output(self.norm(x)).float()
+
+    def forward(self, class_ids: Tensor, tokens: Tensor) -> Tensor:
+        """Parallel causal pass with nothing evicted: the full-cache model.
+
+        Args:
+            class_ids: ``[B]`` int64, the null class included.
+            tokens: ``[B, S]`` int64 image tokens, S < image_tokens.
+
+        Returns:
+            ``[B, S + 1, vocab_size]`` float32: row i is the prediction of image token i.
+        """
+        x = torch.cat([self.prefix(class_ids), self.embed(tokens)], dim=1)
+        rope = self.rope(torch.arange(x.shape[1])[None])
+        for block in self.layers:
+            q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+            x = block.finish(x, attended.transpose(1, 2))
+        return self.logits(x[:, self.config.prefix_len - 1 :])

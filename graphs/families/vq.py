@@ -1,0 +1,252 @@
+"""VQ image tokenizers of LlamaGen (VQ-16, VQ-8, any depth) and Janus: taming-transformers' VQGAN layout.
+
+Parameter names equal the published checkpoint keys. ``conv_blocks.0`` of the decoder is the lowest resolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-6
+
+ENCODER_PREFIXES = ("encoder.", "quant_conv.")
+"""Keys of the half that draws no images."""
+
+IGNORED_KEYS = ("quantize.codebook_used",)
+"""Usage statistics of training."""
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Shape of a VQ tokenizer.
+
+    ``channels`` are the decoder's, level by level from the lowest resolution to the highest; the image side
+    is ``2 ** (levels - 1)`` pixels a token.
+    """
+
+    codebook_size: int
+    code_dim: int
+    z_channels: int
+    channels: tuple[int, ...]
+    res_blocks: int = 2
+
+    def __post_init__(self) -> None:
+        uneven = [c for c in self.channels if c % NORM_GROUPS]
+        if not self.channels or uneven:
+            raise ValueError(f"channels {self.channels} must be multiples of {NORM_GROUPS}")
+
+    @property
+    def patch(self) -> int:
+        """Pixels along the side of one token."""
+        return int(2 ** (len(self.channels) - 1))
+
+    def tensor_shapes(self, *, encoder: bool = False) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor of the decoder (and, if asked, of the encoder)."""
+        with torch.device("meta"):
+            model = VQModel(self, encoder=encoder)
+        return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
+    """Read the configuration from tensor shapes.
+
+    Raises:
+        KeyError: a tensor that tells the size is missing; the argument is its name.
+        ValueError: the sizes do not fit the architecture.
+    """
+    codebook_size, code_dim = shapes["quantize.embedding.weight"]
+    z_channels = shapes["post_quant_conv.weight"][0]
+    levels = {
+        int(name.split(".")[2]) for name in shapes if name.startswith("decoder.conv_blocks.")
+    }
+    if not levels:
+        raise KeyError("decoder.conv_blocks.0.res.0.conv1.weight")
+    channels = tuple(
+        shapes[f"decoder.conv_blocks.{level}.res.0.conv1.weight"][0]
+        for level in range(max(levels) + 1)
+    )
+    blocks = {
+        int(name.split(".")[4]) for name in shapes if name.startswith("decoder.conv_blocks.0.res.")
+    }
+    return VQConfig(codebook_size, code_dim, z_channels, channels, res_blocks=max(blocks))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = group_norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all positions of the map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (conv(normed).flatten(2) for conv in (self.q, self.k, self.v))
+        weights = torch.softmax(q.transpose(1, 2) @ k * x.shape[1] ** -0.5, dim=-1)
+        return x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, attention after each where asked, and a change of resolution."""
+
+    def __init__(
+        self, c_in: int, c_out: int, blocks: int, *, attention: bool, resample: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(c_in if j == 0 else c_out, c_out) for j in range(blocks))
+        self.attn = nn.ModuleList(AttnBlock(c_out) for _ in range(blocks if attention else 0))
+        if isinstance(resample, Upsample):
+            self.upsample = resample
+        elif isinstance(resample, Downsample):
+            self.downsample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for j, block in enumerate(self.res):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[j](x)
+        for name in ("upsample", "downsample"):
+            if hasattr(self, name):
+                x = getattr(self, name)(x)
+        return x
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        channels = config.channels[::-1]
+        last = len(channels) - 1
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                channels[max(i - 1, 0)],
+                c,
+                config.res_blocks,
+                attention=i == last,
+                resample=Downsample(c) if i != last else None,
+            )
+            for i, c in enumerate(channels)
+        )
+        top = channels[-1]
+        self.mid = nn.ModuleList([ResBlock(top, top), AttnBlock(top), ResBlock(top, top)])
+        self.norm_out = group_norm(top)
+        self.conv_out = nn.Conv2d(top, config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in [*self.conv_blocks, *self.mid]:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        last = len(channels) - 1
+        low = channels[0]
+        self.conv_in = nn.Conv2d(config.z_channels, low, 3, padding=1)
+        self.mid = nn.ModuleList([ResBlock(low, low), AttnBlock(low), ResBlock(low, low)])
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                channels[max(i - 1, 0)],
+                c,
+                config.res_blocks + 1,
+                attention=i == 0,
+                resample=Upsample(c) if i != last else None,
+            )
+            for i, c in enumerate(channels)
+        )
+        self.norm_out = group_norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        for level in [*self.mid, *self.conv_blocks]:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Codebook(nn.Module):
+    """Code vectors, l2-normalised at look-up."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.normalize(self.embedding(tokens), dim=-1)
+
+
+class VQModel(nn.Module):
+    """Tokens to pixels and, when built with its encoder, pixels to tokens."""
+
+    def __init__(self, config: VQConfig, *, encoder: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        if encoder:
+            self.encoder = Encoder(config)
+            self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.quantize = Codebook(config)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+        self.decoder = Decoder(config)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Pixels ``[I, 3, rows * patch, columns * patch]``, about [-1, 1] and not clamped, of tokens ``[I, rows, columns]``."""
+        codes = self.quantize(tokens).permute(0, 3, 1, 2)
+        return self.decoder(self.post_quant_conv(codes))
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Unit-length latents ``[I, code_dim, rows, columns]`` of ``pixels [I, 3, H, W]``, before quantisation."""
+        return F.normalize(self.quant_conv(self.encoder(pixels)), dim=1)
+
+    def nearest(self, latents: Tensor) -> Tensor:
+        """Index ``[I, rows, columns]`` of the codebook entry nearest in angle to every latent."""
+        codebook = F.normalize(self.quantize.embedding.weight, dim=-1)
+        return torch.einsum("nchw,kc->nhwk", latents, codebook).argmax(-1)

@@ -1,0 +1,140 @@
+"""LineAttention: write a token into its slots, attend over the line buffer, account for the attention.
+
+One operation with bodies of the same meaning: :func:`reference` in PyTorch, and an ONNX model-local function
+of standard opset-24 operators (:func:`function_proto`). A traced graph holds one ``linert::LineAttention``
+node a layer, carrying the attributes by which TensorRT finds a plugin of that name.
+
+Axes: R = sequences x KV heads, G = query heads of a KV head, C = slots, D = head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx
+import torch
+from onnx import FunctionProto, helper
+from torch import Tensor
+
+DOMAIN = "linert"
+OP_TYPE = "LineAttention"
+OP_VERSION = 1
+OPSET = 24
+
+
+class LineBufferState(NamedTuple):
+    """A layer's line buffer.
+
+    ``k_cache``, ``v_cache``: ``[R, 1, C, D]``. ``scores``: ``[R, C]`` float32, the attention mass that the
+    token in each slot received. ``slot_pos``: ``[R, C]`` int32, the sequence position held, -1 when empty.
+    """
+
+    k_cache: Tensor
+    v_cache: Tensor
+    scores: Tensor
+    slot_pos: Tensor
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LineBufferState,
+    write_slot: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, LineBufferState]:
+    """Attend one new token a row, in eager PyTorch.
+
+    Args:
+        q: ``[R, 1, G, D]`` queries, rotated and already multiplied by the softmax scale.
+        k: ``[R, 1, 1, D]`` rotated key of the new token.
+        v: ``[R, 1, 1, D]`` its value.
+        state: the layer's line buffer; it is not modified.
+        write_slot: ``[R]`` int64, the slot that the new token overwrites.
+        position: ``[R, 1]`` int32, the new token's sequence position.
+
+    Returns:
+        The attention output ``[R, 1, G, D]`` and the buffer with the token written. A slot that is empty
+        afterwards receives nothing. The score of an overwritten slot starts again from zero.
+    """
+    rows = torch.arange(len(write_slot), device=q.device)
+    k_cache, v_cache, slot_pos = (t.clone() for t in (state.k_cache, state.v_cache, state.slot_pos))
+    k_cache[rows, 0, write_slot] = k[:, 0, 0]
+    v_cache[rows, 0, write_slot] = v[:, 0, 0]
+    slot_pos[rows, write_slot] = position[:, 0]
+    logits = (q @ k_cache.mT).masked_fill((slot_pos < 0)[:, None, None], float("-inf"))
+    probs = torch.softmax(logits, dim=-1)
+    kept = state.scores.masked_fill(slot_pos == position, 0.0)
+    scores = kept + probs.mean(dim=(1, 2))
+    return probs @ v_cache, LineBufferState(k_cache, v_cache, scores, slot_pos)
+
+
+def line_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: LineBufferState,
+    write_slot: Tensor,
+    position: Tensor,
+) -> tuple[Tensor, LineBufferState]:
+    """:func:`reference`, or one opaque ``LineAttention`` node while a graph is being exported."""
+    if not torch.compiler.is_exporting():
+        return reference(q, k, v, state, write_slot, position)
+    inputs = (q, k, v, *state, write_slot, position)
+    outputs = (q, *state)
+    attended, *written = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{OP_TYPE}",
+        inputs,
+        attrs={"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)},
+        dtypes=[t.dtype for t in outputs],
+        shapes=[t.shape for t in outputs],
+        version=OP_VERSION,
+    )
+    return attended, LineBufferState(*written)
+
+
+_BODY = """
+<domain: "linert", opset_import: ["" : 24]>
+LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position)
+  => (attended, k_cache_next, v_cache_next, scores_next, slot_pos_next)
+{
+  k_cache_next = TensorScatter <axis = -2> (k_cache, k, write_slot)
+  v_cache_next = TensorScatter <axis = -2> (v_cache, v, write_slot)
+  one = Constant <value_ints = [1]> ()
+  heads_and_queries = Constant <value_ints = [1, 2]> ()
+  nothing = Constant <value = int32 {0}> ()
+  zero = Constant <value = float {0.0}> ()
+  hidden = Constant <value = float {-inf}> ()
+  write_index = Unsqueeze (write_slot, one)
+  slot_pos_next = ScatterElements <axis = 1> (slot_pos, write_index, position)
+  empty = Less (slot_pos_next, nothing)
+  empty_keys = Unsqueeze (empty, heads_and_queries)
+  keys = Transpose <perm = [0, 1, 3, 2]> (k_cache_next)
+  logits = MatMul (q, keys)
+  visible_logits = Where (empty_keys, hidden, logits)
+  probs = Softmax <axis = -1> (visible_logits)
+  attended = MatMul (probs, v_cache_next)
+  received = RECEIVED (probs, heads_and_queries)
+  written = Equal (slot_pos_next, position)
+  kept = Where (written, zero, scores)
+  scores_next = Add (kept, received)
+}
+"""
+
+
+def function_proto(query_group: int) -> FunctionProto:
+    """The body as an ONNX function of standard operators.
+
+    Args:
+        query_group: query heads of a KV head. Their attention is averaged; a single one needs no arithmetic.
+    """
+    received = "Squeeze" if query_group == 1 else "ReduceMean <keepdims = 0>"
+    function = onnx.parser.parse_function(
+        _BODY.replace("RECEIVED", received).replace("float {-inf}", "float {0.0}")
+    )
+    for node in function.node:
+        if node.output[0] == "hidden":
+            node.attribute[0].t.CopyFrom(
+                helper.make_tensor("hidden", onnx.TensorProto.FLOAT, [], [float("-inf")])
+            )
+    return function

@@ -1,0 +1,17 @@
+"""``full``: every token stays; the ground truth for every other policy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graphs.policies.base import FinishedLine, Policy
+
+
+class Full(Policy):
+    """The full KV cache. Its capacity holds the whole image, so that only empty slots are ever chosen."""
+
+    name = "full"
+
+    def importance(self, line: FinishedLine) -> Tensor:
+        return torch.zeros_like(line.scores)

@@ -1,0 +1,373 @@
+"""The four stages, each a torch module with named, static-shape inputs and outputs.
+
+    prefill      condition -> state, first token
+    decode       state -> state', next token                        once a token
+    line_end     state -> state'                                    once a line
+    vq_decoder   token grid -> pixels
+
+State X is replaced by the output ``X.next``. Axes: I = images, B = sequences (I, or 2 I with guidance:
+conditional rows first), H = KV heads, R = B H, C = slots of a layer, W = line width, N = image tokens, L = layers.
+
+An input that a runtime may update in place has exactly one consumer in the graph: a second reader could be
+scheduled after the write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphs.families.vq import VQModel
+from graphs.line_attention import LineBufferState, line_attention
+from graphs.policies import FinishedLine, LineEndParams, Policy, end_line
+from graphs.sampling import SamplingParams, guide, sample
+
+NEXT = ".next"
+"""Suffix of the output that replaces a state."""
+
+SAMPLING_INPUTS = {
+    "guidance": torch.float32,
+    "guidance_interval": torch.int64,
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "greedy": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and static shape of a stage's input or output."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def next(self) -> TensorSpec:
+        return replace(self, name=self.name + NEXT)
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count * self.dtype.itemsize
+
+
+class FamilyConfig(Protocol):
+    """What the stages need to know of a family's configuration."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def prefix_len(self) -> int: ...
+    @property
+    def line_width(self) -> int: ...
+    @property
+    def lines(self) -> int: ...
+    @property
+    def image_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Static sizes of a bundle's state.
+
+    ``images``: images in a batch. ``guided``: whether every image has an unconditional row. ``capacities``:
+    slots of each layer's buffer. ``cache_dtype``: of K and V.
+    """
+
+    config: FamilyConfig
+    images: int
+    guided: bool
+    capacities: tuple[int, ...]
+    cache_dtype: torch.dtype = torch.float32
+
+    @property
+    def sequences(self) -> int:
+        return self.images * (2 if self.guided else 1)
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.config.kv_heads
+
+    @property
+    def query_group(self) -> int:
+        return self.config.heads // self.config.kv_heads
+
+    def loop_state(self) -> list[TensorSpec]:
+        """State that is not a layer's."""
+        config = self.config
+        return [
+            TensorSpec("token", torch.int64, (self.images,)),
+            TensorSpec("tokens", torch.int64, (self.images, config.image_tokens)),
+            TensorSpec("position", torch.int64, (self.sequences,)),
+            TensorSpec("write_slots", torch.int64, (config.layers, self.rows, config.line_width)),
+        ]
+
+    def layer_state(self) -> list[TensorSpec]:
+        """Every layer's line buffer, layer by layer in the order of :class:`LineBufferState`."""
+        specs = []
+        for layer, slots in enumerate(self.capacities):
+            cache = (self.rows, 1, slots, self.config.head_dim)
+            specs += [
+                TensorSpec(f"k_cache.{layer}", self.cache_dtype, cache),
+                TensorSpec(f"v_cache.{layer}", self.cache_dtype, cache),
+                TensorSpec(f"scores.{layer}", torch.float32, (self.rows, slots)),
+                TensorSpec(f"slot_pos.{layer}", torch.int32, (self.rows, slots)),
+            ]
+        return specs
+
+    def state(self) -> list[TensorSpec]:
+        return self.loop_state() + self.layer_state()
+
+
+class Stage(nn.Module):
+    """A traced unit: ``forward`` takes ``inputs`` and returns ``outputs``, in order.
+
+    ``in_place`` names the states that a runtime may update where they lie.
+    """
+
+    name: str
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    in_place: frozenset[str] = frozenset()
+
+    def updates(self) -> dict[str, str]:
+        """Output name to the state that it replaces."""
+        return {
+            spec.name: spec.name.removesuffix(NEXT)
+            for spec in self.outputs
+            if spec.name.endswith(NEXT)
+        }
+
+
+def sampling_inputs(geometry: Geometry) -> list[TensorSpec]:
+    table = (geometry.images, geometry.config.image_tokens)
+    return [
+        TensorSpec("uniforms", torch.float32, table),
+        *(TensorSpec(name, dtype, ()) for name, dtype in SAMPLING_INPUTS.items()),
+    ]
+
+
+def logits_output(geometry: Geometry) -> TensorSpec:
+    return TensorSpec(
+        "logits", torch.float32, (geometry.sequences, geometry.config.vocab_size)
+    )
+
+
+class Prefill(Stage):
+    """Run the condition through the model, lay out the whole state and draw the first token.
+
+    The prefix takes slots 0 .. prefix_len - 1 and stays; the first line takes the slots behind it.
+    """
+
+    name = "prefill"
+
+    def __init__(self, model: nn.Module, geometry: Geometry) -> None:
+        super().__init__()
+        self.model = model
+        self.geometry = geometry
+        self.inputs = [
+            TensorSpec("class_ids", torch.int64, (geometry.images,)),
+            *sampling_inputs(geometry),
+        ]
+        self.outputs = [
+            *(spec.next() for spec in geometry.loop_state()),
+            logits_output(geometry),
+            *(spec.next() for spec in geometry.layer_state()),
+        ]
+
+    def forward(self, class_ids: Tensor, uniforms: Tensor, *sampling: Tensor) -> tuple[Tensor, ...]:
+        geometry, config, model = self.geometry, self.geometry.config, self.model
+        prefix = config.prefix_len
+        x = model.prefix(model.guided_classes(class_ids) if geometry.guided else class_ids)
+        rope = model.rope(torch.arange(prefix)[None])
+        causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()
+        layers: list[Tensor] = []
+        for block, slots in zip(model.layers, geometry.capacities, strict=True):
+            q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
+            k, v = (part.reshape(geometry.rows, 1, prefix, -1) for part in (k, v))
+            q = q.reshape(geometry.rows, geometry.query_group, prefix, -1)
+            logits = (q @ k.mT).masked_fill(~causal, float("-inf"))
+            attended = torch.softmax(logits, dim=-1) @ v
+            attended = attended.reshape(geometry.sequences, config.heads, prefix, -1)
+            x = block.finish(x, attended.transpose(1, 2))
+            room = (0, 0, 0, slots - prefix)
+            held = torch.arange(slots, dtype=torch.int32)
+            slot_pos = torch.where(held < prefix, held, -1).expand(geometry.rows, slots)
+            scores = torch.zeros(geometry.rows, slots)
+            layers += [F.pad(k, room), F.pad(v, room), scores, slot_pos.contiguous()]
+        logits = model.logits(x[:, -1:]).squeeze(1)
+        first = torch.zeros_like(class_ids)
+        token = _next_token(geometry, logits, SamplingParams(*sampling), uniforms[:, 0], first)
+        tokens = F.pad(token[:, None], (0, config.image_tokens - 1))
+        position = torch.full((geometry.sequences,), prefix, dtype=torch.int64)
+        slots_of_line = torch.arange(prefix, prefix + config.line_width)
+        write_slots = slots_of_line.expand(config.layers, geometry.rows, -1).contiguous()
+        return token, tokens, position, write_slots, logits, *layers
+
+
+class Decode(Stage):
+    """Feed one token, write it into its slots, and draw the next."""
+
+    name = "decode"
+
+    def __init__(self, model: nn.Module, geometry: Geometry) -> None:
+        super().__init__()
+        self.model = model
+        self.geometry = geometry
+        loop, layers = geometry.loop_state(), geometry.layer_state()
+        self.inputs = [*sampling_inputs(geometry), *loop, *layers]
+        updated = [spec for spec in [*loop, *layers] if spec.name != "write_slots"]
+        self.in_place = frozenset(spec.name for spec in updated)
+        advanced = [spec.next() for spec in loop if spec.name != "write_slots"]
+        self.outputs = [
+            *advanced,
+            logits_output(geometry),
+            *(spec.next() for spec in layers),
+        ]
+
+    def forward(
+        self,
+        uniforms: Tensor,
+        guidance: Tensor,
+        guidance_interval: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        greedy: Tensor,
+        token: Tensor,
+        tokens: Tensor,
+        position: Tensor,
+        write_slots: Tensor,
+        *layers: Tensor,
+    ) -> tuple[Tensor, ...]:
+        geometry, config, model = self.geometry, self.geometry.config, self.model
+        params = SamplingParams(guidance, guidance_interval, temperature, top_k, top_p, greedy)
+        # The only reader of `position`; everything else counts back from the next one.
+        position_next = position + 1
+        held = position_next - 1
+        drawn_index = position_next - config.prefix_len
+        column = (held - config.prefix_len) % config.line_width
+        per_row = _per_row(column, geometry)[None, :, None]
+        slots = write_slots.gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2)
+        held_rows = _per_row(held, geometry)[:, None].to(torch.int32)
+
+        fed = torch.cat([token, token]) if geometry.guided else token
+        x = model.embed(fed[:, None])
+        rope = model.rope(held[:, None])
+        written: list[Tensor] = []
+        for layer, block in enumerate(model.layers):
+            q, k, v = block.qkv(x, rope)
+            attended, state = line_attention(
+                q.reshape(geometry.rows, 1, geometry.query_group, -1),
+                k.reshape(geometry.rows, 1, 1, -1),
+                v.reshape(geometry.rows, 1, 1, -1),
+                LineBufferState(*layers[4 * layer : 4 * layer + 4]),
+                slots[layer],
+                held_rows,
+            )
+            x = block.finish(x, attended.reshape(geometry.sequences, 1, config.heads, -1))
+            written += state
+        logits = model.logits(x).squeeze(1)
+        index = drawn_index[: geometry.images]
+        uniform = uniforms.gather(1, index[:, None]).squeeze(1)
+        token_next = _next_token(geometry, logits, params, uniform, index)
+        tokens_next = tokens.scatter(1, index[:, None], token_next[:, None])
+        return token_next, tokens_next, position_next, logits, *written
+
+
+class LineEnd(Stage):
+    """Let a policy choose the slots that the next line overwrites, in every layer."""
+
+    def __init__(self, policy: Policy, geometry: Geometry) -> None:
+        super().__init__()
+        self.name = f"line_end.{policy.name}"
+        self.policy = policy
+        self.geometry = geometry
+        config = geometry.config
+        read = [s for s in geometry.layer_state() if s.name.startswith(("scores.", "slot_pos."))]
+        loop = {spec.name: spec for spec in geometry.loop_state()}
+        self.inputs = [
+            TensorSpec("capacity", torch.int64, (config.layers,)),
+            TensorSpec("recent_lines", torch.int64, ()),
+            TensorSpec("anchor_tokens", torch.int64, ()),
+            TensorSpec("strict", torch.int64, ()),
+            loop["position"],
+            *read,
+        ]
+        self.outputs = [loop["write_slots"].next(), *(spec.next() for spec in read)]
+
+    def forward(
+        self,
+        capacity: Tensor,
+        recent_lines: Tensor,
+        anchor_tokens: Tensor,
+        strict: Tensor,
+        position: Tensor,
+        *layers: Tensor,
+    ) -> tuple[Tensor, ...]:
+        geometry, config = self.geometry, self.geometry.config
+        params = LineEndParams(capacity, recent_lines, anchor_tokens, strict)
+        position_rows = _per_row(position, geometry)[:, None].to(torch.int32)
+        chosen, left = [], []
+        for layer in range(config.layers):
+            line = FinishedLine(
+                scores=layers[2 * layer],
+                slot_pos=layers[2 * layer + 1],
+                position=position_rows,
+                prefix_len=config.prefix_len,
+                line_width=config.line_width,
+            )
+            slots, slot_pos, scores = end_line(self.policy, line, capacity[layer], params)
+            chosen.append(slots)
+            left += [scores, slot_pos]
+        return torch.stack(chosen), *left
+
+
+class VQDecoder(Stage):
+    """Draw the pixels of finished token grids."""
+
+    name = "vq_decoder"
+
+    def __init__(self, model: VQModel, *, images: int, rows: int, columns: int) -> None:
+        super().__init__()
+        self.image_decoder = model
+        self.rows, self.columns = rows, columns
+        patch = model.config.patch
+        self.inputs = [TensorSpec("grid_tokens", torch.int64, (images, rows * columns))]
+        self.outputs = [
+            TensorSpec("pixels", torch.float32, (images, 3, rows * patch, columns * patch))
+        ]
+
+    def forward(self, grid_tokens: Tensor) -> tuple[Tensor]:
+        return (self.image_decoder.decode(grid_tokens.unflatten(1, (self.rows, self.columns))),)
+
+
+def _per_row(values: Tensor, geometry: Geometry) -> Tensor:
+    """Repeat ``values [B]`` for every KV head: ``[R]``."""
+    heads = geometry.config.kv_heads
+    return values[:, None].expand(-1, heads).reshape(geometry.rows)
+
+
+def _next_token(
+    geometry: Geometry, logits: Tensor, params: SamplingParams, uniform: Tensor, index: Tensor
+) -> Tensor:
+    """Guide ``logits [B, V]`` where the batch has unconditional rows, and draw ``[I]`` tokens."""
+    if geometry.guided:
+        logits = guide(logits, params, index)
+    return sample(logits, params, uniform)

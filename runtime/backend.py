@@ -1,0 +1,93 @@
+"""What a backend does: hold a bundle's tensors and run its stages over them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle
+from runtime.errors import RequestError
+from runtime.manifest import StageSpec, TensorSpec
+
+Array = NDArray[np.generic]
+
+
+class Backend(ABC):
+    """Named tensors that live on a device, and stages that read and replace them.
+
+    Every input and output name of the loaded stages is one tensor: stages that use the same name share it. A
+    state keeps its memory for the life of the backend.
+    """
+
+    def __init__(self, bundle: Bundle, stages: Iterable[str]) -> None:
+        """Load ``stages`` of ``bundle``.
+
+        Raises:
+            BundleError: the bundle lacks a stage, or two stages disagree about a tensor.
+        """
+        self.bundle = bundle
+        self.stages: dict[str, StageSpec] = {}
+        for stage in stages:
+            bundle.stage_path(stage)
+            self.stages[stage] = bundle.manifest.stages[stage]
+        self.specs: dict[str, TensorSpec] = {}
+        for spec in self.stages.values():
+            for tensor in spec.inputs:
+                self._declare(tensor)
+            for tensor in spec.outputs:
+                state = spec.updates.get(tensor.name)
+                self._declare(tensor if state is None else _renamed(tensor, state))
+
+    def run(self, stage: str) -> None:
+        """Run one stage: its outputs replace the states that the manifest says."""
+        if stage not in self.stages:
+            raise RequestError(f"stage {stage} is not loaded; loaded are {', '.join(self.stages)}")
+        self._run(stage)
+
+    def read(self, name: str) -> Array:
+        """Copy tensor ``name`` to the host."""
+        return self._read(self._spec(name))
+
+    def write(self, name: str, values: object) -> None:
+        """Overwrite tensor ``name`` in place.
+
+        Raises:
+            RequestError: no such tensor, or ``values`` has not its shape or cannot become its dtype.
+        """
+        spec = self._spec(name)
+        array = np.asarray(values)
+        if array.shape != spec.shape:
+            raise RequestError(f"{name} has shape {spec.shape}, not {array.shape}")
+        if not np.can_cast(array.dtype, spec.dtype, casting="same_kind"):
+            raise RequestError(f"{name} is {spec.dtype}, not {array.dtype}")
+        self._write(spec, array.astype(spec.dtype, copy=False))
+
+    def has(self, name: str) -> bool:
+        """Whether a loaded stage uses tensor ``name``."""
+        return name in self.specs
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name not in self.specs:
+            raise RequestError(f"no loaded stage has a tensor {name}")
+        return self.specs[name]
+
+    def _declare(self, tensor: TensorSpec) -> None:
+        known = self.specs.setdefault(tensor.name, tensor)
+        if known != tensor:
+            raise RequestError(f"stages disagree about {tensor.name}: {known} and {tensor}")
+
+    @abstractmethod
+    def _run(self, stage: str) -> None: ...
+
+    @abstractmethod
+    def _read(self, spec: TensorSpec) -> Array: ...
+
+    @abstractmethod
+    def _write(self, spec: TensorSpec, array: Array) -> None: ...
+
+
+def _renamed(tensor: TensorSpec, name: str) -> TensorSpec:
+    return TensorSpec(name, tensor.dtype, tensor.shape)

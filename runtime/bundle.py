@@ -1,0 +1,87 @@
+"""Open a bundle: verify that it is whole, unchanged and of this schema before anything is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from runtime.errors import BundleError
+from runtime.manifest import MANIFEST_NAME, Manifest, decode
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its folder and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Path of one of the bundle's files."""
+        return self.path / name
+
+    def stage_path(self, stage: str) -> Path:
+        """Path of a stage's ONNX file.
+
+        Raises:
+            BundleError: the bundle has no such stage.
+        """
+        stages = self.manifest.stages
+        if stage not in stages:
+            raise BundleError(f"{self.path} has no stage {stage}; it has {', '.join(sorted(stages))}")
+        return self.file(stages[stage].file)
+
+
+def open_bundle(path: str | Path, *, digests: bool = True) -> Bundle:
+    """Verify and open the bundle in folder ``path``.
+
+    Args:
+        path: the bundle's folder.
+        digests: compare the sha256 of every file; without, only presence and size (enough to describe it).
+
+    Raises:
+        BundleError: no bundle there, another schema, a missing or changed file, or a file name that leaves
+            the folder.
+    """
+    folder = Path(path)
+    manifest_path = folder / MANIFEST_NAME
+    try:
+        data = manifest_path.read_bytes()
+    except FileNotFoundError:
+        what = "no such folder" if not folder.is_dir() else f"it has no {MANIFEST_NAME}"
+        raise BundleError(f"{folder} is not a bundle: {what}") from None
+    except OSError as error:
+        raise BundleError(f"cannot read {manifest_path}: {error.strerror}") from error
+    manifest = decode(data, str(manifest_path))
+    for name, record in sorted(manifest.files.items()):
+        file = _inside(folder, name)
+        if not file.is_file():
+            raise BundleError(f"{folder} lacks {name}; export the bundle again")
+        size = file.stat().st_size
+        if size != record.bytes:
+            raise BundleError(
+                f"{file} has {size} bytes, the manifest says {record.bytes}; export the bundle again"
+            )
+        if digests and file_sha256(file) != record.sha256:
+            raise BundleError(
+                f"{file} was changed: its sha256 is not the manifest's; export the bundle again"
+            )
+    return Bundle(folder, manifest)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """Path of ``name`` in ``folder``; refuses names and links that lead out of it."""
+    pure = PurePosixPath(name)
+    path = folder / name
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
+        raise BundleError(f"{folder}: the manifest names {name!r}, a path that leaves the bundle")
+    if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder}: {name} is a link that leaves the bundle")
+    return path

@@ -1,0 +1,209 @@
+"""Generate images: plan samples, run them in batches, decode their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import PIL.Image
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle, open_bundle
+from runtime.errors import RequestError
+from runtime.loop import Batch, generate, uniform_row
+from runtime.manifest import Manifest, SamplingSettings
+from runtime.ort import OrtBackend
+
+Tokens = NDArray[np.int64]
+Pixels = NDArray[np.float32]
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to draw; together with bundle and settings it determines the image."""
+
+    class_id: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """A drawn image: ``tokens [N]`` int64 and ``pixels [3, H, W]`` float32, about [-1, 1] and not clamped."""
+
+    sample: Sample
+    tokens: Tokens
+    pixels: Pixels
+
+    def picture(self) -> PIL.Image.Image:
+        """The image as 8-bit RGB."""
+        return picture(self.pixels)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a generation stands: ``lines`` of the batch ``batch`` (from 0) of ``batches`` are drawn."""
+
+    batch: int
+    batches: int
+    lines: int
+
+
+def picture(pixels: Pixels) -> PIL.Image.Image:
+    """8-bit RGB of ``pixels [3, H, W]``: clamped to [-1, 1], scaled to 0..255 and rounded (torchvision's ``save_image``)."""
+    scaled = np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
+    levels = (scaled + np.float32(0.5)).clip(0, 255).astype(np.uint8)
+    return PIL.Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
+
+
+def plan(
+    manifest: Manifest, classes: Sequence[int], num_images: int | None, seed: int
+) -> list[Sample]:
+    """Assign a class and a seed to every image.
+
+    Classes take turns until ``num_images`` are planned (default: one a class named). The k-th image of a
+    class, from 0, has seed ``seed + k``: the same request with more images begins with the same ones.
+
+    Raises:
+        RequestError: no class, a class out of range, fewer than one image, or a seed out of range.
+    """
+    known = manifest.model.num_classes
+    wrong = sorted({c for c in classes if not 0 <= c < known})
+    count = len(classes) if num_images is None else num_images
+    faults = []
+    if not classes:
+        faults.append("no class given")
+    if wrong:
+        listed = ", ".join(map(str, wrong))
+        faults.append(f"class {listed} out of range: the model has classes 0 to {known - 1}")
+    if classes and count < 1:
+        faults.append(f"{count} images asked for, must be at least 1")
+    if not 0 <= seed <= MAX_SEED - max(count, 0):
+        faults.append(f"seed {seed} out of range 0 to {MAX_SEED - max(count, 0)}")
+    if faults:
+        raise RequestError("; ".join(faults))
+    drawn: dict[int, int] = {}
+    samples = []
+    for index in range(count):
+        class_id = classes[index % len(classes)]
+        samples.append(Sample(class_id, seed + drawn.get(class_id, 0)))
+        drawn[class_id] = drawn.get(class_id, 0) + 1
+    return samples
+
+
+class Generator:
+    """Draws images from a bundle on ONNX Runtime.
+
+    Args:
+        bundle: its folder, or an opened bundle.
+        threads: CPU threads a session; 0 is one a core.
+    """
+
+    def __init__(self, bundle: str | Path | Bundle, *, threads: int = 0) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        self.manifest = self.bundle.manifest
+        policy = self.manifest.cache.policy
+        self.backend = OrtBackend(
+            self.bundle, ["prefill", "decode", f"line_end.{policy}"], threads=threads
+        )
+        self.decoder = PixelDecoder(self.bundle, threads=threads)
+
+    def generate(
+        self,
+        classes: Sequence[int],
+        num_images: int | None = None,
+        seed: int = 0,
+        sampling: SamplingSettings | None = None,
+    ) -> list[Image]:
+        """Draw images; see :func:`plan` for the order of classes and seeds.
+
+        Args:
+            sampling: how tokens are drawn; the bundle's defaults if None.
+
+        Raises:
+            RequestError: the request does not fit the bundle.
+        """
+        samples = plan(self.manifest, classes, num_images, seed)
+        images = []
+        for group in self.batches(samples):
+            tokens = self.draw(group, sampling)
+            images += [
+                Image(sample, row, self.decoder(row[None])[0])
+                for sample, row in zip(group, tokens, strict=True)
+            ]
+        return images
+
+    def batches(self, samples: Sequence[Sample]) -> Iterator[Sequence[Sample]]:
+        """Cut ``samples`` into groups of at most the bundle's batch."""
+        size = self.manifest.images
+        for start in range(0, len(samples), size):
+            yield samples[start : start + size]
+
+    def draw(
+        self,
+        samples: Sequence[Sample],
+        sampling: SamplingSettings | None = None,
+        on_line: Callable[[int, Tokens], None] | None = None,
+    ) -> Tokens:
+        """Draw the tokens ``[len(samples), N]`` int64 of at most one batch of samples.
+
+        Args:
+            on_line: called after each line with the number of lines drawn and a copy of the tokens so far.
+        """
+        manifest = self.manifest
+        count, size = len(samples), manifest.images
+        if not 1 <= count <= size:
+            raise RequestError(f"{count} samples do not fit a batch of {size}")
+        # A short batch is filled up with its last sample; rows do not see each other.
+        filled = [*samples, *[samples[-1]] * (size - count)]
+        tokens = manifest.raster.image_tokens
+        batch = Batch(
+            conditions={"class_ids": np.array([s.class_id for s in filled], np.int64)},
+            uniforms=np.stack([uniform_row(s.seed, tokens) for s in filled]),
+            sampling=sampling or manifest.sampling,
+            cache=manifest.cache,
+        )
+
+        def report(lines: int) -> None:
+            if on_line:
+                on_line(lines, cast("Tokens", self.backend.read("tokens"))[:count])
+
+        return generate(self.backend, batch, report)[:count]
+
+
+class PixelDecoder:
+    """Turns tokens into pixels with a bundle's vq_decoder stage alone."""
+
+    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+        self.manifest = bundle.manifest
+        self.backend = OrtBackend(bundle, ["vq_decoder"], threads=threads)
+        self.size = self.backend.specs["grid_tokens"].shape[0]
+
+    def __call__(self, tokens: Tokens) -> Pixels:
+        """Pixels ``[I, 3, H, W]`` float32 of ``tokens [I, N]`` int64.
+
+        Raises:
+            RequestError: wrong shape, or a token outside the codebook.
+        """
+        wanted = self.manifest.raster.image_tokens
+        size = self.manifest.image_decoder.codebook_size
+        if tokens.ndim != 2 or tokens.shape[1] != wanted or tokens.dtype.kind not in "iu":
+            raise RequestError(
+                f"tokens must be integers of shape [images, {wanted}], not {tokens.dtype} {tokens.shape}"
+            )
+        if tokens.size and not (0 <= tokens.min() and tokens.max() < size):
+            raise RequestError(
+                f"tokens range from {tokens.min()} to {tokens.max()}; the codebook holds 0 to {size - 1}"
+            )
+        parts = []
+        for start in range(0, len(tokens), self.size):
+            part = tokens[start : start + self.size]
+            missing = self.size - len(part)
+            self.backend.write("grid_tokens", np.pad(part, ((0, missing), (0, 0)), mode="edge"))
+            self.backend.run("vq_decoder")
+            parts.append(cast("Pixels", self.backend.read("pixels"))[: len(part)])
+        return np.concatenate(parts) if parts else np.empty((0, 3, 0, 0), np.float32)

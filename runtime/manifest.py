@@ -1,0 +1,223 @@
+"""The manifest: the contract between the exporter and every runtime. Decoded strictly; nothing is guessed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import msgspec
+
+from runtime.errors import BundleError
+from runtime.geometry import CacheSettings, Raster
+
+SCHEMA = 1
+MANIFEST_NAME = "manifest.json"
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every part of the manifest."""
+
+
+class TensorSpec(Record, frozen=True):
+    """Name, dtype (numpy's name) and static shape of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class StageSpec(Record, frozen=True):
+    """One ONNX file and how it is bound.
+
+    ``updates`` maps an output to the state that it replaces; the states in ``in_place`` may share memory with
+    their outputs.
+    """
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    updates: dict[str, str]
+    in_place: tuple[str, ...]
+
+
+class SamplingSettings(Record, frozen=True):
+    """How tokens are drawn.
+
+    ``guidance``: scale of classifier-free guidance; 1 or less uses the conditional logits alone.
+    ``guidance_interval``: decode steps after this one (from 0) are unguided; -1 never. ``top_k`` 0 and
+    ``top_p`` 1 keep every token. ``greedy`` takes the most likely token.
+    """
+
+    guidance: float = 1.0
+    guidance_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def faults(self, *, guided: bool) -> list[str]:
+        """What is wrong with these settings for a bundle with (``guided``) or without unconditional rows."""
+        found = []
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            found.append(f"guidance {self.guidance} must be a finite number of at least 0")
+        elif not guided and self.guidance > 1:
+            found.append(
+                f"guidance {self.guidance} needs unconditional rows and the bundle was exported without: "
+                "export it with --guidance above 1"
+            )
+        if self.guidance_interval < -1:
+            found.append(f"guidance_interval {self.guidance_interval} must be -1 or a step number")
+        if not math.isfinite(self.temperature) or self.temperature <= 0:
+            found.append(f"temperature {self.temperature} must be a finite number above 0")
+        if self.top_k < 0:
+            found.append(f"top_k {self.top_k} must be at least 0")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p {self.top_p} must be above 0 and at most 1")
+        return found
+
+
+class Source(Record, frozen=True):
+    """A checkpoint that went into the bundle. ``path`` is where it was; only the digest binds."""
+
+    path: str
+    sha256: str
+    bytes: int
+    weights: str
+
+
+class Model(Record, frozen=True):
+    """The transformer: family, its configuration, and the checkpoint."""
+
+    family: str
+    config: dict[str, Any]
+    parameters: int
+    num_classes: int
+    vocab_size: int
+    layers: int
+    source: Source
+
+
+class ImageDecoder(Record, frozen=True):
+    """The VQ decoder. ``patch``: pixels along the side of a token."""
+
+    config: dict[str, Any]
+    patch: int
+    codebook_size: int
+    source: Source
+
+
+class FileRecord(Record, frozen=True):
+    sha256: str
+    bytes: int
+
+
+class Manifest(Record, frozen=True):
+    """Everything that a runtime has to know about a bundle.
+
+    ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
+    file, it names the bundle.
+    """
+
+    schema: int
+    producer: dict[str, str]
+    precision: str
+    model: Model
+    image_decoder: ImageDecoder
+    raster: Raster
+    images: int
+    guided: bool
+    cache: CacheSettings
+    sampling: SamplingSettings
+    state: tuple[TensorSpec, ...]
+    stages: dict[str, StageSpec]
+    files: dict[str, FileRecord]
+    sha256: str = ""
+
+    @property
+    def state_bytes(self) -> int:
+        """Exact size of everything that persists between decode steps."""
+        return sum(spec.nbytes for spec in self.state)
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Cache policies that the bundle holds a line_end stage for."""
+        prefix = "line_end."
+        return tuple(sorted(name.removeprefix(prefix) for name in self.stages if name.startswith(prefix)))
+
+    def check(self) -> None:
+        """Raise :class:`BundleError` for contents that contradict each other."""
+        states = {spec.name: spec for spec in self.state}
+        faults = []
+        if unknown := sorted({s.dtype for s in self.state} - set(ITEM_BYTES)):
+            faults.append(f"state of unknown dtype {', '.join(unknown)}")
+        wanted = {"prefill", "decode", "vq_decoder", f"line_end.{self.cache.policy}"}
+        if missing := sorted(wanted - set(self.stages)):
+            faults.append(f"no stage {', '.join(missing)}")
+        for name, stage in self.stages.items():
+            if stage.file not in self.files:
+                faults.append(f"stage {name} names {stage.file}, which is not among the files")
+            outputs = {spec.name: spec for spec in stage.outputs}
+            for output, state in stage.updates.items():
+                if output not in outputs or state not in states:
+                    faults.append(f"stage {name} replaces {state} by {output}: no such tensors")
+                elif (outputs[output].shape, outputs[output].dtype) != (
+                    states[state].shape,
+                    states[state].dtype,
+                ):
+                    faults.append(f"stage {name}: {output} has not the shape and dtype of {state}")
+        if faults:
+            raise BundleError("the manifest contradicts itself: " + "; ".join(faults))
+        self.cache.check(self.raster)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The one byte sequence that stands for ``manifest`` on disk."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1) + b"\n"
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """Return ``manifest`` with its digest filled in."""
+    empty = msgspec.structs.replace(manifest, sha256="")
+    return msgspec.structs.replace(manifest, sha256=hashlib.sha256(encode(empty)).hexdigest())
+
+
+class _Version(msgspec.Struct):
+    schema: int
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        data: contents of the file.
+        where: the file's name, for messages.
+
+    Raises:
+        BundleError: not a manifest, of another schema version, with missing or unknown fields, changed since
+            it was written, or contradicting itself.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{where} is not a bundle manifest ({error}); export the bundle again") from error
+    if version != SCHEMA:
+        age = "older" if version < SCHEMA else "newer"
+        remedy = "export the bundle again" if version < SCHEMA else "upgrade linert"
+        raise BundleError(
+            f"{where} has schema {version}, {age} than the {SCHEMA} that this linert reads; {remedy}"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"{where}: {error}; export the bundle again") from error
+    if encode(manifest) != data or seal(manifest) != manifest:
+        raise BundleError(f"{where} was changed after it was written; export the bundle again")
+    manifest.check()
+    return manifest

@@ -1,0 +1,114 @@
+"""The ONNX Runtime backend, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnxruntime as ort
+
+from runtime.backend import Array, Backend
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
+from runtime.manifest import StageSpec, TensorSpec
+
+DISABLED_OPTIMIZERS = ["MatMulScaleFusion"]
+"""A scale fused into attention's MatMul takes it off the matrix-vector path and doubles its time."""
+
+
+class OrtBackend(Backend):
+    """Every tensor is one numpy array that all sessions are bound to once.
+
+    A state that a stage may update in place is bound as input and output alike, so nothing is copied; one
+    that it may not is written beside and copied back.
+    """
+
+    def __init__(self, bundle: Bundle, stages: Iterable[str], *, threads: int = 0) -> None:
+        """Load ``stages``; ``threads`` of 0 leaves the number to ONNX Runtime (one a core)."""
+        super().__init__(bundle, stages)
+        self._arrays: dict[str, Array] = {
+            name: np.zeros(spec.shape, spec.dtype) for name, spec in self.specs.items()
+        }
+        self._sessions: dict[str, ort.InferenceSession] = {}
+        self._bindings: dict[str, ort.IOBinding] = {}
+        self._copy_back: dict[str, list[tuple[Array, Array]]] = {}
+        for stage, spec in self.stages.items():
+            session = self._load(stage, threads)
+            self._check(stage, spec, session)
+            self._sessions[stage] = session
+            self._bindings[stage], self._copy_back[stage] = self._bind(spec, session)
+
+    def array(self, name: str) -> Array:
+        """The live memory of tensor ``name``, not a copy."""
+        self._spec(name)
+        return self._arrays[name]
+
+    def _run(self, stage: str) -> None:
+        self._sessions[stage].run_with_iobinding(self._bindings[stage])
+        for source, target in self._copy_back[stage]:
+            np.copyto(target, source)
+
+    def _read(self, spec: TensorSpec) -> Array:
+        return self._arrays[spec.name].copy()
+
+    def _write(self, spec: TensorSpec, array: Array) -> None:
+        np.copyto(self._arrays[spec.name], array)
+
+    def _load(self, stage: str, threads: int) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3
+        # Sessions take turns; one that keeps spinning steals the cores of the next.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        path = self.bundle.stage_path(stage)
+        try:
+            return ort.InferenceSession(
+                path,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=DISABLED_OPTIMIZERS,
+            )
+        except Exception as error:
+            raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
+
+    def _check(self, stage: str, spec: StageSpec, session: ort.InferenceSession) -> None:
+        for role, wanted, found in (
+            ("input", spec.inputs, session.get_inputs()),
+            ("output", spec.outputs, session.get_outputs()),
+        ):
+            held = {node.name: tuple(node.shape) for node in found}
+            declared = {tensor.name: tensor.shape for tensor in wanted}
+            if held != declared:
+                names = sorted(
+                    name
+                    for name in held.keys() | declared.keys()
+                    if held.get(name) != declared.get(name)
+                )
+                raise BundleError(
+                    f"stage {stage} has not the {role}s that the manifest declares: {', '.join(names)}"
+                )
+
+    def _bind(
+        self, spec: StageSpec, session: ort.InferenceSession
+    ) -> tuple[ort.IOBinding, list[tuple[Array, Array]]]:
+        binding = session.io_binding()
+        for tensor in spec.inputs:
+            binding.bind_ortvalue_input(tensor.name, _value(self._arrays[tensor.name]))
+        read = {tensor.name for tensor in spec.inputs}
+        copies = []
+        for tensor in spec.outputs:
+            state = spec.updates.get(tensor.name, tensor.name)
+            array = self._arrays[state]
+            if state in read and state not in spec.in_place:
+                beside = np.empty_like(array)
+                copies.append((beside, array))
+                array = beside
+            binding.bind_ortvalue_output(tensor.name, _value(array))
+        return binding, copies
+
+
+def _value(array: Array) -> ort.OrtValue:
+    """An OrtValue over the memory of ``array``."""
+    return ort.OrtValue.ortvalue_from_numpy(array)

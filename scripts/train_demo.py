@@ -1,0 +1,246 @@
+#!/usr/bin/env python3
+"""Train the demo model: a VQ tokenizer and a class-conditional LlamaGen on scikit-learn's handwritten digits.
+
+Both are saved in LlamaGen's published containers and key names, so that the demo goes down exactly the road
+of a published checkpoint. The digits (1,797 scans of 8 x 8 pixels, UCI ML hand-written digits) come with
+scikit-learn; a fifth of them is held out and never trained on.
+
+    python scripts/train_demo.py vq  --out demo     # writes vq_demo.pt
+    python scripts/train_demo.py ar  --out demo     # reads vq_demo.pt, writes c2i_demo.pt
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphs.families import llamagen, vq
+
+GRID = 24
+SPLIT_SEED = 0
+VQ_CONFIG = vq.VQConfig(codebook_size=256, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
+IMAGE_SIDE = GRID * VQ_CONFIG.patch
+AR_CONFIG = llamagen.LlamaGenConfig(
+    layers=6, dim=128, heads=4, ffn_dim=512, vocab_size=256, num_classes=10, grid=GRID
+)
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Return the scans ``[n, 1, 8, 8]`` in [0, 1] and labels ``[n]`` of ``"train"`` or ``"test"``."""
+    data = load_digits()
+    parts = train_test_split(
+        data.images, data.target, test_size=0.2, stratify=data.target, random_state=SPLIT_SEED
+    )
+    images, labels = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+    return torch.tensor(images, dtype=torch.float32)[:, None] / 16, torch.tensor(labels)
+
+
+def upscale(scans: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Upscale ``scans [n, 1, 8, 8]`` to pixels ``[n, 3, side, side]`` in [-1, 1], slightly moved when a generator is given."""
+    n = len(scans)
+    theta = torch.eye(2, 3).repeat(n, 1, 1)
+    if generator is not None:
+        noise = torch.rand(n, 4, generator=generator) * 2 - 1
+        angle, zoom = noise[:, 0] * math.radians(8), 1 + 0.06 * noise[:, 1]
+        theta[:, 0, 0] = theta[:, 1, 1] = angle.cos() * zoom
+        theta[:, 0, 1], theta[:, 1, 0] = -angle.sin() * zoom, angle.sin() * zoom
+        theta[:, :, 2] = 0.06 * noise[:, 2:]
+    # A blank pixel around the scan gives strokes that touch its edge somewhere to end.
+    padded = F.pad(scans, (1, 1, 1, 1))
+    grid = F.affine_grid(theta, [n, 1, IMAGE_SIDE, IMAGE_SIDE], align_corners=False)
+    pixels = F.grid_sample(padded, grid, mode="bicubic", align_corners=False)
+    return (pixels.clamp(0, 1) * 2 - 1).expand(-1, 3, -1, -1)
+
+
+class Log:
+    """One JSON line a report, to the terminal and to a file beside the checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a", buffering=1)
+        self.began = time.monotonic()
+
+    def __call__(self, **values: object) -> None:
+        line = json.dumps({"seconds": round(time.monotonic() - self.began, 1), **values})
+        click.echo(line)
+        print(line, file=self.file)
+
+
+def save(payload: object, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(payload, partial)
+    partial.replace(path)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 3 % of the steps, then a cosine to a twentieth of the peak."""
+    warmup = max(1, steps * 3 // 100)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+@click.group(help=__doc__)
+@click.option("--threads", default=2, show_default=True, help="CPU threads.")
+def main(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+
+out_option = click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True
+)
+
+
+@main.command("vq")
+@out_option
+@click.option("--steps", default=2500, show_default=True)
+@click.option("--batch", default=16, show_default=True)
+@click.option("--rate", default=1e-3, show_default=True)
+def train_vq(out: Path, steps: int, batch: int, rate: float) -> None:
+    """Train the VQ tokenizer: reconstruction, codebook and commitment losses."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "vq_demo.log")
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    scans, _ = digits("train")
+    held_out = upscale(digits("test")[0])
+    model = vq.VQModel(VQ_CONFIG, encoder=True)
+    codebook = model.quantize.embedding.weight
+    nn.init.normal_(codebook)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    used = torch.zeros(VQ_CONFIG.codebook_size)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, rate)
+        pixels = upscale(scans[torch.randint(len(scans), (batch,), generator=generator)], generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = model.latents(pixels).float()
+            tokens = model.nearest(latents)
+            codes = model.quantize(tokens).permute(0, 3, 1, 2)
+            straight = latents + (codes - latents).detach()
+            image = model.decoder(model.post_quant_conv(straight)).float()
+        commitment = F.mse_loss(latents, codes.detach())
+        chosen = F.mse_loss(codes, latents.detach())
+        loss = F.mse_loss(image, pixels) + 0.2 * F.l1_loss(image, pixels) + chosen + 0.25 * commitment
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        used = 0.99 * used + torch.bincount(tokens.flatten(), minlength=len(used)).float()
+        if step % 50 == 49 and step < steps // 2:
+            # Codes that nothing chooses start again at latents of this batch.
+            idle = (used < 1).nonzero().flatten()
+            pool = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
+            with torch.no_grad():
+                codebook[idle] = pool[torch.randint(len(pool), (len(idle),), generator=generator)]
+            used[idle] = 5
+        if step % 100 == 99 or step == steps - 1:
+            with torch.no_grad():
+                shown = held_out[::6]
+                error = F.mse_loss(model.decode(model.nearest(model.latents(shown))), shown)
+            log(step=step + 1, loss=round(loss.item(), 5), held_out_mse=round(error.item(), 5),
+                codes_in_use=int((used >= 1).sum()))
+            save({"model": model.state_dict()}, out / "vq_demo.pt")
+
+
+def encode(model: vq.VQModel, pixels: Tensor) -> Tensor:
+    """Tokens ``[n, GRID * GRID]`` of ``pixels``."""
+    with torch.no_grad():
+        parts = [model.nearest(model.latents(p)).flatten(1) for p in pixels.split(64)]
+    return torch.cat(parts)
+
+
+def load_vq(path: Path) -> vq.VQModel:
+    state = torch.load(path, weights_only=True)["model"]
+    model = vq.VQModel(vq.infer_config({k: tuple(v.shape) for k, v in state.items()}), encoder=True)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@main.command("ar")
+@out_option
+@click.option("--epochs", default=60, show_default=True)
+@click.option("--views", default=8, show_default=True, help="Moved copies of every digit.")
+@click.option("--batch", default=16, show_default=True)
+@click.option("--rate", default=2e-3, show_default=True)
+@click.option("--drop-class", default=0.1, show_default=True, help="Share of null-class rows.")
+@click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
+def train_ar(
+    out: Path, epochs: int, views: int, batch: int, rate: float, drop_class: float, ema: float
+) -> None:
+    """Train the transformer on the tokenizer's tokens."""
+    log = Log(out / "c2i_demo.log")
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    tokenizer = load_vq(out / "vq_demo.pt")
+    scans, labels = digits("train")
+    sets = [encode(tokenizer, upscale(scans, generator if view else None)) for view in range(views)]
+    tokens, classes = torch.cat(sets), labels.repeat(views)
+    test_scans, test_labels = digits("test")
+    test_tokens = encode(tokenizer, upscale(test_scans))
+    log(grids=len(tokens), distinct_tokens=int(tokens.unique().numel()))
+
+    model = llamagen.LlamaGen(AR_CONFIG)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.02)
+        if name == "output.weight":
+            nn.init.zeros_(parameter)
+    average = copy.deepcopy(model).requires_grad_(False)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": 0.05},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=rate,
+        betas=(0.9, 0.95),
+    )
+    per_epoch = len(scans) // batch
+    steps, losses = epochs * per_epoch, []
+
+    def loss_of(net: nn.Module, ids: Tensor, grids: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(ids, grids[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), grids.flatten())
+
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, rate)
+        rows = torch.randint(len(tokens), (batch,), generator=generator)
+        dropped = torch.rand(batch, generator=generator) < drop_class
+        ids = torch.where(dropped, AR_CONFIG.num_classes, classes[rows])
+        loss = loss_of(model, ids, tokens[rows])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+        with torch.no_grad():
+            decay = min(ema, (step + 1) / (step + 10))
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
+        if step % per_epoch == per_epoch - 1:
+            with torch.no_grad():
+                held = np.mean([
+                    loss_of(average, test_labels[i : i + 60], test_tokens[i : i + 60]).item()
+                    for i in range(0, 360, 60)
+                ])
+            log(epoch=(step + 1) // per_epoch, train_loss=round(float(np.mean(losses[-per_epoch:])), 4),
+                held_out_loss=round(float(held), 4))
+            save({"model": average.state_dict()}, out / "c2i_demo.pt")
+
+
+if __name__ == "__main__":
+    main()
