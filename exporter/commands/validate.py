@@ -1,0 +1,149 @@
+"""``linert validate``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from exporter.models import Loaded, load_image_decoder, load_transformer
+from exporter.parity import Bounds, Choices, Report, validate
+from runtime.bundle import Bundle, file_sha256, open_bundle
+from runtime.commands.run import parse_classes
+from runtime.errors import CheckpointError, RequestError
+from runtime.generator import PixelDecoder, plan
+from runtime.loop import Batch, uniform_row
+from runtime.manifest import Source
+from runtime.ort import OrtBackend
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--checkpoint", type=click.Path(path_type=Path),
+              help="The transformer's checkpoint. Default: where it was when the bundle was exported.")
+@click.option("--vq", type=click.Path(path_type=Path), help="The VQ checkpoint. Default: likewise.")
+@click.option("--classes", callback=lambda c, p, t: parse_classes(c, p, t) if t else None,
+              help="Classes of the images compared; they take turns. Default: from 0 on.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--greedy", is_flag=True, help="Draw the most likely tokens.")
+@click.option("--choices", type=click.Choice([str(c) for c in Choices]), default="pytorch", show_default=True,
+              help="Whose evictions both sides use while they are fed the same tokens.")
+@click.option("--max-logit-error", type=float, default=Bounds.logits, show_default=True,
+              help="Bound of the logits' absolute error (times their standard deviation where above 1).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+def command(
+    bundle: Path,
+    checkpoint: Path | None,
+    vq: Path | None,
+    classes: tuple[int, ...] | None,
+    seed: int,
+    greedy: bool,
+    choices: str,
+    max_logit_error: float,
+    as_json: bool,
+    threads: int,
+) -> None:
+    """Prove that BUNDLE computes what PyTorch computes from its checkpoints.
+
+    One batch is compared: teacher-forced logits of every step, scores and write slots of every line, tokens
+    drawn freely, pixels. Exit code 1 when a bound fails.
+    """
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    image_decoder = load_image_decoder(_find(opened, manifest.image_decoder.source, vq, "--vq"))
+    source = manifest.model.source
+    transformer = load_transformer(
+        _find(opened, source, checkpoint, "--checkpoint"),
+        patch=manifest.image_decoder.patch,
+        grid=manifest.model.config["grid"],
+        heads=manifest.model.config["heads"],
+        ema=source.weights == "ema",
+    )
+    _same_config(transformer, manifest.model.config)
+    listed = classes or tuple(i % manifest.model.num_classes for i in range(manifest.images))
+    samples = plan(manifest, listed, manifest.images, seed)
+    tokens = manifest.raster.image_tokens
+    batch = Batch(
+        {"class_ids": np.array([s.class_id for s in samples], np.int64)},
+        np.stack([uniform_row(s.seed, tokens) for s in samples]),
+        msgspec.structs.replace(manifest.sampling, greedy=greedy),
+        manifest.cache,
+    )
+    if faults := batch.sampling.faults(guided=manifest.guided):
+        raise RequestError("; ".join(faults))
+    stages = ["prefill", "decode", f"line_end.{manifest.cache.policy}"]
+    console = Console(stderr=True)
+    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as bar:
+        task = bar.add_task("loading", total=manifest.raster.lines)
+        report = validate(
+            OrtBackend(opened, stages, threads=threads),
+            PixelDecoder(opened, threads=threads),
+            transformer,
+            image_decoder,
+            batch,
+            seed=seed,
+            choices=Choices(choices),
+            bounds=Bounds(logits=max_logit_error),
+            report_line=lambda phase, line: bar.update(task, description=phase, completed=line),
+        )
+        bar.update(task, completed=manifest.raster.lines)
+    if as_json:
+        click.echo(json.dumps({"bundle_sha256": manifest.sha256, **report.to_json()}))
+    else:
+        _print(report, Console(highlight=False))
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+def _find(bundle: Bundle, source: Source, given: Path | None, option: str) -> Path:
+    """The checkpoint file that the bundle was made of."""
+    path = given or Path(source.path)
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint {path} is not there; say where it is with {option}")
+    if file_sha256(path) != source.sha256:
+        raise CheckpointError(
+            f"{path} is not the checkpoint that {bundle.path} was exported from (its sha256 differs); "
+            f"give that one with {option}, or export the bundle again"
+        )
+    return path
+
+
+def _same_config(loaded: Loaded, config: dict[str, object]) -> None:  # type: ignore[type-arg]
+    if asdict(loaded.config) != config:
+        raise CheckpointError(f"{loaded.path} is another model than the bundle's")
+
+
+def _print(report: Report, console: Console) -> None:
+    logits = report.logits
+    console.print(
+        f"teacher-forced logits, {len(report.steps_max_abs)} steps: max abs error {logits.max_abs:.2e}, "
+        f"mean {logits.mean_abs:.2e}, KL {logits.kl_mean:.2e} (max {logits.kl_max:.2e}), "
+        f"top-1 agreement {logits.top1_agreement:.2%}; reference std {logits.reference_std:.2f}"
+    )
+    if report.lines:
+        table = Table("line", "scores, max abs error", "write slots equal", title="line ends", title_justify="left")
+        for line in report.lines:
+            table.add_row(str(line.line), f"{line.scores_max_abs:.2e}", f"{line.write_slots_agreement:.2%}")
+        console.print(table)
+    diverged = [index for index in report.first_divergence if index is not None]
+    where = f", first divergence at token {min(diverged)}" if diverged else ""
+    console.print(f"free-running tokens: {report.tokens_agreement:.2%} equal{where}")
+    console.print(f"pixels: max abs error {report.pixels_max_abs:.2e}, PSNR {report.pixels_psnr:.1f} dB")
+    far = report.compression
+    console.print(
+        f"compression (line buffer against full cache, not an error): logits mean abs {far.mean_abs:.2e}, "
+        f"KL {far.kl_mean:.2e}, top-1 agreement {far.top1_agreement:.2%}"
+    )
+    table = Table("check", "measured", "bound", "", title="verdict", title_justify="left")
+    for check in report.checks:
+        sign = ">=" if check.at_least else "<="
+        table.add_row(check.name, f"{check.value:.3g}", f"{sign} {check.bound:.3g}", "pass" if check.passed else "FAIL")
+    console.print(table)

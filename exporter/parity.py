@@ -1,0 +1,397 @@
+"""Parity: does a bundle compute what PyTorch computes, and choose what it chooses?
+
+Both sides are fed the same tokens line by line. One side's eviction choices are imposed on the other, so that
+"computed differently" (logits, scores) and "scored differently" (write slots) are told apart. What the line
+buffer changes against the full cache is compression, not error, and is reported apart.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from exporter.models import LoadedImageDecoder, LoadedTransformer
+from graphs.history import HistoryModel
+from graphs.policies import POLICIES, LineEndParams
+from graphs.sampling import SamplingParams, draw, filtered_mass, guide
+from graphs.stages import Geometry
+from runtime.backend import Backend
+from runtime.generator import PixelDecoder
+from runtime.geometry import Mode
+from runtime.loop import Batch, begin, generate, stage_names
+from runtime.manifest import SamplingSettings
+
+
+class Choices(StrEnum):
+    """Whose eviction choices both sides live with: ``pytorch``'s, the ``bundle``'s, or each its ``own``."""
+
+    PYTORCH = "pytorch"
+    BUNDLE = "bundle"
+    OWN = "own"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What parity demands of a float32 bundle.
+
+    ``logits``: largest absolute error of a logit, relative to the standard deviation of the reference's logits
+    where that is above 1. ``scores``: largest absolute error of a slot's attention mass over a line (it sums
+    to W). ``write_slots``: least share of equal choices. ``pixels``: largest absolute error of a pixel in
+    units where the image spans 2. ``margin``: a token may differ where the reference itself was this
+    undecided (probability, or logit gap when greedy).
+    """
+
+    logits: float = 2e-4
+    scores: float = 2e-4
+    write_slots: float = 0.999
+    pixels: float = 2e-5
+    margin: float = 1e-3
+
+
+@dataclass
+class Check:
+    """One bound: ``value`` must be at most (or, if ``at_least``, at least) ``bound``."""
+
+    name: str
+    value: float
+    bound: float
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+
+@dataclass
+class Distance:
+    """Accumulated distance of two streams of logits ``[..., V]``; KL in nats, of the first from the second."""
+
+    max_abs: float = 0.0
+    mean_abs: float = 0.0
+    kl_mean: float = 0.0
+    kl_max: float = 0.0
+    top1_agreement: float = 0.0
+    reference_std: float = 0.0
+    rows: int = 0
+
+    def add(self, reference: Tensor, other: Tensor) -> None:
+        reference, other = reference.flatten(0, -2), other.flatten(0, -2)
+        error = (reference - other).abs()
+        kl = F.kl_div(
+            other.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True
+        ).sum(-1)
+        same = (reference.argmax(-1) == other.argmax(-1)).float()
+        before, count = self.rows, len(reference)
+        self.rows = before + count
+        self.max_abs = max(self.max_abs, error.max().item())
+        self.kl_max = max(self.kl_max, kl.max().item())
+        for name, values in (
+            ("mean_abs", error.mean(-1)),
+            ("kl_mean", kl),
+            ("top1_agreement", same),
+            ("reference_std", reference.std(-1)),
+        ):
+            total = getattr(self, name) * before + values.sum().item()
+            setattr(self, name, total / self.rows)
+        if not math.isfinite(error.sum().item()):
+            self.max_abs = math.inf
+
+
+@dataclass
+class LineReport:
+    """One line end: the largest score error and the share of equal write slots, over layers, sequences and heads."""
+
+    line: int
+    scores_max_abs: float
+    write_slots_agreement: float
+
+
+@dataclass
+class Report:
+    """Everything that :func:`validate` measured."""
+
+    choices: Choices
+    classes: list[int]
+    seed: int
+    logits: Distance = field(default_factory=Distance)
+    compression: Distance = field(default_factory=Distance)
+    steps_max_abs: list[float] = field(default_factory=list)
+    lines: list[LineReport] = field(default_factory=list)
+    tokens_agreement: float = 0.0
+    first_divergence: list[int | None] = field(default_factory=list)
+    divergence_margin: float = 0.0
+    pixels_max_abs: float = 0.0
+    pixels_psnr: float = 0.0
+    checks: list[Check] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for check, made in zip(values["checks"], self.checks, strict=True):
+            check["passed"] = made.passed
+        if math.isinf(self.pixels_psnr):
+            values["pixels_psnr"] = None
+        return {"passed": self.passed, **values}
+
+
+def validate(
+    backend: Backend,
+    decoder: PixelDecoder,
+    transformer: LoadedTransformer,
+    image_decoder: LoadedImageDecoder,
+    batch: Batch,
+    *,
+    seed: int,
+    choices: Choices = Choices.PYTORCH,
+    bounds: Bounds | None = None,
+    report_line: Callable[[str, int], None] = lambda phase, line: None,
+) -> Report:
+    """Compare a loaded bundle with the checkpoints it came from.
+
+    Args:
+        backend: the bundle with the stages of its policy.
+        decoder: the bundle's image decoder.
+        transformer: the checkpoint; its weights are read.
+        image_decoder: the VQ checkpoint.
+        batch: what to draw.
+        seed: noted in the report.
+        choices: whose evictions both sides use while they are fed the same tokens.
+        bounds: what must hold; the float32 bounds if None.
+        report_line: called with a phase's name and the lines done.
+    """
+    bounds = bounds or Bounds()
+    model = transformer.eager()
+    reference = _reference(backend, model, batch)
+    class_ids = torch.from_numpy(batch.conditions["class_ids"])
+    report = Report(choices, class_ids.tolist(), seed)
+    tokens = torch.from_numpy(
+        generate(backend, batch, lambda line: report_line("bundle draws", line))
+    )
+    _teacher_forced(backend, reference, class_ids, tokens, batch, report, report_line)
+    with torch.no_grad():
+        _compression(model, reference, class_ids, tokens, report, report_line)
+        _free_running(reference, class_ids, tokens, batch, report, report_line)
+        _pixels(decoder, image_decoder, tokens, report)
+    scale = max(1.0, report.logits.reference_std)
+    report.checks = [
+        Check("logits, max abs error", report.logits.max_abs, bounds.logits * scale),
+        Check("free-running tokens, undecidedness at divergence", report.divergence_margin, bounds.margin),
+        Check("pixels, max abs error", report.pixels_max_abs, bounds.pixels),
+    ]
+    if report.lines:
+        worst = max(line.scores_max_abs for line in report.lines)
+        agreement = float(np.mean([line.write_slots_agreement for line in report.lines]))
+        report.checks += [
+            Check("scores, max abs error", worst, bounds.scores),
+            Check("write slots, share equal", agreement, bounds.write_slots, at_least=True),
+        ]
+    return report
+
+
+def _reference(backend: Backend, model: torch.nn.Module, batch: Batch) -> HistoryModel:
+    manifest = backend.bundle.manifest
+    capacity = batch.cache.capacity(manifest.raster)
+    config: Any = model.config
+    geometry = Geometry(config, manifest.images, manifest.guided, (capacity,) * config.layers)
+    params = LineEndParams(
+        torch.full((config.layers,), capacity),
+        torch.tensor(batch.cache.recent_lines),
+        torch.tensor(batch.cache.anchor_tokens),
+        torch.tensor(int(batch.cache.mode is Mode.STRICT)),
+    )
+    return HistoryModel(model, geometry, POLICIES[batch.cache.policy](), params)
+
+
+def _teacher_forced(
+    backend: Backend,
+    reference: HistoryModel,
+    class_ids: Tensor,
+    tokens: Tensor,
+    batch: Batch,
+    report: Report,
+    report_line: Callable[[str, int], None],
+) -> None:
+    """Feed ``tokens`` to both sides and compare logits at every step, scores and write slots at every line end."""
+    raster = backend.bundle.manifest.raster
+    stages = stage_names(batch.cache)
+    begin(backend, batch)
+    _compare(report, reference.begin(class_ids)[:, None], [backend.read("logits")])
+    measured: list[np.ndarray] = []
+    for step in raster.schedule():
+        index = step.line * raster.line_width + step.column
+        if step.stage == "decode":
+            backend.write("token", tokens[:, index].numpy())
+            backend.run(stages["decode"])
+            measured.append(backend.read("logits"))
+        if step.stage == "line_end" or index == raster.image_tokens - 2:
+            line = tokens[:, step.line * raster.line_width :][:, : len(measured)]
+            _compare(report, reference.feed(line), measured)
+            measured = []
+            report_line("same tokens on both sides", step.line + 1)
+        if step.stage == "line_end":
+            report.lines.append(_line_end(backend, reference, stages["line_end"], step.line, report.choices))
+
+
+def _compare(report: Report, reference: Tensor, measured: list[np.ndarray]) -> None:
+    other = torch.from_numpy(np.stack(measured, axis=1))
+    report.logits.add(reference, other)
+    report.steps_max_abs += (reference - other).abs().amax(dim=(0, 2)).tolist()
+
+
+def _line_end(
+    backend: Backend, reference: HistoryModel, stage: str, line: int, choices: Choices
+) -> LineReport:
+    layers = range(len(reference.scores))
+    error = max(
+        float(np.abs(backend.read(f"scores.{layer}") - reference.scores[layer].numpy()).max())
+        for layer in layers
+    )
+    backend.run(stage)
+    chosen = torch.from_numpy(backend.read("write_slots"))
+    own = reference.end_line(replay=chosen if choices is Choices.BUNDLE else None)
+    same = (own.sort(-1).values == chosen.sort(-1).values).float().mean().item()
+    if choices is Choices.PYTORCH:
+        backend.write("write_slots", own.numpy())
+        for layer in layers:
+            backend.write(f"slot_pos.{layer}", reference.slot_pos[layer].numpy())
+    return LineReport(line, error, same)
+
+
+def _compression(
+    model: torch.nn.Module,
+    reference: HistoryModel,
+    class_ids: Tensor,
+    tokens: Tensor,
+    report: Report,
+    report_line: Callable[[str, int], None],
+) -> None:
+    """Distance of the line-buffer model from the full cache, both in PyTorch, fed the same tokens."""
+    geometry, config = reference.geometry, reference.geometry.config
+    ids = model.guided_classes(class_ids) if geometry.guided else class_ids
+    fed = tokens.repeat(geometry.sequences // geometry.images, 1)
+    first = reference.begin(class_ids)[:, None]
+    lined = [first]
+    width = config.line_width
+    for line in range(config.lines):
+        last = line == config.lines - 1
+        lined.append(reference.feed(tokens[:, line * width : (line + 1) * width - last]))
+        if not last:
+            reference.end_line()
+        report_line("line buffer against full cache", line + 1)
+    for row in range(geometry.sequences):
+        # Row by row: the parallel pass holds the logits of every position.
+        full = model(ids[row : row + 1], fed[row : row + 1, :-1])
+        report.compression.add(full, torch.cat([part[row : row + 1] for part in lined], dim=1))
+
+
+def _free_running(
+    reference: HistoryModel,
+    class_ids: Tensor,
+    tokens: Tensor,
+    batch: Batch,
+    report: Report,
+    report_line: Callable[[str, int], None],
+) -> None:
+    """Let PyTorch draw on its own and compare with the bundle's ``tokens``."""
+    config = reference.geometry.config
+    params = sampling_params(batch.sampling)
+    uniforms = torch.from_numpy(batch.uniforms)
+    images = reference.geometry.images
+    diverged: list[int | None] = [None] * images
+    logits = reference.begin(class_ids)
+    drawn = torch.zeros_like(tokens)
+    for index in range(config.image_tokens):
+        drawn[:, index] = token = _draw(reference, logits, params, uniforms, index)
+        for image in range(images):
+            if diverged[image] is None and token[image] != tokens[image, index]:
+                diverged[image] = index
+                margin = _undecided(
+                    reference, logits, params, uniforms, index, image, int(tokens[image, index])
+                )
+                report.divergence_margin = max(report.divergence_margin, margin)
+        if index == config.image_tokens - 1:
+            break
+        logits = reference.feed(token[:, None])[:, 0]
+        if index % config.line_width == config.line_width - 1:
+            reference.end_line()
+            report_line("PyTorch draws", (index + 1) // config.line_width)
+    report.tokens_agreement = (drawn == tokens).float().mean().item()
+    report.first_divergence = diverged
+
+
+def sampling_params(settings: SamplingSettings) -> SamplingParams:
+    """The sampler's scalars of ``settings``."""
+    return SamplingParams(
+        torch.tensor(settings.guidance),
+        torch.tensor(settings.guidance_interval),
+        torch.tensor(settings.temperature),
+        torch.tensor(settings.top_k),
+        torch.tensor(settings.top_p),
+        torch.tensor(int(settings.greedy)),
+    )
+
+
+def _guided(reference: HistoryModel, logits: Tensor, params: SamplingParams, index: int) -> Tensor:
+    if not reference.geometry.guided:
+        return logits
+    return guide(logits, params, torch.full((reference.geometry.images,), index))
+
+
+def _draw(
+    reference: HistoryModel, logits: Tensor, params: SamplingParams, uniforms: Tensor, index: int
+) -> Tensor:
+    guided = _guided(reference, logits, params, index)
+    if params.greedy:
+        return guided.argmax(-1)
+    return draw(filtered_mass(guided, params), uniforms[:, index])
+
+
+def _undecided(
+    reference: HistoryModel,
+    logits: Tensor,
+    params: SamplingParams,
+    uniforms: Tensor,
+    index: int,
+    image: int,
+    other: int,
+) -> float:
+    """How far the reference was from drawing ``other``: a logit gap when greedy, else a probability."""
+    guided = _guided(reference, logits, params, index)[image]
+    if params.greedy:
+        return (guided.max() - guided[other]).item()
+    mass = filtered_mass(guided[None], params)[0]
+    cumulative = (mass / mass.sum()).cumsum(-1)
+    above = cumulative[other].item()
+    below = cumulative[other - 1].item() if other else 0.0
+    uniform = uniforms[image, index].item()
+    return max(below - uniform, uniform - above, 0.0)
+
+
+def _pixels(
+    decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Tensor, report: Report
+) -> None:
+    raster = decoder.manifest.raster
+    model = image_decoder.eager()
+    errors = []
+    for row in tokens:
+        grid = row.reshape(1, raster.lines, raster.line_width)
+        ours = torch.from_numpy(decoder(row[None].numpy()))
+        errors.append((model.decode(grid) - ours).abs().flatten())
+    error = torch.cat(errors)
+    report.pixels_max_abs = error.max().item()
+    mse = error.double().square().mean().item()
+    # Peak to peak 2: pixels span [-1, 1].
+    report.pixels_psnr = math.inf if mse == 0 else 10 * math.log10(4 / mse)
+
+

@@ -1,0 +1,143 @@
+"""The line-buffer model without a line buffer: the PyTorch reference that a bundle is compared with.
+
+Every key and value of the image stays in memory, and a mask says which positions each query may see. Slots are
+bookkeeping of positions only, so that scatter, overwriting and masking in the stages are checked against
+something that does none of them. A whole line is fed at once when its tokens are known.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graphs.policies import FinishedLine, LineEndParams, Policy, end_line
+from graphs.stages import Geometry
+
+
+class HistoryModel:
+    """Runs one batch.
+
+    Args:
+        model: the family's module with its weights.
+        geometry: sizes of the batch and its buffer.
+        policy: chooses slots at line ends.
+        params: cache scalars; ``capacity`` holds one number a layer.
+
+    Attributes:
+        scores: a layer's ``[R, C]`` attention received, as in the decode stage.
+        slot_pos: a layer's ``[R, C]`` positions held, -1 empty.
+        write_slots: ``[L, R, W]``, the slots of the line being fed.
+        position: position of the next token to feed.
+    """
+
+    def __init__(
+        self, model: nn.Module, geometry: Geometry, policy: Policy, params: LineEndParams
+    ) -> None:
+        self.model, self.geometry, self.policy, self.params = model, geometry, policy, params
+
+    @torch.no_grad()
+    def begin(self, class_ids: Tensor) -> Tensor:
+        """Feed the condition of ``class_ids [I]``; return the logits ``[B, V]`` of token 0."""
+        geometry, config = self.geometry, self.geometry.config
+        positions = config.prefix_len + config.image_tokens
+        shape = (geometry.rows, positions, config.head_dim)
+        self.keys = [torch.zeros(shape) for _ in range(config.layers)]
+        self.values = [torch.zeros(shape) for _ in range(config.layers)]
+        self.scores = [torch.zeros(geometry.rows, slots) for slots in geometry.capacities]
+        self.slot_pos = [
+            torch.full((geometry.rows, slots), -1, dtype=torch.int32)
+            for slots in geometry.capacities
+        ]
+        self.position = 0
+        ids = self.model.guided_classes(class_ids) if geometry.guided else class_ids
+        x = self.model.prefix(ids)
+        prefix = config.prefix_len
+        for held in self.slot_pos:
+            held[:, :prefix] = torch.arange(prefix, dtype=torch.int32)
+        causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()
+        visible = nn.functional.pad(causal, (0, config.image_tokens))
+        logits = self._forward(x, lambda layer: (visible.expand(geometry.rows, -1, -1), None))
+        first = torch.arange(prefix, prefix + config.line_width)
+        self.write_slots = first.expand(config.layers, geometry.rows, -1).clone()
+        return logits[:, -1]
+
+    @torch.no_grad()
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Feed the next tokens of a line, ``[I, n]``; return the logits ``[B, n, V]`` of the tokens after each."""
+        geometry, config = self.geometry, self.geometry.config
+        count = tokens.shape[1]
+        column = (self.position - config.prefix_len) % config.line_width
+        if column + count > config.line_width:
+            raise ValueError(f"{count} tokens from column {column} leave the line")
+        fed = torch.cat([tokens, tokens]) if geometry.guided else tokens
+        rows = torch.arange(geometry.rows)
+
+        def written(layer: int) -> tuple[Tensor, Tensor]:
+            """Visible positions ``[R, n, P]`` and held positions ``[R, n, C]`` after each token's write."""
+            held = []
+            for offset in range(count):
+                slots = self.write_slots[layer, :, column + offset]
+                self.slot_pos[layer][rows, slots] = self.position + offset
+                held.append(self.slot_pos[layer].clone())
+            slot_pos = torch.stack(held, dim=1).long()
+            positions = config.prefix_len + config.image_tokens
+            visible = torch.zeros(geometry.rows, count, positions + 1, dtype=torch.bool)
+            # Empty slots mark the extra column, which is cut off.
+            visible.scatter_(2, torch.where(slot_pos < 0, positions, slot_pos), True)
+            return visible[:, :, :positions], slot_pos
+
+        return self._forward(self.model.embed(fed), written)
+
+    @torch.no_grad()
+    def end_line(self, replay: Tensor | None = None) -> Tensor:
+        """Choose the next line's slots ``[L, R, W]`` and evict; ``replay`` imposes them instead.
+
+        The model's own choice is returned in either case.
+        """
+        geometry, config = self.geometry, self.geometry.config
+        position = torch.full((geometry.rows, 1), self.position, dtype=torch.int32)
+        own = []
+        for layer, (scores, slot_pos) in enumerate(zip(self.scores, self.slot_pos, strict=True)):
+            line = FinishedLine(scores, slot_pos, position, config.prefix_len, config.line_width)
+            chosen, left, fresh = end_line(
+                self.policy, line, self.params.capacity[layer], self.params
+            )
+            own.append(chosen)
+            if replay is not None:
+                left = slot_pos
+                if self.params.strict:
+                    left = slot_pos.scatter(1, replay[layer], -1)
+            self.slot_pos[layer], self.scores[layer] = left, fresh
+        self.write_slots = torch.stack(own) if replay is None else replay.clone()
+        return torch.stack(own)
+
+    def _forward(self, x: Tensor, visibility) -> Tensor:  # type: ignore[no-untyped-def]
+        """Run ``x [B, n, dim]`` at the next n positions under ``visibility(layer)``; return ``[B, n, V]``."""
+        geometry, config = self.geometry, self.geometry.config
+        count = x.shape[1]
+        run = slice(self.position, self.position + count)
+        rope = self.model.rope(torch.arange(run.start, run.stop)[None])
+        for layer, block in enumerate(self.model.layers):
+            q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
+            self.keys[layer][:, run] = k.reshape(geometry.rows, count, -1)
+            self.values[layer][:, run] = v.reshape(geometry.rows, count, -1)
+            visible, slot_pos = visibility(layer)
+            q = q.reshape(geometry.rows, geometry.query_group, count, -1)
+            logits = q @ self.keys[layer][:, None].mT
+            probs = logits.masked_fill(~visible[:, None], float("-inf")).softmax(-1)
+            attended = probs @ self.values[layer][:, None]
+            attended = attended.reshape(geometry.sequences, config.heads, count, -1)
+            x = block.finish(x, attended.transpose(1, 2))
+            if slot_pos is not None:
+                self._account(layer, probs.mean(1), slot_pos)
+        self.position += count
+        return self.model.logits(x)
+
+    def _account(self, layer: int, probs: Tensor, slot_pos: Tensor) -> None:
+        """Add ``probs [R, n, P]`` to the scores of the slots that held each position, ``slot_pos [R, n, C]``."""
+        received = probs.gather(2, slot_pos.clamp(min=0)).masked_fill(slot_pos < 0, 0.0)
+        scores = self.scores[layer]
+        for offset in range(probs.shape[1]):
+            fresh = slot_pos[:, offset] == self.position + offset
+            scores = scores.masked_fill(fresh, 0.0) + received[:, offset]
+        self.scores[layer] = scores

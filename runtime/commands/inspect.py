@@ -1,0 +1,106 @@
+"""``linert inspect``."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import click
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from runtime.bundle import Bundle, open_bundle
+from runtime.manifest import Manifest
+from runtime.text import size_text
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Tell what BUNDLE is, costs and needs. Reads the manifest and file sizes; loads no weights."""
+    opened = open_bundle(bundle, digests=False)
+    if as_json:
+        click.echo(json.dumps(describe(opened), indent=1))
+        return
+    _print(opened, Console(highlight=False))
+
+
+def describe(bundle: Bundle) -> dict[str, object]:
+    """Everything that ``inspect`` says, as JSON values."""
+    manifest = bundle.manifest
+    return {
+        "manifest": msgspec.to_builtins(manifest),
+        "policies": list(manifest.policies),
+        "state_bytes": manifest.state_bytes,
+        "state_bytes_full_cache": full_cache_bytes(manifest),
+        "state_bytes_by_kind": state_by_kind(manifest),
+        "file_bytes": sum(record.bytes for record in manifest.files.values()),
+        "decode_steps": manifest.raster.image_tokens - 1,
+    }
+
+
+def state_by_kind(manifest: Manifest) -> dict[str, int]:
+    """Bytes of state by the name before the layer number."""
+    kinds: defaultdict[str, int] = defaultdict(int)
+    for spec in manifest.state:
+        kinds[spec.name.split(".")[0]] += spec.nbytes
+    return dict(kinds)
+
+
+def full_cache_bytes(manifest: Manifest) -> int:
+    """State memory if every token of the image stayed: per-slot tensors scaled to a slot a token."""
+    raster = manifest.raster
+    slots = raster.prefix_len + raster.image_tokens
+    held = manifest.cache.capacity(raster)
+    return sum(
+        spec.nbytes // held * slots if held in spec.shape and "." in spec.name else spec.nbytes
+        for spec in manifest.state
+    )
+
+
+def _print(bundle: Bundle, console: Console) -> None:
+    manifest = bundle.manifest
+    raster, cache, model, decoder = (
+        manifest.raster, manifest.cache, manifest.model, manifest.image_decoder,
+    )
+    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rows = {
+        "bundle": f"{bundle.path} (schema {manifest.schema}, sha256 {manifest.sha256[:16]})",
+        "model": f"{model.family}, {model.parameters:,} parameters, {model.layers} layers, "
+        f"{model.num_classes} classes, {manifest.precision}",
+        "checkpoint": f"{model.source.path} (sha256 {model.source.sha256[:16]})",
+        "image": f"{raster.lines} x {raster.line_width} tokens, {raster.lines * decoder.patch} x "
+        f"{raster.line_width * decoder.patch} pixels",
+        "batch": f"{manifest.images} images, "
+        + ("guided (two rows an image)" if manifest.guided else "unguided (one row an image)"),
+        "cache": f"{cache.policy} ({cache.mode}), {cache.budget_lines} of {raster.lines} lines = "
+        f"{cache.capacity(raster)} slots; {cache.recent_lines} recent lines, {cache.anchor_tokens} anchor "
+        "tokens stay",
+        "policies": ", ".join(manifest.policies),
+        "sampling": ", ".join(
+            f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
+        ),
+        "made by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
+        "needs": "ONNX Runtime with opset 24 (1.24 or newer)",
+    }
+    for name, text in rows.items():
+        facts.add_row(name, text)
+    console.print(facts)
+
+    memory = Table("state", "bytes", "", title="state memory", title_justify="left")
+    for kind, count in state_by_kind(manifest).items():
+        memory.add_row(kind, f"{count:,}", size_text(count))
+    total, full = manifest.state_bytes, full_cache_bytes(manifest)
+    memory.add_section()
+    memory.add_row("total", f"{total:,}", size_text(total))
+    memory.add_row("full cache", f"{full:,}", f"{size_text(full)}, {full / total:.2f} x")
+    console.print(memory)
+
+    files = Table("file", "bytes", "stage", title="files", title_justify="left")
+    stage_of = {stage.file: name for name, stage in manifest.stages.items()}
+    for name, record in sorted(manifest.files.items()):
+        files.add_row(name, f"{record.bytes:,}", stage_of.get(name, "shared weights"))
+    console.print(files)

@@ -1,0 +1,56 @@
+"""``linert render``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+
+from runtime.bundle import open_bundle
+from runtime.errors import OutputError, RequestError
+from runtime.generator import PixelDecoder, picture
+from runtime.output import (
+    SHEET_NAME,
+    contact_sheet,
+    make_folder,
+    read_tokens,
+    write_arrays,
+    write_png,
+)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("tokens", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
+@click.option("--save-pixels", type=click.Path(path_type=Path),
+              help="Also write the pixels (float32 NCHW before clamping) to this npz file.")
+@click.option("--force", is_flag=True, help="Write into OUT though it exists.")
+@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+def command(
+    bundle: Path, tokens: Path, out: Path, save_pixels: Path | None, force: bool, threads: int
+) -> None:
+    """Turn the saved TOKENS of ``linert run --save-tokens`` into pictures again, with BUNDLE's image decoder."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file, not a folder; give another --out")
+    if out.is_dir() and any(out.iterdir()) and not force:
+        raise OutputError(f"{out} exists; give another --out, or --force to write into it")
+    arrays = read_tokens(tokens)
+    rows, classes = arrays["tokens"], arrays.get("classes")
+    if not len(rows):
+        raise RequestError(f"{tokens} holds no images")
+    if classes is not None and classes.shape != rows.shape[:1]:
+        raise RequestError(f"{tokens}: {len(rows)} images and {classes.shape} classes")
+    pixels = PixelDecoder(open_bundle(bundle), threads=threads)(rows)
+    make_folder(out)
+    shown = [picture(image) for image in pixels]
+    captions = []
+    for number, image in enumerate(shown):
+        class_id = None if classes is None else int(classes[number])
+        write_png(out / f"image_{number:06d}.png", image)
+        captions.append(f"{number}" if class_id is None else f"{number} · class {class_id}")
+    write_png(out / SHEET_NAME, contact_sheet(shown, captions))
+    if save_pixels is not None:
+        write_arrays(save_pixels, {"pixels": pixels.astype(np.float32, copy=False)})
+    click.echo(f"{len(shown)} images: {out}")
