@@ -12,7 +12,7 @@ import hashlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -196,10 +196,11 @@ def _store_weights(
 ) -> None:
     """Make what was lifted initializers again, stored the way their readers want them."""
     graph = model.graph
-    for value in [v for v in graph.inputs if v.name in lifted]:
+    joined = _join_weights(model, lifted)
+    for value in [v for v in graph.inputs if v.name in lifted or v.name in joined]:
         graph.inputs.remove(value)
         name = value.name or ""
-        tensor = lifted[name].detach()
+        tensor = joined[name]() if name in joined else lifted[name].detach()
         users = [usage.node for usage in value.uses()]
         if not users:
             continue
@@ -221,6 +222,27 @@ def _store_weights(
 def _deployed(tensor: Tensor) -> Tensor:
     """The tensor in the precision of the graph: floats in float32."""
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _join_weights(
+    model: ir.Model, lifted: Mapping[str, Tensor]
+) -> dict[str, Callable[[], Tensor]]:
+    """Replace every Concat of nothing but weights by one graph input; return how to make what it holds."""
+    joined: dict[str, Callable[[], Tensor]] = {}
+    for node in list(model.graph):
+        names = [value.name if value is not None else None for value in node.inputs]
+        if node.op_type != "Concat" or not all(name in lifted for name in names):
+            continue
+        parts = [lifted[str(name)].detach() for name in names]
+        axis = node.attributes["axis"].as_int()
+        output = node.outputs[0]
+        name = "+".join(str(name) for name in names)
+        value = ir.Value(name=name, shape=output.shape, type=output.type)
+        joined[name] = lambda parts=parts, axis=axis: torch.cat([_deployed(p) for p in parts], dim=axis)
+        output.replace_all_uses_with(value)
+        model.graph.remove(node, safe=True)
+        model.graph.inputs.append(value)
+    return joined
 
 
 def _transposes(node: ir.Node) -> bool:

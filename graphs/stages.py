@@ -264,7 +264,7 @@ class Decode(Stage):
         drawn_index = position_next - config.prefix_len
         column = (held - config.prefix_len) % config.line_width
         per_row = _per_row(column, geometry)[None, :, None]
-        slots = write_slots.gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2)
+        slots = write_slots.gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2).unbind(0)
         held_rows = _per_row(held, geometry)[:, None].to(torch.int32)
 
         fed = torch.cat([token, token]) if geometry.guided else token

@@ -11,6 +11,7 @@ from runtime.backend import Array, Backend
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
 from runtime.manifest import StageSpec, TensorSpec
+from runtime.memory import huge_pages
 
 DISABLED_OPTIMIZERS = ["MatMulScaleFusion"]
 """A scale fused into attention's MatMul takes it off the matrix-vector path and doubles its time."""
@@ -33,7 +34,8 @@ class OrtBackend(Backend):
         self._bindings: dict[str, ort.IOBinding] = {}
         self._copy_back: dict[str, list[tuple[Array, Array]]] = {}
         for stage, spec in self.stages.items():
-            session = self._load(stage, threads)
+            with huge_pages():
+                session = self._load(stage, threads)
             self._check(stage, spec, session)
             self._sessions[stage] = session
             self._bindings[stage], self._copy_back[stage] = self._bind(spec, session)

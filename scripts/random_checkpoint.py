@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Write random checkpoints of published sizes, for measurements that need a model's shape and not its pictures.
+
+    python scripts/random_checkpoint.py --size XL --out random_XL_384.pt
+    python scripts/random_checkpoint.py --vq 16 --out random_vq16.pt
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from graphs.families import llamagen, vq
+
+SIZES = {
+    # layers, width, heads, feed-forward width
+    "B": (12, 768, 12, 2048),
+    "L": (24, 1024, 16, 2816),
+    "XL": (36, 1280, 20, 3584),
+    "XXL": (48, 1536, 24, 4096),
+    "3B": (24, 3200, 32, 8704),
+}
+VQ_CHANNELS = {16: (512, 256, 256, 128, 128), 8: (512, 256, 256, 128)}
+
+
+def transformer_shapes(size: str) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of a published size."""
+    layers, dim, heads, ffn_dim = SIZES[size]
+    return llamagen.LlamaGenConfig(
+        layers, dim, heads, ffn_dim, vocab_size=16384, num_classes=1000, grid=24
+    ).tensor_shapes()
+
+
+def vq_shapes(patch: int) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of a published VQ tokenizer."""
+    return vq.VQConfig(16384, 8, 256, VQ_CHANNELS[patch]).tensor_shapes(encoder=True)
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Normal numbers, scaled so that activations keep their size from layer to layer."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        tensor = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            tensor = 0.1 * tensor + (1.0 if name.endswith("weight") else 0.0)
+        elif "embed" not in name:
+            tensor *= (tensor[0].numel()) ** -0.5
+        tensors[name] = tensor
+    return tensors
+
+
+@click.command(help=__doc__)
+@click.option("--size", type=click.Choice(list(SIZES)), help="A transformer of this size.")
+@click.option("--vq", "patch", type=click.Choice(["8", "16"]), help="Or a VQ tokenizer of this patch.")
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+def main(size: str | None, patch: str | None, out: Path) -> None:
+    if (size is None) == (patch is None):
+        raise click.UsageError("give --size or --vq")
+    shapes = transformer_shapes(size) if size else vq_shapes(int(patch or 0))
+    torch.save({"model": random_tensors(shapes)}, out)
+    click.echo(f"{out}: {out.stat().st_size / 1e6:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
