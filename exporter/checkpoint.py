@@ -129,7 +129,10 @@ def _load_torch(path: Path) -> Any:
                 f"({_named_global(str(error)) or reason})"
             ) from error
         raise CheckpointError(f"{path} is truncated, corrupt or no checkpoint: {reason}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # A damaged pickle stream fails in whatever way its bytes lead to.
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} is truncated, corrupt or no checkpoint: {reason}") from error
 

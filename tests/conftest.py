@@ -1,0 +1,101 @@
+"""Checkpoints and bundles on the smallest models that can show a fact."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from graphs.families import llamagen, vq
+from tests.golden_weights import golden_state
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def run_linert(*arguments: object) -> Result:
+    """Run the installed command in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from runtime.cli import main; main()", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def linert() -> Callable[..., Result]:
+    return run_linert
+
+
+@pytest.fixture(scope="session")
+def golden_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The golden transformer and VQ tokenizer as published containers."""
+    folder = tmp_path_factory.mktemp("golden")
+    for name in ("c2i", "vq16"):
+        torch.save({"model": golden_state(name)}, folder / f"{name}.pt")
+    return folder / "c2i.pt", folder / "vq16.pt"
+
+
+def random_state(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Unit-scale random weights for ``module``."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, parameter in module.named_parameters():
+        tensor = torch.randn(parameter.shape, generator=generator)
+        if parameter.ndim == 1:
+            tensor = 0.1 * tensor + float(name.endswith("weight"))
+        elif "embed" not in name:
+            tensor *= 2 * tensor[0].numel() ** -0.5
+        state[name] = tensor
+    return state
+
+
+TINY = llamagen.LlamaGenConfig(
+    layers=2, dim=32, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=6
+)
+TINY_VQ = vq.VQConfig(codebook_size=64, code_dim=8, z_channels=32, channels=(32, 32), res_blocks=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A transformer of 6 x 6 tokens and a tokenizer of patch 2."""
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.save({"model": random_state(llamagen.LlamaGen(TINY))}, folder / "model.pt")
+    torch.save({"model": random_state(vq.VQModel(TINY_VQ, encoder=True))}, folder / "vq.pt")
+    return folder / "model.pt", folder / "vq.pt"
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Export by the command; returns the bundle."""
+
+    def make(model: Path, vq_file: Path, *options: object) -> Path:
+        out = tmp_path_factory.mktemp("bundle") / "bundle"
+        result = run_linert("export", model, "--vq", vq_file, "--out", out, *options)
+        assert result.code == 0, result.err
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
+    """Batch 2, guided, linear with 3 of 6 lines."""
+    return export(*tiny_files, "--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
+
+
+

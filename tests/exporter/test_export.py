@@ -1,0 +1,259 @@
+"""``linert export``: what stands in a bundle, and that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exporter import bundle_export
+from exporter.commands.export import cache_settings
+from exporter.models import load_image_decoder, load_transformer
+from exporter.onnx_export import WeightsFile
+from graphs.families import llamagen
+from graphs.line_attention import DOMAIN, OP_TYPE
+from runtime.bundle import open_bundle
+from runtime.errors import ExportError, GeometryError, OutputError
+from runtime.geometry import CacheSettings, Mode, Raster
+from runtime.manifest import SamplingSettings
+from tests.conftest import ROOT, TINY, Result, random_state
+
+Linert = Callable[..., Result]
+Files = tuple[Path, Path]
+TINY_OPTIONS = ("--grid", 6, "--heads", 4)
+
+
+def test_a_bundle_holds_static_opset_24_stages_and_one_weights_file(tiny_bundle: Path) -> None:
+    names = {path.name for path in tiny_bundle.iterdir()}
+    stages = {"prefill.onnx", "decode.onnx", "line_end.linear.onnx", "vq_decoder.onnx"}
+    assert names == {"manifest.json", "weights.bin", *stages}
+    for name in stages:
+        model = onnx.load(tiny_bundle / name, load_external_data=False)
+        assert {o.domain: o.version for o in model.opset_import}[""] == 24
+        for value in (*model.graph.input, *model.graph.output):
+            assert all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim), value.name
+        for tensor in model.graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                assert {e.key: e.value for e in tensor.external_data}["location"] == "weights.bin"
+
+
+def test_line_attention_is_one_node_a_layer_with_its_function_and_plugin_attributes(
+    tiny_bundle: Path,
+) -> None:
+    model = onnx.load(tiny_bundle / "decode.onnx", load_external_data=False)
+    nodes = [node for node in model.graph.node if node.op_type == OP_TYPE]
+    assert len(nodes) == TINY.layers
+    for node in nodes:
+        assert node.domain == DOMAIN
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert attributes == {"plugin_namespace": b"linert", "plugin_version": b"1"}
+    assert [(f.domain, f.name) for f in model.functions] == [(DOMAIN, OP_TYPE)]
+    standard = {node.domain for node in model.functions[0].node}
+    assert standard == {""}
+
+
+def test_prefill_and_decode_share_their_weights(tiny_bundle: Path) -> None:
+    def places(name: str) -> dict[str, str]:
+        model = onnx.load(tiny_bundle / name, load_external_data=False)
+        return {
+            t.name: str({e.key: e.value for e in t.external_data})
+            for t in model.graph.initializer
+            if t.name.startswith("model.layers.")
+        }
+
+    assert places("prefill.onnx") == places("decode.onnx") != {}
+
+
+def test_graphs_tell_nothing_of_the_machine_that_made_them(tiny_bundle: Path) -> None:
+    for path in tiny_bundle.glob("*.onnx"):
+        assert str(ROOT).encode() not in path.read_bytes()
+
+
+def test_state_memory_is_printed_first_and_stands_in_the_manifest(
+    linert: Linert, tiny_files: Files, tmp_path: Path
+) -> None:
+    result = linert(
+        "export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", tmp_path / "b", "--batch", 3,
+        "--budget-lines", 2,
+    )
+    assert result.code == 0, result.err
+    manifest = open_bundle(tmp_path / "b").manifest
+    assert f"state memory: {manifest.state_bytes} bytes" in result.err
+    slots, rows = 1 + 2 * 6, 3 * 2 * TINY.heads
+    buffers = TINY.layers * rows * slots * (2 * 4 * TINY.head_dim + 4 + 4)
+    loop = 8 * (3 + 3 * 36 + 6 + TINY.layers * rows * 6)
+    assert manifest.state_bytes == buffers + loop
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budget-lines", 7), "above the image's 6 lines"),
+        (("--budget-lines", 0), "budget_lines is 0"),
+        (("--budget-lines", 2, "--recent-lines", 2), "give at least 3 lines"),
+        (("--budget-lines", 3, "--anchor-tokens", 7, "--recent-lines", 1), "give at least 4 lines"),
+        (("--recent-lines", -1), "recent_lines is -1"),
+        (("--policy", "full", "--budget-lines", 3), "evicts nothing"),
+        (("--batch", 0), "a batch of 0 images"),
+        (("--temperature", 0), "temperature 0.0"),
+        (("--top-p", 1.5), "top_p 1.5"),
+        (("--top-k", -1), "top_k -1"),
+        (("--policy", "nonsense"), "nonsense"),
+        (("--ema",), "no ema weights"),
+        (("--heads", 7), "not a multiple of heads 7"),
+        (("--grid", 1), "a grid of 1"),
+    ],
+)
+def test_bad_requests_are_refused_and_write_nothing(
+    options: tuple[object, ...], message: str, linert: Linert, tiny_files: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    result = linert("export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", out, *options)
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+    assert "Traceback" not in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_files_are_refused_and_write_nothing(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(tiny_files[0].read_bytes()[:5000])
+    for model, vq_file in ((broken, tiny_files[1]), (tiny_files[0], broken), (tiny_files[1], tiny_files[0])):
+        result = linert("export", model, "--vq", vq_file, *TINY_OPTIONS, "--out", tmp_path / "b")
+        assert result.code == 2
+        assert "Traceback" not in result.err
+        assert [path.name for path in tmp_path.iterdir()] == ["broken.pt"]
+
+
+def test_a_tokenizer_of_another_codebook_is_refused(tiny_files: Files, golden_files: Files) -> None:
+    with pytest.raises(ExportError, match="do not belong together"):
+        plan_of(tiny_files[0], golden_files[1])
+
+
+def plan_of(model: Path, vq_file: Path) -> bundle_export.ExportPlan:
+    decoder = load_image_decoder(vq_file)
+    transformer = load_transformer(model, patch=decoder.config.patch, grid=6, heads=4)
+    cache = CacheSettings("linear", Mode.STRICT, 2, 1, 0)
+    return bundle_export.ExportPlan(transformer, decoder, cache, 1, SamplingSettings())
+
+
+def test_an_existing_folder_needs_force(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "keep").write_text("me")
+    arguments = ("export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", out)
+    result = linert(*arguments)
+    assert result.code == 2
+    assert "--force" in result.err
+    assert (out / "keep").read_text() == "me"
+    assert linert(*arguments, "--force").code == 0
+    assert open_bundle(out).manifest.images == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    result = linert(
+        "export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", tmp_path / "file" / "bundle"
+    )
+    assert result.code == 2
+    assert "cannot write" in result.err
+
+
+def test_a_full_disk_is_an_error_and_leaves_the_old_bundle(
+    monkeypatch: pytest.MonkeyPatch, tiny_files: Files, tmp_path: Path
+) -> None:
+    def full(self: WeightsFile, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "bundle"
+    out.mkdir()
+    (out / "old").write_text("bundle")
+    plan = plan_of(*tiny_files)
+    monkeypatch.setattr(WeightsFile, "_write", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        bundle_export.export_bundle(plan, out, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (out / "old").read_text() == "bundle"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 1.5, 3.0])
+def test_an_interrupted_export_leaves_nothing(
+    kind: signal.Signals, delay: float, tiny_files: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "bundle"
+    command = [sys.executable, "-c", "from runtime.cli import main; main()", "export", tiny_files[0], "--vq"]
+    process = subprocess.Popen(
+        [*command, tiny_files[1], "--grid", "6", "--heads", "4", "--out", out],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if "state memory" in line:
+            break
+    time.sleep(delay)
+    process.send_signal(kind)
+    code = process.wait(timeout=60)
+    if out.exists():
+        assert code == 0
+        assert open_bundle(out)
+    else:
+        assert code == 130
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["bundle"])
+
+
+@pytest.mark.parametrize("head_dim", [100, 12])
+def test_head_sizes_that_are_no_power_of_two(
+    head_dim: int, linert: Linert, export: Callable[..., Path], tiny_files: Files, tmp_path: Path
+) -> None:
+    config = llamagen.LlamaGenConfig(2, 2 * head_dim, 2, 64, 64, 5, grid=4)
+    model = tmp_path / "model.pt"
+    torch.save({"model": random_state(llamagen.LlamaGen(config))}, model)
+    bundle = export(model, tiny_files[1], "--grid", 4, "--heads", 2, "--budget-lines", 2)
+    result = linert("validate", bundle, "--json")
+    assert result.code == 0, result.out + result.err
+    assert json.loads(result.out)["passed"]
+
+
+@given(lines=st.integers(2, 64), width=st.integers(2, 65), prefix=st.integers(1, 120), budget=st.integers(1, 64))
+def test_default_protection_always_fits_the_budget(lines: int, width: int, prefix: int, budget: int) -> None:
+    raster = Raster(prefix, width, lines)
+    cache = cache_settings(raster, "linear", Mode.STRICT, min(budget, lines), None, None)
+    cache.check(raster)
+    cache_settings(raster, "full", Mode.STRICT, None, None, None).check(raster)
+
+
+@given(
+    lines=st.integers(2, 40),
+    width=st.integers(2, 40),
+    budget=st.integers(-1, 45),
+    recent=st.integers(-1, 45),
+    anchors=st.integers(-1, 200),
+)
+def test_a_budget_is_accepted_exactly_when_a_line_can_always_be_evicted(
+    lines: int, width: int, budget: int, recent: int, anchors: int
+) -> None:
+    cache = CacheSettings("linear", Mode.LAZY, budget, recent, anchors)
+    fits = budget * width - anchors - recent * width >= width or budget == lines
+    valid = 1 <= budget <= lines and recent >= 0 and anchors >= 0 and fits
+    if valid:
+        cache.check(Raster(1, width, lines))
+    else:
+        with pytest.raises(GeometryError):
+            cache.check(Raster(1, width, lines))

@@ -1,0 +1,59 @@
+"""Regenerate the weights that the golden outputs in ``data/`` were made with.
+
+The outputs come from the published LlamaGen code (FoundationVision/LlamaGen) run on these weights. Every tensor is
+drawn from its own numpy stream, seeded by (seed, crc32 of its name), so nothing but the outputs is stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    normal = rng.standard_normal(tuple(shape), dtype=np.float32)
+    if name.endswith("codebook_used"):
+        return np.zeros(shape, np.float32)
+    if name.endswith(".bias"):
+        return 0.1 * normal
+    if len(shape) == 1:
+        return 1 + 0.2 * normal
+    if any(part in name for part in ("quantize.embedding", "tok_embeddings", "embedding_table")):
+        return normal
+    gain = 1.0
+    if name.endswith("output.weight"):
+        gain = 3.0
+    if name.endswith("conv_out.weight"):
+        gain = 0.5
+    fan_in = int(np.prod(shape[1:]))
+    return (gain / np.sqrt(fan_in)).astype(np.float32) * normal
+
+
+def golden_state(name: str) -> dict[str, torch.Tensor]:
+    """State dict ``c2i`` or ``vq16``; its digest is checked."""
+    info = json.loads((DATA / "golden.json").read_text())[name]
+    state = {
+        key: torch.from_numpy(np.ascontiguousarray(tensor_for(key, shape, info["fill_seed"]), np.float32))
+        for key, shape in info["keys"].items()
+    }
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        digest.update(key.encode())
+        digest.update(state[key].numpy().tobytes())
+    if digest.hexdigest() != info["sha256"]:
+        raise RuntimeError(f"the weights of {name} did not regenerate")
+    return state
+
+
+def golden_outputs(name: str) -> dict[str, np.ndarray]:
+    """Stored outputs: ``tokens [B, N]``, ``logits [steps, rows, V]`` and others."""
+    with np.load(DATA / f"llamagen_{name}.npz") as archive:
+        return {key: archive[key] for key in archive.files}

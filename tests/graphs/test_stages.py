@@ -1,0 +1,124 @@
+"""The stages, run eagerly, against references that have no slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphs import stages
+from graphs.families import llamagen
+from graphs.history import HistoryModel
+from graphs.policies import POLICIES, LineEndParams
+from tests.conftest import TINY, random_state
+
+IMAGES = 2
+CLASSES = torch.tensor([1, 3])
+
+
+def model() -> llamagen.LlamaGen:
+    net = llamagen.LlamaGen(TINY)
+    net.load_state_dict(random_state(net))
+    return net.requires_grad_(False)
+
+
+class Eager:
+    """Runs the stages on named tensors, as a backend would."""
+
+    def __init__(self, net: llamagen.LlamaGen, geometry: stages.Geometry, policy: str, **cache: int) -> None:
+        self.stages = {
+            "prefill": stages.Prefill(net, geometry),
+            "decode": stages.Decode(net, geometry),
+            "line_end": stages.LineEnd(POLICIES[policy](), geometry),
+        }
+        self.tensors = {
+            "class_ids": CLASSES,
+            "uniforms": torch.rand(IMAGES, TINY.image_tokens, generator=torch.Generator().manual_seed(3)),
+            "guidance": torch.tensor(3.0),
+            "guidance_interval": torch.tensor(-1),
+            "temperature": torch.tensor(1.0),
+            "top_k": torch.tensor(0),
+            "top_p": torch.tensor(1.0),
+            "greedy": torch.tensor(0),
+            "capacity": torch.tensor(geometry.capacities),
+            **{name: torch.tensor(value) for name, value in cache.items()},
+        }
+
+    def run(self, name: str) -> None:
+        stage = self.stages[name]
+        outputs = stage(*(self.tensors[spec.name] for spec in stage.inputs))
+        for spec, value in zip(stage.outputs, outputs, strict=True):
+            assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec.name
+            self.tensors[spec.name.removesuffix(stages.NEXT)] = value
+
+
+def geometry(lines: int, *, guided: bool = True) -> stages.Geometry:
+    slots = TINY.prefix_len + lines * TINY.line_width
+    return stages.Geometry(TINY, IMAGES, guided, (slots,) * TINY.layers)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_with_room_for_the_image_the_stages_equal_the_parallel_model(guided: bool) -> None:
+    net = model()
+    sizes = geometry(TINY.lines, guided=guided)
+    eager = Eager(net, sizes, "full", recent_lines=1, anchor_tokens=0, strict=1)
+    eager.run("prefill")
+    logits = [eager.tensors["logits"]]
+    for step in range(TINY.image_tokens - 1):
+        eager.run("decode")
+        logits.append(eager.tensors["logits"])
+        if step % TINY.line_width == TINY.line_width - 1:
+            eager.run("line_end")
+    ids = net.guided_classes(CLASSES) if guided else CLASSES
+    fed = eager.tensors["tokens"].repeat(len(ids) // IMAGES, 1)
+    parallel = net(ids, fed[:, :-1])
+    torch.testing.assert_close(torch.stack(logits, dim=1), parallel, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("strict", [1, 0])
+@pytest.mark.parametrize(("lines", "recent", "anchors"), [(2, 1, 0), (3, 1, 4), (3, 0, 0), (1, 0, 0)])
+def test_the_line_buffer_equals_a_masked_history(strict: int, lines: int, recent: int, anchors: int) -> None:
+    net = model()
+    sizes = geometry(lines)
+    eager = Eager(net, sizes, "linear", recent_lines=recent, anchor_tokens=anchors, strict=strict)
+    params = LineEndParams(*(eager.tensors[name] for name in LineEndParams._fields))
+    history = HistoryModel(net, sizes, POLICIES["linear"](), params)
+    eager.run("prefill")
+    torch.testing.assert_close(history.begin(CLASSES), eager.tensors["logits"], atol=2e-5, rtol=0)
+    for line in range(TINY.lines):
+        fed, logits = [], []
+        last = line == TINY.lines - 1
+        for _ in range(TINY.line_width - last):
+            fed.append(eager.tensors["token"])
+            eager.run("decode")
+            logits.append(eager.tensors["logits"])
+        wanted = history.feed(torch.stack(fed, dim=1))
+        torch.testing.assert_close(torch.stack(logits, dim=1), wanted, atol=2e-5, rtol=0)
+        if last:
+            break
+        for layer in range(TINY.layers):
+            torch.testing.assert_close(
+                eager.tensors[f"scores.{layer}"], history.scores[layer], atol=2e-5, rtol=0
+            )
+        eager.run("line_end")
+        assert torch.equal(history.end_line(), eager.tensors["write_slots"])
+        for layer in range(TINY.layers):
+            assert torch.equal(history.slot_pos[layer], eager.tensors[f"slot_pos.{layer}"])
+
+
+def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
+    for strict, empty in ((1, TINY.line_width), (0, 0)):
+        eager = Eager(model(), geometry(2), "linear", recent_lines=1, anchor_tokens=0, strict=strict)
+        eager.run("prefill")
+        for _ in range(2):
+            for _ in range(TINY.line_width):
+                eager.run("decode")
+            eager.run("line_end")
+        assert ((eager.tensors["slot_pos.0"] < 0).sum(1) == empty).all()
+
+
+def test_state_bytes_are_the_sum_of_what_is_allocated() -> None:
+    sizes = geometry(3)
+    eager = Eager(model(), sizes, "linear", recent_lines=1, anchor_tokens=0, strict=1)
+    eager.run("prefill")
+    held = sum(eager.tensors[spec.name].nbytes for spec in sizes.state())
+    assert held == sum(spec.nbytes for spec in sizes.state())
