@@ -193,9 +193,7 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
     (folder / MANIFEST_NAME).write_bytes(encode(manifest))
 
 
-def _manifest(
-    plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str, FileRecord]
-) -> Manifest:
+def _manifest(plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str, FileRecord]) -> Manifest:
     transformer, decoder = plan.transformer, plan.image_decoder
     config = transformer.config
     return Manifest(

@@ -45,9 +45,7 @@ class Loaded(Generic[Config, ModelT]):
         """The module with its weights, in float32."""
         with torch.device("meta"):
             model = self.build(self.config)
-        model.load_state_dict(
-            {name: t.float() for name, t in self.tensors.items()}, strict=True, assign=True
-        )
+        model.load_state_dict({name: t.float() for name, t in self.tensors.items()}, strict=True, assign=True)
         return model.requires_grad_(False).eval()
 
     def source(self) -> Source:
@@ -136,9 +134,7 @@ def _grid_of_name(path: Path, patch: int) -> int:
     return int(match.group(1)) // patch
 
 
-def _not_a(
-    path: Path, what: str, shapes: Mapping[str, tuple[int, ...]], error: Exception
-) -> CheckpointError:
+def _not_a(path: Path, what: str, shapes: Mapping[str, tuple[int, ...]], error: Exception) -> CheckpointError:
     if isinstance(error, KeyError):
         names = sorted(shapes)
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -107,9 +107,7 @@ class WeightsFile:
         self._offset += memoryview(data).nbytes
 
 
-def export_stage(
-    stage: Stage, weights: WeightsFile, tensors: Mapping[str, Tensor]
-) -> onnx.ModelProto:
+def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Tensor]) -> onnx.ModelProto:
     """Return ``stage`` as an opset-24 model that refers to ``weights``.
 
     Args:
@@ -191,9 +189,7 @@ def _lift_weights(model: ir.Model, tensors: Mapping[str, Tensor]) -> dict[str, T
     return lifted
 
 
-def _store_weights(
-    model: ir.Model, lifted: Mapping[str, Tensor], weights: WeightsFile, stage: str
-) -> None:
+def _store_weights(model: ir.Model, lifted: Mapping[str, Tensor], weights: WeightsFile, stage: str) -> None:
     """Make what was lifted initializers again, stored the way their readers want them."""
     graph = model.graph
     joined = _join_weights(model, lifted)
@@ -224,9 +220,7 @@ def _deployed(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def _join_weights(
-    model: ir.Model, lifted: Mapping[str, Tensor]
-) -> dict[str, Callable[[], Tensor]]:
+def _join_weights(model: ir.Model, lifted: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
     """Replace every Concat of nothing but weights by one graph input; return how to make what it holds."""
     joined: dict[str, Callable[[], Tensor]] = {}
     for node in list(model.graph):

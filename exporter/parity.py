@@ -175,9 +175,7 @@ def validate(
     reference = _reference(backend, model, batch)
     class_ids = torch.from_numpy(batch.conditions["class_ids"])
     report = Report(choices, class_ids.tolist(), seed)
-    tokens = torch.from_numpy(
-        generate(backend, batch, lambda line: report_line("bundle draws", line))
-    )
+    tokens = torch.from_numpy(generate(backend, batch, lambda line: report_line("bundle draws", line)))
     _teacher_forced(backend, reference, class_ids, tokens, batch, report, report_line)
     with torch.no_grad():
         _compression(model, reference, class_ids, tokens, report, report_line)
@@ -378,9 +376,7 @@ def _undecided(
     return max(below - uniform, uniform - above, 0.0)
 
 
-def _pixels(
-    decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Tensor, report: Report
-) -> None:
+def _pixels(decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Tensor, report: Report) -> None:
     raster = decoder.manifest.raster
     model = image_decoder.eager()
     errors = []
@@ -393,5 +389,3 @@ def _pixels(
     mse = error.double().square().mean().item()
     # Peak to peak 2: pixels span [-1, 1].
     report.pixels_psnr = math.inf if mse == 0 else 10 * math.log10(4 / mse)
-
-

@@ -7,11 +7,18 @@ something that does none of them. A whole line is fed at once when its tokens ar
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphs.families.base import RasterTransformer
 from graphs.policies import FinishedLine, LineEndParams, Policy, end_line
 from graphs.stages import Geometry
+
+Visibility = Callable[[int], tuple[Tensor, Tensor | None]]
+"""Of a layer: the positions that each query sees ``[R, n, P]``, and those that each slot holds ``[R, n, C]``."""
 
 
 class HistoryModel:
@@ -31,7 +38,7 @@ class HistoryModel:
     """
 
     def __init__(
-        self, model: nn.Module, geometry: Geometry, policy: Policy, params: LineEndParams
+        self, model: RasterTransformer, geometry: Geometry, policy: Policy, params: LineEndParams
     ) -> None:
         self.model, self.geometry, self.policy, self.params = model, geometry, policy, params
 
@@ -45,8 +52,7 @@ class HistoryModel:
         self.values = [torch.zeros(shape) for _ in range(config.layers)]
         self.scores = [torch.zeros(geometry.rows, slots) for slots in geometry.capacities]
         self.slot_pos = [
-            torch.full((geometry.rows, slots), -1, dtype=torch.int32)
-            for slots in geometry.capacities
+            torch.full((geometry.rows, slots), -1, dtype=torch.int32) for slots in geometry.capacities
         ]
         self.position = 0
         ids = self.model.guided_classes(class_ids) if geometry.guided else class_ids
@@ -55,7 +61,7 @@ class HistoryModel:
         for held in self.slot_pos:
             held[:, :prefix] = torch.arange(prefix, dtype=torch.int32)
         causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()
-        visible = nn.functional.pad(causal, (0, config.image_tokens))
+        visible = F.pad(causal, (0, config.image_tokens))
         logits = self._forward(x, lambda layer: (visible.expand(geometry.rows, -1, -1), None))
         first = torch.arange(prefix, prefix + config.line_width)
         self.write_slots = first.expand(config.layers, geometry.rows, -1).clone()
@@ -99,9 +105,7 @@ class HistoryModel:
         own = []
         for layer, (scores, slot_pos) in enumerate(zip(self.scores, self.slot_pos, strict=True)):
             line = FinishedLine(scores, slot_pos, position, config.prefix_len, config.line_width)
-            chosen, left, fresh = end_line(
-                self.policy, line, self.params.capacity[layer], self.params
-            )
+            chosen, left, fresh = end_line(self.policy, line, self.params.capacity[layer], self.params)
             own.append(chosen)
             if replay is not None:
                 left = slot_pos
@@ -111,13 +115,13 @@ class HistoryModel:
         self.write_slots = torch.stack(own) if replay is None else replay.clone()
         return torch.stack(own)
 
-    def _forward(self, x: Tensor, visibility) -> Tensor:  # type: ignore[no-untyped-def]
+    def _forward(self, x: Tensor, visibility: Visibility) -> Tensor:
         """Run ``x [B, n, dim]`` at the next n positions under ``visibility(layer)``; return ``[B, n, V]``."""
         geometry, config = self.geometry, self.geometry.config
         count = x.shape[1]
         run = slice(self.position, self.position + count)
         rope = self.model.rope(torch.arange(run.start, run.stop)[None])
-        for layer, block in enumerate(self.model.layers):
+        for layer, block in enumerate(self.model.blocks()):
             q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
             self.keys[layer][:, run] = k.reshape(geometry.rows, count, -1)
             self.values[layer][:, run] = v.reshape(geometry.rows, count, -1)

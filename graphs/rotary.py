@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def axial_table(
-    grid: int, prefix_len: int, head_dim: int, base: float = 10000.0
-) -> tuple[Tensor, Tensor]:
+def axial_table(grid: int, prefix_len: int, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Return LlamaGen's two-dimensional rotary table as ``(cos, sin)``.
 
     Both are ``[prefix_len + grid * grid, head_dim // 2]`` float32. The first half of a row turns with

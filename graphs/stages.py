@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.families.base import FamilyConfig, RasterTransformer
 from graphs.families.vq import VQModel
 from graphs.line_attention import LineBufferState, line_attention
 from graphs.policies import FinishedLine, LineEndParams, Policy, end_line
@@ -57,29 +57,6 @@ class TensorSpec:
         for side in self.shape:
             count *= side
         return count * self.dtype.itemsize
-
-
-class FamilyConfig(Protocol):
-    """What the stages need to know of a family's configuration."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def prefix_len(self) -> int: ...
-    @property
-    def line_width(self) -> int: ...
-    @property
-    def lines(self) -> int: ...
-    @property
-    def image_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -148,11 +125,7 @@ class Stage(nn.Module):
 
     def updates(self) -> dict[str, str]:
         """Output name to the state that it replaces."""
-        return {
-            spec.name: spec.name.removesuffix(NEXT)
-            for spec in self.outputs
-            if spec.name.endswith(NEXT)
-        }
+        return {spec.name: spec.name.removesuffix(NEXT) for spec in self.outputs if spec.name.endswith(NEXT)}
 
 
 def sampling_inputs(geometry: Geometry) -> list[TensorSpec]:
@@ -164,9 +137,7 @@ def sampling_inputs(geometry: Geometry) -> list[TensorSpec]:
 
 
 def logits_output(geometry: Geometry) -> TensorSpec:
-    return TensorSpec(
-        "logits", torch.float32, (geometry.sequences, geometry.config.vocab_size)
-    )
+    return TensorSpec("logits", torch.float32, (geometry.sequences, geometry.config.vocab_size))
 
 
 class Prefill(Stage):
@@ -177,7 +148,7 @@ class Prefill(Stage):
 
     name = "prefill"
 
-    def __init__(self, model: nn.Module, geometry: Geometry) -> None:
+    def __init__(self, model: RasterTransformer, geometry: Geometry) -> None:
         super().__init__()
         self.model = model
         self.geometry = geometry
@@ -198,7 +169,7 @@ class Prefill(Stage):
         rope = model.rope(torch.arange(prefix)[None])
         causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()
         layers: list[Tensor] = []
-        for block, slots in zip(model.layers, geometry.capacities, strict=True):
+        for block, slots in zip(model.blocks(), geometry.capacities, strict=True):
             q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
             k, v = (part.reshape(geometry.rows, 1, prefix, -1) for part in (k, v))
             q = q.reshape(geometry.rows, geometry.query_group, prefix, -1)
@@ -226,7 +197,7 @@ class Decode(Stage):
 
     name = "decode"
 
-    def __init__(self, model: nn.Module, geometry: Geometry) -> None:
+    def __init__(self, model: RasterTransformer, geometry: Geometry) -> None:
         super().__init__()
         self.model = model
         self.geometry = geometry
@@ -271,7 +242,7 @@ class Decode(Stage):
         x = model.embed(fed[:, None])
         rope = model.rope(held[:, None])
         written: list[Tensor] = []
-        for layer, block in enumerate(model.layers):
+        for layer, block in enumerate(model.blocks()):
             q, k, v = block.qkv(x, rope)
             attended, state = line_attention(
                 q.reshape(geometry.rows, 1, geometry.query_group, -1),
@@ -350,12 +321,10 @@ class VQDecoder(Stage):
         self.rows, self.columns = rows, columns
         patch = model.config.patch
         self.inputs = [TensorSpec("grid_tokens", torch.int64, (images, rows * columns))]
-        self.outputs = [
-            TensorSpec("pixels", torch.float32, (images, 3, rows * patch, columns * patch))
-        ]
+        self.outputs = [TensorSpec("pixels", torch.float32, (images, 3, rows * patch, columns * patch))]
 
     def forward(self, grid_tokens: Tensor) -> tuple[Tensor]:
-        return (self.image_decoder.decode(grid_tokens.unflatten(1, (self.rows, self.columns))),)
+        return (self.image_decoder.decode(grid_tokens.reshape(-1, self.rows, self.columns)),)
 
 
 def _per_row(values: Tensor, geometry: Geometry) -> Tensor:

@@ -1,8 +1,8 @@
 """Drives a bundle with numpy and one inference runtime. Importing it never imports torch.
 
-    from runtime import Generator
-    images = Generator("bundle").generate(classes=[3, 7], seed=1)
-    images[0].picture().save("three.png")
+from runtime import Generator
+images = Generator("bundle").generate(classes=[3, 7], seed=1)
+images[0].picture().save("three.png")
 """
 
 from __future__ import annotations

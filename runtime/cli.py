@@ -16,7 +16,10 @@ COMMANDS = {
     "export": ("exporter.commands.export", "Turn a checkpoint into a bundle (needs torch)."),
     "run": ("runtime.commands.run", "Draw images from a bundle."),
     "render": ("runtime.commands.render", "Turn saved tokens into images again."),
-    "validate": ("exporter.commands.validate", "Prove that a bundle computes what PyTorch computes (needs torch)."),
+    "validate": (
+        "exporter.commands.validate",
+        "Prove that a bundle computes what PyTorch computes (needs torch).",
+    ),
     "inspect": ("runtime.commands.inspect", "Tell what a bundle is, costs and needs, without loading it."),
     "bench": ("runtime.commands.bench", "Print the memory limit of a decode step, then measure against it."),
 }

@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from runtime.backend import Array
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import RequestError
 from runtime.loop import Batch, generate, uniform_row
@@ -60,9 +61,7 @@ def picture(pixels: Pixels) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
 
 
-def plan(
-    manifest: Manifest, classes: Sequence[int], num_images: int | None, seed: int
-) -> list[Sample]:
+def plan(manifest: Manifest, classes: Sequence[int], num_images: int | None, seed: int) -> list[Sample]:
     """Assign a class and a seed to every image.
 
     Classes take turns until ``num_images`` are planned (default: one a class named). The k-th image of a
@@ -107,9 +106,7 @@ class Generator:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.manifest = self.bundle.manifest
         policy = self.manifest.cache.policy
-        self.backend = OrtBackend(
-            self.bundle, ["prefill", "decode", f"line_end.{policy}"], threads=threads
-        )
+        self.backend = OrtBackend(self.bundle, ["prefill", "decode", f"line_end.{policy}"], threads=threads)
         self.decoder = PixelDecoder(self.bundle, threads=threads)
 
     def generate(
@@ -183,8 +180,8 @@ class PixelDecoder:
         self.backend = OrtBackend(bundle, ["vq_decoder"], threads=threads)
         self.size = self.backend.specs["grid_tokens"].shape[0]
 
-    def __call__(self, tokens: Tokens) -> Pixels:
-        """Pixels ``[I, 3, H, W]`` float32 of ``tokens [I, N]`` int64.
+    def __call__(self, tokens: Array) -> Pixels:
+        """Pixels ``[I, 3, H, W]`` float32 of integer ``tokens [I, N]``.
 
         Raises:
             RequestError: wrong shape, or a token outside the codebook.
@@ -195,7 +192,7 @@ class PixelDecoder:
             raise RequestError(
                 f"tokens must be integers of shape [images, {wanted}], not {tokens.dtype} {tokens.shape}"
             )
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < size):
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < size):
             raise RequestError(
                 f"tokens range from {tokens.min()} to {tokens.max()}; the codebook holds 0 to {size - 1}"
             )

@@ -77,9 +77,7 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if value < least
         ]
         if self.budget_lines > raster.lines:
-            faults.append(
-                f"budget_lines {self.budget_lines} is above the image's {raster.lines} lines"
-            )
+            faults.append(f"budget_lines {self.budget_lines} is above the image's {raster.lines} lines")
         elif self.policy == "full" and self.budget_lines != raster.lines:
             faults.append(
                 f"the full policy evicts nothing: budget_lines must be {raster.lines}, not {self.budget_lines}"

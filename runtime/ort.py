@@ -84,9 +84,7 @@ class OrtBackend(Backend):
             declared = {tensor.name: tensor.shape for tensor in wanted}
             if held != declared:
                 names = sorted(
-                    name
-                    for name in held.keys() | declared.keys()
-                    if held.get(name) != declared.get(name)
+                    name for name in held.keys() | declared.keys() if held.get(name) != declared.get(name)
                 )
                 raise BundleError(
                     f"stage {stage} has not the {role}s that the manifest declares: {', '.join(names)}"

@@ -158,7 +158,9 @@ def sheet_columns(classes: int, images: int) -> int | None:
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Write an npz file."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **{name: np.asarray(array) for name, array in arrays.items()})
+    np.savez_compressed(
+        buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()}
+    )
     with atomic_file(path) as file:
         file.write(buffer.getvalue())
 
@@ -210,8 +212,7 @@ class RunFolder:
                 arrays = read_tokens(path / TOKENS_NAME)
                 numbers = arrays.get("image", np.arange(0))
                 self.done = {
-                    int(n): row.astype(np.int64)
-                    for n, row in zip(numbers, arrays["tokens"], strict=True)
+                    int(n): row.astype(np.int64) for n, row in zip(numbers, arrays["tokens"], strict=True)
                 }
             return
         if path.exists() and not path.is_dir():
@@ -251,7 +252,7 @@ class RunFolder:
             "tokens": np.stack([self.done[n] for n in numbers]),
             "classes": np.array([classes[n] for n in numbers], np.int64),
             "image": np.array(numbers, np.int64),
-            "seed": np.int64(self.request.seed),
+            "seed": np.array(self.request.seed, np.int64),
         }
 
 

@@ -53,9 +53,7 @@ class EagerPeer:
             q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
             self.k_cache[layer, :, :, slot : slot + 1] = k
             self.v_cache[layer, :, :, slot : slot + 1] = v
-            attended = F.scaled_dot_product_attention(
-                q, self.k_cache[layer], self.v_cache[layer], scale=1.0
-            )
+            attended = F.scaled_dot_product_attention(q, self.k_cache[layer], self.v_cache[layer], scale=1.0)
             x = block.finish(x, attended.transpose(1, 2))
         conditional, unconditional = self.model.logits(x)[:, 0].chunk(2)
         logits = unconditional + 4.0 * (conditional - unconditional)
@@ -85,9 +83,7 @@ def main(size: str, lines: int, images: int, threads: int, rounds: int) -> None:
     click.echo(json.dumps(result))
 
 
-def measure(
-    folder: Path, size: str, lines: int, images: int, threads: int, rounds: int
-) -> dict[str, object]:
+def measure(folder: Path, size: str, lines: int, images: int, threads: int, rounds: int) -> dict[str, object]:
     model_file, vq_file = folder / "model.pt", folder / "vq.pt"
     torch.save({"model": random_tensors(transformer_shapes(size))}, model_file)
     torch.save({"model": random_tensors(vq_shapes(16))}, vq_file)
@@ -105,9 +101,7 @@ def measure(
     backend = OrtBackend(bundle, ["prefill", "decode", "line_end.linear"], threads=threads)
     tokens = manifest.raster.image_tokens
     uniforms = np.stack([uniform_row(image, tokens) for image in range(images)])
-    batch = Batch(
-        {"class_ids": np.arange(images)}, uniforms, manifest.sampling, manifest.cache
-    )
+    batch = Batch({"class_ids": np.arange(images)}, uniforms, manifest.sampling, manifest.cache)
     config = transformer.config
     slots = plan.geometry.capacities[0]
     peer = EagerPeer(transformer.eager(), plan.geometry.sequences, slots)

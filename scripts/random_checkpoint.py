@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write random checkpoints of published sizes, for measurements that need a model's shape and not its pictures.
 
-    python scripts/random_checkpoint.py --size XL --out random_XL_384.pt
-    python scripts/random_checkpoint.py --vq 16 --out random_vq16.pt
+python scripts/random_checkpoint.py --size XL --out random_XL_384.pt
+python scripts/random_checkpoint.py --vq 16 --out random_vq16.pt
 """
 
 from __future__ import annotations

@@ -97,9 +97,7 @@ def main(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-out_option = click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True
-)
+out_option = click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
 
 
 @main.command("vq")
@@ -149,8 +147,12 @@ def train_vq(out: Path, steps: int, batch: int, rate: float) -> None:
             with torch.no_grad():
                 shown = held_out[::6]
                 error = F.mse_loss(model.decode(model.nearest(model.latents(shown))), shown)
-            log(step=step + 1, loss=round(loss.item(), 5), held_out_mse=round(error.item(), 5),
-                codes_in_use=int((used >= 1).sum()))
+            log(
+                step=step + 1,
+                loss=round(loss.item(), 5),
+                held_out_mse=round(error.item(), 5),
+                codes_in_use=int((used >= 1).sum()),
+            )
             save({"model": model.state_dict()}, out / "vq_demo.pt")
 
 
@@ -233,12 +235,17 @@ def train_ar(
                 slow.lerp_(fast, 1 - decay)
         if step % per_epoch == per_epoch - 1:
             with torch.no_grad():
-                held = np.mean([
-                    loss_of(average, test_labels[i : i + 60], test_tokens[i : i + 60]).item()
-                    for i in range(0, 360, 60)
-                ])
-            log(epoch=(step + 1) // per_epoch, train_loss=round(float(np.mean(losses[-per_epoch:])), 4),
-                held_out_loss=round(float(held), 4))
+                held = np.mean(
+                    [
+                        loss_of(average, test_labels[i : i + 60], test_tokens[i : i + 60]).item()
+                        for i in range(0, 360, 60)
+                    ]
+                )
+            log(
+                epoch=(step + 1) // per_epoch,
+                train_loss=round(float(np.mean(losses[-per_epoch:])), 4),
+                held_out_loss=round(float(held), 4),
+            )
             save({"model": average.state_dict()}, out / "c2i_demo.pt")
 
 

@@ -64,9 +64,7 @@ def random_state(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tens
     return state
 
 
-TINY = llamagen.LlamaGenConfig(
-    layers=2, dim=32, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=6
-)
+TINY = llamagen.LlamaGenConfig(layers=2, dim=32, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=6)
 TINY_VQ = vq.VQConfig(codebook_size=64, code_dim=8, z_channels=32, channels=(32, 32), res_blocks=1)
 
 
@@ -96,6 +94,3 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
     """Batch 2, guided, linear with 3 of 6 lines."""
     return export(*tiny_files, "--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
-
-
-

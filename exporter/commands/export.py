@@ -22,25 +22,49 @@ DEFAULT_ANCHOR_TOKENS = 16
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--vq", required=True, type=click.Path(path_type=Path), help="VQ tokenizer checkpoint.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
-@click.option("--grid", type=int, help="Tokens in an image row. Default: from a _256, _384 or _512 file name.")
+@click.option(
+    "--grid", type=int, help="Tokens in an image row. Default: from a _256, _384 or _512 file name."
+)
 @click.option("--heads", type=int, help="Attention heads, for sizes that are not published ones.")
 @click.option("--ema", is_flag=True, help="Export the moving average that a training file holds.")
 @click.option(
-    "--policy", type=click.Choice(sorted(POLICIES)), default="linear", show_default=True,
+    "--policy",
+    type=click.Choice(sorted(POLICIES)),
+    default="linear",
+    show_default=True,
     help="Cache policy.",
 )
-@click.option("--mode", type=click.Choice([str(m) for m in Mode]), default="strict", show_default=True,
-              help="Whether an evicted slot empties at once or stays visible until it is overwritten.")
-@click.option("--budget-lines", type=int,
-              help="Lines in the cache, the one in progress included. Default: a quarter of the image.")
+@click.option(
+    "--mode",
+    type=click.Choice([str(m) for m in Mode]),
+    default="strict",
+    show_default=True,
+    help="Whether an evicted slot empties at once or stays visible until it is overwritten.",
+)
+@click.option(
+    "--budget-lines",
+    type=int,
+    help="Lines in the cache, the one in progress included. Default: a quarter of the image.",
+)
 @click.option("--recent-lines", type=int, help="Newest lines that stay. Default: 1 if the budget holds it.")
-@click.option("--anchor-tokens", type=int,
-              help=f"First image tokens that stay. Default: {DEFAULT_ANCHOR_TOKENS}, or what the budget holds.")
+@click.option(
+    "--anchor-tokens",
+    type=int,
+    help=f"First image tokens that stay. Default: {DEFAULT_ANCHOR_TOKENS}, or what the budget holds.",
+)
 @click.option("--batch", default=1, show_default=True, help="Images drawn at once.")
-@click.option("--guidance", default=4.0, show_default=True,
-              help="Default scale of classifier-free guidance; above 1 doubles the rows.")
-@click.option("--guidance-interval", default=-1, show_default=True,
-              help="Default last guided decode step; -1 guides all.")
+@click.option(
+    "--guidance",
+    default=4.0,
+    show_default=True,
+    help="Default scale of classifier-free guidance; above 1 doubles the rows.",
+)
+@click.option(
+    "--guidance-interval",
+    default=-1,
+    show_default=True,
+    help="Default last guided decode step; -1 guides all.",
+)
 @click.option("--temperature", default=1.0, show_default=True, help="Default temperature.")
 @click.option("--top-k", default=0, show_default=True, help="Default top-k; 0 keeps all tokens.")
 @click.option("--top-p", default=1.0, show_default=True, help="Default top-p; 1 keeps all tokens.")

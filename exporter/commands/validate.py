@@ -26,17 +26,33 @@ from runtime.ort import OrtBackend
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path),
-              help="The transformer's checkpoint. Default: where it was when the bundle was exported.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="The transformer's checkpoint. Default: where it was when the bundle was exported.",
+)
 @click.option("--vq", type=click.Path(path_type=Path), help="The VQ checkpoint. Default: likewise.")
-@click.option("--classes", callback=lambda c, p, t: parse_classes(c, p, t) if t else None,
-              help="Classes of the images compared; they take turns. Default: from 0 on.")
+@click.option(
+    "--classes",
+    callback=lambda c, p, t: parse_classes(c, p, t) if t else None,
+    help="Classes of the images compared; they take turns. Default: from 0 on.",
+)
 @click.option("--seed", default=0, show_default=True)
 @click.option("--greedy", is_flag=True, help="Draw the most likely tokens.")
-@click.option("--choices", type=click.Choice([str(c) for c in Choices]), default="pytorch", show_default=True,
-              help="Whose evictions both sides use while they are fed the same tokens.")
-@click.option("--max-logit-error", type=float, default=Bounds.logits, show_default=True,
-              help="Bound of the logits' absolute error (times their standard deviation where above 1).")
+@click.option(
+    "--choices",
+    type=click.Choice([str(c) for c in Choices]),
+    default="pytorch",
+    show_default=True,
+    help="Whose evictions both sides use while they are fed the same tokens.",
+)
+@click.option(
+    "--max-logit-error",
+    type=float,
+    default=Bounds.logits,
+    show_default=True,
+    help="Bound of the logits' absolute error (times their standard deviation where above 1).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--threads", default=0, help="CPU threads. Default: one a core.")
 def command(
@@ -81,7 +97,9 @@ def command(
         raise RequestError("; ".join(faults))
     stages = ["prefill", "decode", f"line_end.{manifest.cache.policy}"]
     console = Console(stderr=True)
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as bar:
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
+    ) as bar:
         task = bar.add_task("loading", total=manifest.raster.lines)
         report = validate(
             OrtBackend(opened, stages, threads=threads),
@@ -129,7 +147,9 @@ def _print(report: Report, console: Console) -> None:
         f"top-1 agreement {logits.top1_agreement:.2%}; reference std {logits.reference_std:.2f}"
     )
     if report.lines:
-        table = Table("line", "scores, max abs error", "write slots equal", title="line ends", title_justify="left")
+        table = Table(
+            "line", "scores, max abs error", "write slots equal", title="line ends", title_justify="left"
+        )
         for line in report.lines:
             table.add_row(str(line.line), f"{line.scores_max_abs:.2e}", f"{line.write_slots_agreement:.2%}")
         console.print(table)
@@ -145,5 +165,7 @@ def _print(report: Report, console: Console) -> None:
     table = Table("check", "measured", "bound", "", title="verdict", title_justify="left")
     for check in report.checks:
         sign = ">=" if check.at_least else "<="
-        table.add_row(check.name, f"{check.value:.3g}", f"{sign} {check.bound:.3g}", "pass" if check.passed else "FAIL")
+        table.add_row(
+            check.name, f"{check.value:.3g}", f"{sign} {check.bound:.3g}", "pass" if check.passed else "FAIL"
+        )
     console.print(table)

@@ -6,14 +6,15 @@ two-dimensional rotary embedding. Parameter names equal the published checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.families.base import RasterTransformer
 from graphs.rotary import axial_table, rotate_interleaved
 
 PUBLISHED_HEADS = {
@@ -96,9 +97,7 @@ class LlamaGenConfig:
             return {name: tuple(p.shape) for name, p in LlamaGen(self).named_parameters()}
 
 
-def infer_config(
-    shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int | None
-) -> LlamaGenConfig:
+def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int | None) -> LlamaGenConfig:
     """Read the configuration from tensor shapes.
 
     Args:
@@ -210,8 +209,11 @@ class ClassEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
 
-class LlamaGen(nn.Module):
+class LlamaGen(RasterTransformer):
     """The transformer, with the pieces that the stages assemble and a parallel form for training and reference."""
+
+    config: LlamaGenConfig
+    rope_table: Tensor
 
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
@@ -222,12 +224,13 @@ class LlamaGen(nn.Module):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         with torch.device("cpu"):
-            cos, sin = axial_table(
-                config.grid, config.prefix_len, config.head_dim, config.rope_base
-            )
+            cos, sin = axial_table(config.grid, config.prefix_len, config.head_dim, config.rope_base)
         scale = config.head_dim**-0.5
         table = torch.cat(Rope(cos * scale, sin * scale, cos, sin), dim=-1)
         self.register_buffer("rope_table", table, persistent=False)
+
+    def blocks(self) -> Iterable[Block]:
+        return cast("Iterable[Block]", self.layers)
 
     def rope(self, positions: Tensor) -> Rope:
         """Rotary tables at ``positions [B, S]`` (sequence positions, the prefix included)."""
@@ -261,7 +264,7 @@ class LlamaGen(nn.Module):
         """
         x = torch.cat([self.prefix(class_ids), self.embed(tokens)], dim=1)
         rope = self.rope(torch.arange(x.shape[1])[None])
-        for block in self.layers:
+        for block in self.blocks():
             q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
             attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
             x = block.finish(x, attended.transpose(1, 2))

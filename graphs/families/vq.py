@@ -62,18 +62,13 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
     """
     codebook_size, code_dim = shapes["quantize.embedding.weight"]
     z_channels = shapes["post_quant_conv.weight"][0]
-    levels = {
-        int(name.split(".")[2]) for name in shapes if name.startswith("decoder.conv_blocks.")
-    }
+    levels = {int(name.split(".")[2]) for name in shapes if name.startswith("decoder.conv_blocks.")}
     if not levels:
         raise KeyError("decoder.conv_blocks.0.res.0.conv1.weight")
     channels = tuple(
-        shapes[f"decoder.conv_blocks.{level}.res.0.conv1.weight"][0]
-        for level in range(max(levels) + 1)
+        shapes[f"decoder.conv_blocks.{level}.res.0.conv1.weight"][0] for level in range(max(levels) + 1)
     )
-    blocks = {
-        int(name.split(".")[4]) for name in shapes if name.startswith("decoder.conv_blocks.0.res.")
-    }
+    blocks = {int(name.split(".")[4]) for name in shapes if name.startswith("decoder.conv_blocks.0.res.")}
     return VQConfig(codebook_size, code_dim, z_channels, channels, res_blocks=max(blocks))
 
 

@@ -64,7 +64,10 @@ def full_cache_bytes(manifest: Manifest) -> int:
 def _print(bundle: Bundle, console: Console) -> None:
     manifest = bundle.manifest
     raster, cache, model, decoder = (
-        manifest.raster, manifest.cache, manifest.model, manifest.image_decoder,
+        manifest.raster,
+        manifest.cache,
+        manifest.model,
+        manifest.image_decoder,
     )
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {

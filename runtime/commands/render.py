@@ -24,8 +24,11 @@ from runtime.output import (
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("tokens", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
-@click.option("--save-pixels", type=click.Path(path_type=Path),
-              help="Also write the pixels (float32 NCHW before clamping) to this npz file.")
+@click.option(
+    "--save-pixels",
+    type=click.Path(path_type=Path),
+    help="Also write the pixels (float32 NCHW before clamping) to this npz file.",
+)
 @click.option("--force", is_flag=True, help="Write into OUT though it exists.")
 @click.option("--threads", default=0, help="CPU threads. Default: one a core.")
 def command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -10,7 +11,7 @@ import msgspec
 import numpy as np
 import PIL.Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from runtime.errors import RequestError
 from runtime.generator import Generator, Sample, Tokens, picture, plan
@@ -44,9 +45,13 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--classes", required=True, callback=parse_classes, help="Classes, like 3,7 or 0-9; they take turns.")
+@click.option(
+    "--classes", required=True, callback=parse_classes, help="Classes, like 3,7 or 0-9; they take turns."
+)
 @click.option("--num-images", type=int, help="Images in all. Default: one a class.")
-@click.option("--seed", default=0, show_default=True, help="Seed of each class's first image; the next has one more.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed of each class's first image; the next has one more."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token instead of a draw.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's, like the next four.")
@@ -54,7 +59,9 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.option("--temperature", type=float)
 @click.option("--top-k", type=int, help="0 keeps all tokens.")
 @click.option("--top-p", type=float, help="1 keeps all tokens.")
-@click.option("--save-tokens", type=click.Path(path_type=Path), help="Also write the tokens to this npz file.")
+@click.option(
+    "--save-tokens", type=click.Path(path_type=Path), help="Also write the tokens to this npz file."
+)
 @click.option("--preview", is_flag=True, help=f"Refresh OUT/{PREVIEW_NAME} as lines finish.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in OUT.")
 @click.option("--force", is_flag=True, help="Write into OUT though it exists.")
@@ -134,16 +141,18 @@ def _draw(
                 if all(index in folder.done for index in indices):
                     tokens = np.stack([folder.done[index] for index in indices])
                 else:
-                    on_line = _line_report(
-                        generator, preview_path if preview else None,
-                        lambda drawn, n=number: progress.update(task, completed=n * lines + drawn),
-                    )
+                    advance = partial(_advance, progress, task, number * lines)
+                    on_line = _line_report(generator, preview_path if preview else None, advance)
                     tokens = generator.draw(group, sampling, on_line)
                 _write_pictures(generator, group, tokens, sampling, folder.path)
                 folder.record(indices[0], tokens, [s.class_id for s in samples])
                 progress.update(task, completed=(number + 1) * lines)
     finally:
         preview_path.unlink(missing_ok=True)
+
+
+def _advance(progress: Progress, task: TaskID, before: int, lines: int) -> None:
+    progress.update(task, completed=before + lines)
 
 
 def _line_report(

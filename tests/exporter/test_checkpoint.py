@@ -168,7 +168,7 @@ def test_wrong_tensors_are_listed_sorted(tmp_path: Path) -> None:
 def test_a_foreign_file_is_named_for_what_it_lacks(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"model": {"conv.weight": torch.zeros(2, 2)}}, path)
-    with pytest.raises(CheckpointError, match="not a LlamaGen transformer: it has no tensor tok_embeddings.weight"):
+    with pytest.raises(CheckpointError, match="not a LlamaGen transformer: it has no tensor tok_embeddings"):
         load(path)
     with pytest.raises(CheckpointError, match="not a VQ tokenizer"):
         load_image_decoder(path)

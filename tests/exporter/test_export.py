@@ -85,8 +85,17 @@ def test_state_memory_is_printed_first_and_stands_in_the_manifest(
     linert: Linert, tiny_files: Files, tmp_path: Path
 ) -> None:
     result = linert(
-        "export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", tmp_path / "b", "--batch", 3,
-        "--budget-lines", 2,
+        "export",
+        tiny_files[0],
+        "--vq",
+        tiny_files[1],
+        *TINY_OPTIONS,
+        "--out",
+        tmp_path / "b",
+        "--batch",
+        3,
+        "--budget-lines",
+        2,
     )
     assert result.code == 0, result.err
     manifest = open_bundle(tmp_path / "b").manifest
@@ -231,7 +240,9 @@ def test_head_sizes_that_are_no_power_of_two(
     assert json.loads(result.out)["passed"]
 
 
-@given(lines=st.integers(2, 64), width=st.integers(2, 65), prefix=st.integers(1, 120), budget=st.integers(1, 64))
+@given(
+    lines=st.integers(2, 64), width=st.integers(2, 65), prefix=st.integers(1, 120), budget=st.integers(1, 64)
+)
 def test_default_protection_always_fits_the_budget(lines: int, width: int, prefix: int, budget: int) -> None:
     raster = Raster(prefix, width, lines)
     cache = cache_settings(raster, "linear", Mode.STRICT, min(budget, lines), None, None)

@@ -45,7 +45,10 @@ def buffers(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int, int, int, int
     lines = draw(st.integers(1, 8))
     position = PREFIX + lines * WIDTH
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
-    must = {*range(PREFIX, min(PREFIX + anchors, position)), *range(max(PREFIX, position - recent * WIDTH), position)}
+    must = {
+        *range(PREFIX, min(PREFIX + anchors, position)),
+        *range(max(PREFIX, position - recent * WIDTH), position),
+    }
     others = [p for p in range(PREFIX, position) if p not in must]
     room = capacity - PREFIX - len(must)
     kept = [*must, *rng.choice(others, min(room, len(others)), replace=False)] if others else list(must)

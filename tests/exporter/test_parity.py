@@ -1,0 +1,207 @@
+"""Bundles against PyTorch and against outputs of the published code; and that validate can fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.bundle import open_bundle
+from runtime.loop import Batch, begin, uniform_row
+from runtime.manifest import SamplingSettings
+from runtime.ort import OrtBackend
+from tests.conftest import Result
+from tests.golden_weights import golden_outputs, golden_state
+
+Linert = Callable[..., Result]
+Files = tuple[Path, Path]
+GOLDEN_OPTIONS = ("--grid", 8, "--heads", 2, "--batch", 3)
+
+
+@pytest.fixture(scope="module")
+def golden_bundles(export: Callable[..., Path], golden_files: Files) -> dict[str, Path]:
+    """The golden model with the full cache: unguided, and guided."""
+    full = (*GOLDEN_OPTIONS, "--policy", "full")
+    return {
+        "greedy_cfg1": export(*golden_files, *full, "--guidance", 1),
+        "guided": export(*golden_files, *full, "--guidance", 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("run", "bundle", "options"),
+    [
+        ("greedy_cfg1", "greedy_cfg1", ()),
+        ("greedy_cfg1", "guided", ("--guidance", 1)),
+        ("greedy_cfg4", "guided", ("--guidance", 4)),
+        ("greedy_cfg4_interval", "guided", ("--guidance", 4, "--guidance-interval", 16)),
+    ],
+)
+def test_greedy_tokens_equal_the_published_codes(
+    run: str,
+    bundle: str,
+    options: tuple[object, ...],
+    linert: Linert,
+    golden_bundles: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    golden = golden_outputs(run)
+    classes = ",".join(str(c) for c in golden["classes"])
+    saved = tmp_path / "tokens.npz"
+    result = linert(
+        "run",
+        golden_bundles[bundle],
+        "--classes",
+        classes,
+        "--num-images",
+        3,
+        "--seed",
+        0,
+        "--greedy",
+        "--out",
+        tmp_path / "out",
+        "--save-tokens",
+        saved,
+        *options,
+    )
+    assert result.code == 0, result.err
+    with np.load(saved) as arrays:
+        assert arrays["tokens"].dtype == np.int64
+        assert (arrays["tokens"] == golden["tokens"]).all()
+        assert (arrays["classes"] == golden["classes"]).all()
+
+
+@pytest.mark.parametrize(("run", "bundle"), [("greedy_cfg1", "greedy_cfg1"), ("greedy_cfg4", "guided")])
+def test_teacher_forced_logits_equal_the_published_codes(
+    run: str, bundle: str, golden_bundles: dict[str, Path]
+) -> None:
+    golden = golden_outputs(run)
+    opened = open_bundle(golden_bundles[bundle])
+    manifest = opened.manifest
+    backend = OrtBackend(opened, ["prefill", "decode", "line_end.full"])
+    uniforms = np.stack([uniform_row(seed, 64) for seed in range(3)])
+    begin(backend, Batch({"class_ids": golden["classes"]}, uniforms, manifest.sampling, manifest.cache))
+    worst = np.abs(backend.read("logits") - golden["logits"][0]).max()
+    for step in manifest.raster.schedule():
+        if step.stage == "decode":
+            index = step.line * 8 + step.column
+            backend.write("token", golden["tokens"][:, index])
+            backend.run("decode")
+            worst = max(worst, np.abs(backend.read("logits") - golden["logits"][index + 1]).max())
+        else:
+            backend.run("line_end.full")
+    assert worst < 2e-4
+
+
+def test_rendered_pixels_equal_the_published_codes(
+    linert: Linert, golden_bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    golden = golden_outputs("vq16")
+    np.savez(tmp_path / "tokens.npz", tokens=golden["codes"].reshape(2, 64))
+    pixels = tmp_path / "pixels.npz"
+    result = linert(
+        "render",
+        golden_bundles["guided"],
+        tmp_path / "tokens.npz",
+        "--out",
+        tmp_path / "out",
+        "--save-pixels",
+        pixels,
+    )
+    assert result.code == 0, result.err
+    with np.load(pixels) as arrays:
+        assert arrays["pixels"].dtype == np.float32
+        np.testing.assert_allclose(arrays["pixels"], golden["image"], atol=2e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def lazy_bundle(export: Callable[..., Path], golden_files: Files) -> Path:
+    return export(
+        *golden_files,
+        *GOLDEN_OPTIONS,
+        "--mode",
+        "lazy",
+        "--budget-lines",
+        3,
+        "--recent-lines",
+        1,
+        "--anchor-tokens",
+        5,
+        "--top-k",
+        100,
+        "--top-p",
+        0.95,
+    )
+
+
+@pytest.mark.parametrize("choices", ["pytorch", "bundle", "own"])
+def test_a_line_buffer_bundle_validates(choices: str, linert: Linert, lazy_bundle: Path) -> None:
+    result = linert("validate", lazy_bundle, "--json", "--choices", choices)
+    assert result.code == 0, result.out + result.err
+    report = json.loads(result.out)
+    assert report["passed"]
+    assert report["logits"]["max_abs"] < 2e-4
+    assert report["logits"]["top1_agreement"] == 1.0
+    assert report["tokens_agreement"] == 1.0
+    assert len(report["steps_max_abs"]) == 64
+    assert [line["line"] for line in report["lines"]] == list(range(7))
+    # Three of eight lines on random weights change the logits: compression, reported apart from error.
+    assert report["compression"]["mean_abs"] > 0.01
+
+
+def test_tables_are_readable(linert: Linert, lazy_bundle: Path) -> None:
+    result = linert("validate", lazy_bundle, "--greedy")
+    assert result.code == 0
+    for words in (
+        "teacher-forced logits",
+        "line ends",
+        "free-running tokens",
+        "PSNR",
+        "compression",
+        "verdict",
+    ):
+        assert words in result.out
+
+
+def test_another_model_fails_validation(
+    linert: Linert, lazy_bundle: Path, golden_files: Files, tmp_path: Path
+) -> None:
+    """A bundle whose recorded digest says so, but whose weights were exported from something else."""
+    import exporter.commands.validate as command
+
+    state = golden_state("c2i")
+    state["layers.1.feed_forward.w2.weight"] = state["layers.1.feed_forward.w2.weight"] * 1.02
+    changed = tmp_path / "changed.pt"
+    torch.save({"model": state}, changed)
+    result = linert("validate", lazy_bundle, "--checkpoint", changed)
+    assert result.code == 2
+    assert "is not the checkpoint" in result.err
+
+    from click.testing import CliRunner
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(command, "_find", lambda bundle, source, given, option: given)
+        arguments = [str(lazy_bundle), "--checkpoint", str(changed), "--vq", str(golden_files[1]), "--json"]
+        outcome = CliRunner().invoke(command.command, arguments)
+    assert outcome.exit_code == 1
+    report = json.loads(outcome.stdout)
+    failed = {check["name"] for check in report["checks"] if not check["passed"]}
+    assert "logits, max abs error" in failed
+    assert "pixels, max abs error" not in failed
+
+
+def test_a_guided_request_of_an_unguided_bundle_is_refused(
+    linert: Linert, golden_bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    result = linert(
+        "run", golden_bundles["greedy_cfg1"], "--classes", 1, "--guidance", 4, "--out", tmp_path / "out"
+    )
+    assert result.code == 2
+    assert "needs unconditional rows" in result.err
+    assert not (tmp_path / "out").exists()
+    assert SamplingSettings(guidance=1.0).faults(guided=False) == []

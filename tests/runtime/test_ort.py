@@ -1,0 +1,182 @@
+"""The ONNX Runtime backend: state stays where it is, and needs no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packaging.requirements import Requirement
+
+from runtime.bundle import open_bundle
+from runtime.errors import RequestError
+from runtime.loop import Batch, begin, generate, uniform_row  # noqa: F401 (begin: used by a script below)
+from runtime.ort import OrtBackend
+from tests.conftest import ROOT, TINY
+
+STAGES = ["prefill", "decode", "line_end.linear"]
+
+
+def tiny_batch(backend: OrtBackend, seed: int = 0) -> Batch:
+    manifest = backend.bundle.manifest
+    uniforms = np.stack([uniform_row(seed + i, TINY.image_tokens) for i in range(manifest.images)])
+    return Batch({"class_ids": np.arange(manifest.images)}, uniforms, manifest.sampling, manifest.cache)
+
+
+def test_state_stays_where_it_is(tiny_bundle: Path) -> None:
+    backend = OrtBackend(open_bundle(tiny_bundle), STAGES)
+    states = [spec.name for spec in backend.bundle.manifest.state]
+    before = {name: backend.array(name).ctypes.data for name in states}
+    generate(backend, tiny_batch(backend))
+    generate(backend, tiny_batch(backend, seed=9))
+    for name in states:
+        assert backend.array(name).ctypes.data == before[name]
+    for stage in ("decode",):
+        binding = {value.data_ptr() for value in backend._bindings[stage].get_outputs()}
+        in_place = backend.bundle.manifest.stages[stage].in_place
+        assert {before[name] for name in in_place} <= binding
+
+
+def test_the_caches_are_written_in_place(tiny_bundle: Path) -> None:
+    """ONNX Runtime says so, once a cache, when it has to copy one."""
+    script = f"""
+import onnxruntime, runtime.ort
+options = onnxruntime.SessionOptions
+class Talkative(options):
+    log_severity_level = property(options.log_severity_level.fget, lambda self, level: None)
+onnxruntime.SessionOptions = Talkative
+onnxruntime.set_default_logger_severity(2)
+from tests.runtime.test_ort import OrtBackend, STAGES, begin, generate, open_bundle, tiny_batch
+backend = OrtBackend(open_bundle({str(tiny_bundle)!r}), STAGES)
+generate(backend, tiny_batch(backend))
+if BREAK:
+    begin(backend, tiny_batch(backend))
+    session = backend._sessions["decode"]
+    session.run(None, {{i.name: backend.array(i.name) for i in session.get_inputs()}})
+"""
+    for broken in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", script.replace("BREAK", str(broken))],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert ("in-place optimization not activated" in done.stderr) is broken
+
+
+def test_one_seed_gives_the_same_tokens(tiny_bundle: Path) -> None:
+    backend = OrtBackend(open_bundle(tiny_bundle), STAGES)
+    first = generate(backend, tiny_batch(backend, seed=4))
+    other = generate(backend, tiny_batch(backend, seed=5))
+    again = generate(backend, tiny_batch(backend, seed=4))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_lines_are_reported_when_their_tokens_are_drawn(tiny_bundle: Path) -> None:
+    backend = OrtBackend(open_bundle(tiny_bundle), STAGES)
+    seen: list[tuple[int, np.ndarray]] = []
+    tokens = generate(backend, tiny_batch(backend), lambda n: seen.append((n, backend.read("tokens"))))
+    assert [lines for lines, _ in seen] == list(range(1, TINY.lines + 1))
+    for lines, partial in seen:
+        drawn = lines * TINY.line_width
+        assert (partial[:, :drawn] == tokens[:, :drawn]).all()
+
+
+def test_unfit_values_are_refused(tiny_bundle: Path) -> None:
+    backend = OrtBackend(open_bundle(tiny_bundle), STAGES)
+    for name, value, message in (
+        ("nonsense", 0, "no loaded stage"),
+        ("class_ids", np.zeros(3, np.int64), "shape"),
+        ("class_ids", np.zeros(2, np.float32), "int64"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            backend.write(name, value)
+    with pytest.raises(RequestError, match="not loaded"):
+        backend.run("vq_decoder")
+
+
+def test_uniforms_depend_on_the_seed_alone_and_stay_below_one() -> None:
+    row = uniform_row(123, 1000)
+    assert (row == uniform_row(123, 2000)[:1000]).all()
+    assert (row != uniform_row(124, 1000)).any()
+    assert row.min() >= 0
+    assert row.max() <= 1 - 2**-23
+    assert row.dtype == np.float32
+    assert abs(row.mean() - 0.5) < 0.05
+
+
+def runtime_only_site(folder: Path) -> Path:
+    """A site-packages folder with linert's run-time requirements and nothing else."""
+    site = folder / "site"
+    site.mkdir()
+    wanted, seen = ["linert[cpu]"], set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        if requirement.name in seen:
+            continue
+        seen.add(requirement.name)
+        found = metadata.distribution(requirement.name)
+        extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
+        for text in found.requires or []:
+            needed = Requirement(text)
+            if needed.marker is None or any(needed.marker.evaluate(extra) for extra in extras):
+                wanted.append(text)
+        if requirement.name != "linert":
+            for part in {
+                file.parts[0] for file in found.files or [] if file.parts[0] not in ("..", "__pycache__")
+            }:
+                target = site / part
+                if not target.exists():
+                    target.symlink_to(Path(str(found.locate_file(part))))
+    assert not (site / "torch").exists()
+    assert not (site / "onnx").exists()
+    return site
+
+
+def test_importing_the_runtime_imports_nothing_heavy() -> None:
+    script = "import runtime, runtime.cli, runtime.commands.run, sys; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "onnx", "exporter", "graphs"} & set(done.stdout.split())
+
+
+def test_running_needs_no_torch(tiny_bundle: Path, tmp_path: Path) -> None:
+    site = runtime_only_site(tmp_path)
+    package = tmp_path / "package"
+    package.mkdir()
+    for name in ("exporter", "graphs", "runtime"):
+        (package / name).symlink_to(ROOT / name)
+    script = "from runtime.cli import main; main()"
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            # -S and -I: nothing of this environment's own site-packages.
+            [
+                sys.executable,
+                "-S",
+                "-I",
+                "-c",
+                f"import sys; sys.path[:0] = {[str(package), str(site)]}\n{script}",
+                *map(str, arguments),
+            ],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+
+    done = call("run", tiny_bundle, "--classes", "1,2", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").glob("class_*.png"))) == 2
+    assert call("inspect", tiny_bundle).returncode == 0
+    assert call("--help").returncode == 0
+    refused = call("validate", tiny_bundle)
+    assert refused.returncode == 2, refused.stderr
+    assert "pip install" in refused.stderr

@@ -1,0 +1,294 @@
+"""``linert run`` and ``linert render``: files, seeds, batches, resumption, refusals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from runtime import Generator
+from runtime.generator import plan
+from runtime.manifest import SamplingSettings
+from runtime.output import picture_name, read_recipe
+from tests.conftest import ROOT, TINY, Result
+
+Linert = Callable[..., Result]
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("class_*.png"))}
+
+
+def drawn(result: Result, folder: Path) -> dict[str, bytes]:
+    assert result.code == 0, result.err
+    return pictures(folder)
+
+
+def test_one_png_an_image_and_a_contact_sheet(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
+    out, saved = tmp_path / "out", tmp_path / "tokens.npz"
+    result = linert(
+        "run",
+        tiny_bundle,
+        "--classes",
+        "3,1",
+        "--num-images",
+        5,
+        "--seed",
+        40,
+        "--out",
+        out,
+        "--save-tokens",
+        saved,
+    )
+    assert set(drawn(result, out)) == {
+        "class_0003_seed_000040.png",
+        "class_0001_seed_000040.png",
+        "class_0003_seed_000041.png",
+        "class_0001_seed_000041.png",
+        "class_0003_seed_000042.png",
+    }
+    assert "5/" not in result.out
+    with PIL.Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.width > 2 * 12
+    with np.load(saved) as arrays:
+        assert arrays["tokens"].shape == (5, TINY.image_tokens)
+        assert arrays["tokens"].dtype == np.int64
+        assert arrays["classes"].tolist() == [3, 1, 3, 1, 3]
+        assert int(arrays["seed"]) == 40
+
+
+def test_the_metadata_makes_an_image_again(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    options = ("--guidance", 2.5, "--temperature", 0.9, "--top-k", 30, "--top-p", 0.9)
+    before = drawn(
+        linert(
+            "run", tiny_bundle, "--classes", "0-4", "--num-images", 7, "--seed", 8, "--out", first, *options
+        ),
+        first,
+    )
+    name = "class_0001_seed_000009.png"
+    recipe = read_recipe(first / name)
+    sampling = recipe.sampling
+    again = tmp_path / "again"
+    result = linert(
+        "run",
+        tiny_bundle,
+        "--classes",
+        recipe.class_id,
+        "--seed",
+        recipe.seed,
+        "--out",
+        again,
+        "--guidance",
+        sampling.guidance,
+        "--temperature",
+        sampling.temperature,
+        "--top-k",
+        sampling.top_k,
+        "--top-p",
+        sampling.top_p,
+    )
+    assert drawn(result, again) == {name: before[name]}
+    generator = Generator(tiny_bundle)
+    assert recipe.bundle_sha256 == generator.manifest.sha256
+    assert recipe.cache == generator.manifest.cache
+
+
+def test_three_lines_of_python_do_the_same(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
+    images = Generator(tiny_bundle).generate(classes=[2, 4], num_images=3, seed=6)
+    out = tmp_path / "out"
+    linert("run", tiny_bundle, "--classes", "2,4", "--num-images", 3, "--seed", 6, "--out", out)
+    for image in images:
+        with PIL.Image.open(out / picture_name(image.sample.class_id, image.sample.seed)) as saved:
+            assert saved.tobytes() == image.picture().tobytes()
+
+
+def test_an_image_does_not_depend_on_its_company(tiny_bundle: Path) -> None:
+    generator = Generator(tiny_bundle)
+    together = generator.generate(classes=[0, 1, 2, 3, 4], seed=3)
+    alone = generator.generate(classes=[3], seed=3)
+    assert (together[3].tokens == alone[0].tokens).all()
+
+
+def test_more_images_begin_with_the_same_ones(tiny_bundle: Path) -> None:
+    manifest = Generator(tiny_bundle).manifest
+    assert plan(manifest, [1, 2], 7, 5)[:3] == plan(manifest, [1, 2], 3, 5)
+    assert len(set(plan(manifest, [1, 1, 2], 9, 0))) == 9
+
+
+def test_greedy_ignores_the_seed(tiny_bundle: Path) -> None:
+    generator = Generator(tiny_bundle)
+    greedy = SamplingSettings(guidance=4.0, greedy=True)
+    one, other = (generator.generate([1], seed=seed, sampling=greedy)[0] for seed in (1, 2))
+    assert (one.tokens == other.tokens).all()
+    drawn_ = generator.generate([1], seed=1)[0]
+    assert (drawn_.tokens != one.tokens).any()
+
+
+def test_top_k_of_one_is_greedy(tiny_bundle: Path) -> None:
+    generator = Generator(tiny_bundle)
+    greedy = generator.generate([1, 2], sampling=SamplingSettings(guidance=4.0, greedy=True))
+    narrow = generator.generate([1, 2], sampling=SamplingSettings(guidance=4.0, top_k=1))
+    assert all((a.tokens == b.tokens).all() for a, b in zip(greedy, narrow, strict=True))
+
+
+SLOW_RUN = """
+import sys, time
+from runtime.generator import Generator
+draw = Generator.draw
+def slow(self, samples, sampling=None, on_line=None):
+    time.sleep(0.4)
+    return draw(self, samples, sampling, on_line)
+Generator.draw = slow
+from runtime.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("finished", [1, 2])
+def test_an_interrupted_run_goes_on_and_gives_the_same_images(
+    finished: int, linert: Linert, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    request = ("run", tiny_bundle, "--classes", "0,1,2", "--num-images", 8, "--seed", 2, "--preview")
+    whole = drawn(linert(*request, "--out", tmp_path / "whole"), tmp_path / "whole")
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_RUN, *map(str, request), "--out", str(out)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+    )
+    while len(pictures(out)) < 2 * finished and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    before = {path.name: os.stat(path).st_mtime_ns for path in out.glob("class_*.png")}
+    assert 0 < len(before) < 8
+    assert not [path for path in out.iterdir() if "partial" in path.name]
+
+    saved = tmp_path / "tokens.npz"
+    assert drawn(linert(*request, "--out", out, "--resume", "--save-tokens", saved), out) == whole
+    with np.load(saved) as arrays:
+        assert len(arrays["tokens"]) == 8
+
+
+def test_resume_needs_the_same_request(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    request = ("run", tiny_bundle, "--classes", "0,1", "--out", out)
+    assert linert(*request, "--resume").code == 2
+    first = drawn(linert(*request), out)
+    assert linert(*request).code == 2
+    result = linert(*request, "--seed", 1, "--resume")
+    assert result.code == 2
+    assert "other seed" in result.err
+    assert drawn(linert(*request, "--resume"), out) == first
+    assert drawn(linert(*request, "--force"), out) == first
+
+
+def test_a_preview_is_refreshed_and_taken_away(tiny_bundle: Path, tmp_path: Path) -> None:
+    seen = []
+    from click.testing import CliRunner
+
+    from runtime.commands import run
+
+    write = run.write_png
+
+    def spy(path: Path, image: PIL.Image.Image, recipe: object = None) -> None:
+        if path.name == run.PREVIEW_NAME:
+            seen.append(image.tobytes())
+        write(path, image, recipe)
+
+    patch = pytest.MonkeyPatch()
+    with patch.context() as patched:
+        patched.setattr(run, "write_png", spy)
+        arguments = [str(tiny_bundle), "--classes", "1", "--preview", "--out", str(tmp_path / "out")]
+        assert CliRunner().invoke(run.command, arguments).exit_code == 0
+    assert len(seen) == TINY.lines
+    assert len(set(seen)) == TINY.lines
+    assert not (tmp_path / "out" / run.PREVIEW_NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--classes", "5"), "classes 0 to 4"),
+        (("--classes", "-1"), "no list of classes"),
+        (("--classes", "a"), "no list of classes"),
+        (("--classes", "1", "--num-images", 0), "0 images"),
+        (("--classes", "1", "--seed", -1), "seed -1"),
+        (("--classes", "1", "--temperature", -1), "temperature -1.0"),
+        (("--classes", "1", "--top-k", -2), "top_k -2"),
+        (("--classes", "1", "--top-p", 0), "top_p 0.0"),
+        (("--classes", "1", "--guidance", "nan"), "guidance nan"),
+        (("--classes", "1", "--guidance-interval", -2), "guidance_interval -2"),
+    ],
+)
+def test_bad_requests_are_refused(
+    options: tuple[object, ...], message: str, linert: Linert, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    result = linert("run", tiny_bundle, "--out", tmp_path / "out", *options)
+    assert result.code == 2
+    assert message in result.err
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_render_draws_the_same_pictures(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
+    out, saved = tmp_path / "out", tmp_path / "tokens.npz"
+    linert("run", tiny_bundle, "--classes", "0,1,2", "--out", out, "--save-tokens", saved)
+    again, pixels = tmp_path / "again", tmp_path / "pixels.npz"
+    result = linert("render", tiny_bundle, saved, "--out", again, "--save-pixels", pixels)
+    assert result.code == 0, result.err
+    for number in range(3):
+        with (
+            PIL.Image.open(out / picture_name(number, 0)) as first,
+            PIL.Image.open(again / f"image_{number:06d}.png") as second,
+        ):
+            assert first.tobytes() == second.tobytes()
+    with np.load(pixels) as arrays:
+        assert arrays["pixels"].shape == (3, 3, 12, 12)
+        assert arrays["pixels"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (np.zeros((2, 35), np.int64), "[images, 36]"),
+        (np.full((2, 36), 64), "0 to 63"),
+        (np.full((2, 36), -1), "0 to 63"),
+        (np.zeros((2, 36), np.float32), "integers"),
+        (np.zeros((0, 36), np.int64), "no images"),
+    ],
+)
+def test_render_refuses_tokens_that_do_not_fit(
+    tokens: np.ndarray, message: str, linert: Linert, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "tokens.npz", tokens=tokens)
+    result = linert("render", tiny_bundle, tmp_path / "tokens.npz", "--out", tmp_path / "out")
+    assert result.code == 2
+    assert message in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_render_refuses_files_that_hold_no_tokens(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npz"
+    for write in (
+        lambda: None,
+        lambda: path.write_bytes(b"nonsense"),
+        lambda: np.savez(path, other=np.zeros(3)),
+        lambda: path.write_bytes(path.read_bytes()[:60]),
+    ):
+        write()
+        result = linert("render", tiny_bundle, path, "--out", tmp_path / "out")
+        assert result.code == 2, result.err
+        assert "Traceback" not in result.err
