@@ -168,6 +168,7 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
     stage_list: list[stages.Stage] = [
         stages.Prefill(model, geometry),
         stages.Decode(model, geometry),
+        stages.Decode(model, geometry, filtered=False),
         stages.LineEnd(POLICIES[plan.cache.policy](), geometry),
         stages.VQDecoder(decoder.hollow(), images=1, rows=raster.lines, columns=raster.line_width),
     ]

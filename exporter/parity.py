@@ -222,7 +222,7 @@ def _teacher_forced(
 ) -> None:
     """Feed ``tokens`` to both sides and compare logits at every step, scores and write slots at every line end."""
     raster = backend.bundle.manifest.raster
-    stages = stage_names(batch.cache)
+    stages = stage_names(batch)
     begin(backend, batch)
     _compare(report, reference.begin(class_ids)[:, None], [backend.read("logits")])
     measured: list[np.ndarray] = []

@@ -100,6 +100,12 @@ def top_p_threshold(x: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
     )
 
 
+def tempered(logits: Tensor, params: SamplingParams) -> Tensor:
+    """``logits [I, V]`` over the temperature, shifted so that each row's largest is 0."""
+    x = logits / params.temperature.clamp(min=1e-5)
+    return x - x.amax(-1, keepdim=True)
+
+
 def filtered_mass(logits: Tensor, params: SamplingParams) -> Tensor:
     """Unnormalised probabilities after temperature, top-k and top-p, in this order.
 
@@ -110,8 +116,7 @@ def filtered_mass(logits: Tensor, params: SamplingParams) -> Tensor:
         ``[I, V]`` float32, at most 1 an entry, zero where filtered. Top-k keeps every entry tied with the
         k-th; top-p works on the distribution that top-k left.
     """
-    x = logits / params.temperature.clamp(min=1e-5)
-    x = x - x.amax(-1, keepdim=True)
+    x = tempered(logits, params)
     mass = torch.where(x >= top_k_threshold(x, params.top_k), x.exp(), 0.0)
     return torch.where(x > top_p_threshold(x, mass, params.top_p), mass, 0.0)
 
@@ -131,7 +136,12 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
     return (cumulative <= bound).to(torch.int64).sum(-1)
 
 
-def sample(logits: Tensor, params: SamplingParams, uniform: Tensor) -> Tensor:
-    """Token ids ``[I]`` int64 from guided ``logits [I, V]`` and one ``uniform [I]`` each."""
-    drawn = draw(filtered_mass(logits, params), uniform)
-    return torch.where(params.greedy != 0, logits.argmax(-1), drawn)
+def sample(
+    logits: Tensor, params: SamplingParams, uniform: Tensor, *, filtered: bool = True
+) -> Tensor:
+    """Token ids ``[I]`` int64 from guided ``logits [I, V]`` and one ``uniform [I]`` each.
+
+    ``filtered=False`` builds the sampler without top-k and top-p.
+    """
+    mass = filtered_mass(logits, params) if filtered else tempered(logits, params).exp()
+    return torch.where(params.greedy != 0, logits.argmax(-1), draw(mass, uniform))

@@ -105,8 +105,8 @@ class Generator:
     def __init__(self, bundle: str | Path | Bundle, *, threads: int = 0) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.manifest = self.bundle.manifest
-        policy = self.manifest.cache.policy
-        self.backend = OrtBackend(self.bundle, ["prefill", "decode", f"line_end.{policy}"], threads=threads)
+        drawing = [name for name in self.manifest.stages if name != "vq_decoder"]
+        self.backend = OrtBackend(self.bundle, drawing, threads=threads)
         self.decoder = PixelDecoder(self.bundle, threads=threads)
 
     def generate(

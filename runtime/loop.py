@@ -39,9 +39,13 @@ def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
     return bits.astype(np.float32) * np.float32(2.0**-UNIFORM_BITS)
 
 
-def stage_names(cache: CacheSettings) -> dict[str, str]:
-    """The bundle's stage for every stage of the schedule."""
-    return {"decode": "decode", "line_end": f"line_end.{cache.policy}"}
+def stage_names(batch: Batch) -> dict[str, str]:
+    """The bundle's stage for every stage of the schedule that ``batch`` runs through."""
+    return {
+        "prefill": "prefill",
+        "decode": "decode" if batch.sampling.filtered else "decode.unfiltered",
+        "line_end": f"line_end.{batch.cache.policy}",
+    }
 
 
 def begin(backend: Backend, batch: Batch) -> None:
@@ -78,7 +82,7 @@ def generate(
     """Draw a batch's tokens.
 
     Args:
-        backend: holds the stages prefill, decode and the policy's line_end.
+        backend: holds the stages of :func:`stage_names`.
         batch: conditions, uniforms and settings.
         on_line: called with the number of lines whose tokens are all drawn, after each line.
 
@@ -87,7 +91,7 @@ def generate(
     """
     begin(backend, batch)
     raster = backend.bundle.manifest.raster
-    stages = stage_names(batch.cache)
+    stages = stage_names(batch)
     for step in raster.schedule():
         backend.run(stages[step.stage])
         # The token drawn by a line's last but one step is the line's last.

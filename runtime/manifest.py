@@ -62,6 +62,11 @@ class SamplingSettings(Record, frozen=True):
     top_p: float = 1.0
     greedy: bool = False
 
+    @property
+    def filtered(self) -> bool:
+        """Whether top-k or top-p have anything to do."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+
     def faults(self, *, guided: bool) -> list[str]:
         """What is wrong with these settings for a bundle with (``guided``) or without unconditional rows."""
         found = []
@@ -157,7 +162,7 @@ class Manifest(Record, frozen=True):
         faults = []
         if unknown := sorted({s.dtype for s in self.state} - set(ITEM_BYTES)):
             faults.append(f"state of unknown dtype {', '.join(unknown)}")
-        wanted = {"prefill", "decode", "vq_decoder", f"line_end.{self.cache.policy}"}
+        wanted = {"prefill", "decode", "decode.unfiltered", "vq_decoder", f"line_end.{self.cache.policy}"}
         if missing := sorted(wanted - set(self.stages)):
             faults.append(f"no stage {', '.join(missing)}")
         for name, stage in self.stages.items():

@@ -25,20 +25,32 @@ class OrtBackend(Backend):
     """
 
     def __init__(self, bundle: Bundle, stages: Iterable[str], *, threads: int = 0) -> None:
-        """Load ``stages``; ``threads`` of 0 leaves the number to ONNX Runtime (one a core)."""
+        """Allocate the tensors of ``stages``; a session is made when its stage first runs.
+
+        ``threads`` of 0 leaves the number to ONNX Runtime (one a core).
+        """
         super().__init__(bundle, stages)
+        self.threads = threads
         self._arrays: dict[str, Array] = {
             name: np.zeros(spec.shape, spec.dtype) for name, spec in self.specs.items()
         }
-        self._sessions: dict[str, ort.InferenceSession] = {}
-        self._bindings: dict[str, ort.IOBinding] = {}
+        self._bindings: dict[str, tuple[ort.InferenceSession, ort.IOBinding]] = {}
         self._copy_back: dict[str, list[tuple[Array, Array]]] = {}
-        for stage, spec in self.stages.items():
-            with huge_pages():
-                session = self._load(stage, threads)
-            self._check(stage, spec, session)
-            self._sessions[stage] = session
-            self._bindings[stage], self._copy_back[stage] = self._bind(spec, session)
+
+    def load(self, stage: str) -> None:
+        """Make the session of ``stage`` and bind it, if that was not done yet.
+
+        Raises:
+            BundleError: ONNX Runtime refuses the file, or it has not the tensors that the manifest declares.
+        """
+        if stage in self._bindings:
+            return
+        with huge_pages():
+            session = self._session(stage)
+        spec = self.stages[stage]
+        self._check(stage, spec, session)
+        binding, self._copy_back[stage] = self._bind(spec, session)
+        self._bindings[stage] = session, binding
 
     def array(self, name: str) -> Array:
         """The live memory of tensor ``name``, not a copy."""
@@ -46,7 +58,9 @@ class OrtBackend(Backend):
         return self._arrays[name]
 
     def _run(self, stage: str) -> None:
-        self._sessions[stage].run_with_iobinding(self._bindings[stage])
+        self.load(stage)
+        session, binding = self._bindings[stage]
+        session.run_with_iobinding(binding)
         for source, target in self._copy_back[stage]:
             np.copyto(target, source)
 
@@ -56,9 +70,9 @@ class OrtBackend(Backend):
     def _write(self, spec: TensorSpec, array: Array) -> None:
         np.copyto(self._arrays[spec.name], array)
 
-    def _load(self, stage: str, threads: int) -> ort.InferenceSession:
+    def _session(self, stage: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3

@@ -98,7 +98,7 @@ def measure(folder: Path, size: str, lines: int, images: int, threads: int, roun
     export_bundle(plan, folder / "bundle", report=lambda line: click.echo(line, err=True))
     bundle = open_bundle(folder / "bundle", digests=False)
     manifest = bundle.manifest
-    backend = OrtBackend(bundle, ["prefill", "decode", "line_end.linear"], threads=threads)
+    backend = OrtBackend(bundle, list(manifest.stages), threads=threads)
     tokens = manifest.raster.image_tokens
     uniforms = np.stack([uniform_row(image, tokens) for image in range(images)])
     batch = Batch({"class_ids": np.arange(images)}, uniforms, manifest.sampling, manifest.cache)

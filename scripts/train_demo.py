@@ -29,10 +29,10 @@ from graphs.families import llamagen, vq
 
 GRID = 24
 SPLIT_SEED = 0
-VQ_CONFIG = vq.VQConfig(codebook_size=256, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
+VQ_CONFIG = vq.VQConfig(codebook_size=32, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
 IMAGE_SIDE = GRID * VQ_CONFIG.patch
 AR_CONFIG = llamagen.LlamaGenConfig(
-    layers=6, dim=128, heads=4, ffn_dim=512, vocab_size=256, num_classes=10, grid=GRID
+    layers=6, dim=128, heads=4, ffn_dim=512, vocab_size=32, num_classes=10, grid=GRID
 )
 
 
@@ -52,10 +52,10 @@ def upscale(scans: Tensor, generator: torch.Generator | None = None) -> Tensor:
     theta = torch.eye(2, 3).repeat(n, 1, 1)
     if generator is not None:
         noise = torch.rand(n, 4, generator=generator) * 2 - 1
-        angle, zoom = noise[:, 0] * math.radians(8), 1 + 0.06 * noise[:, 1]
+        angle, zoom = noise[:, 0] * math.radians(5), 1 + 0.04 * noise[:, 1]
         theta[:, 0, 0] = theta[:, 1, 1] = angle.cos() * zoom
         theta[:, 0, 1], theta[:, 1, 0] = -angle.sin() * zoom, angle.sin() * zoom
-        theta[:, :, 2] = 0.06 * noise[:, 2:]
+        theta[:, :, 2] = 0.04 * noise[:, 2:]
     # A blank pixel around the scan gives strokes that touch its edge somewhere to end.
     padded = F.pad(scans, (1, 1, 1, 1))
     grid = F.affine_grid(theta, [n, 1, IMAGE_SIDE, IMAGE_SIDE], align_corners=False)

@@ -19,7 +19,7 @@ from runtime.bundle import Bundle, file_sha256, open_bundle
 from runtime.commands.run import parse_classes
 from runtime.errors import CheckpointError, RequestError
 from runtime.generator import PixelDecoder, plan
-from runtime.loop import Batch, uniform_row
+from runtime.loop import Batch, stage_names, uniform_row
 from runtime.manifest import Source
 from runtime.ort import OrtBackend
 
@@ -95,7 +95,7 @@ def command(
     )
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
-    stages = ["prefill", "decode", f"line_end.{manifest.cache.policy}"]
+    stages = stage_names(batch).values()
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console

@@ -17,7 +17,7 @@ from runtime.loop import Batch, begin, generate, uniform_row  # noqa: F401 (begi
 from runtime.ort import OrtBackend
 from tests.conftest import ROOT, TINY
 
-STAGES = ["prefill", "decode", "line_end.linear"]
+STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.linear"]
 
 
 def tiny_batch(backend: OrtBackend, seed: int = 0) -> Batch:
@@ -34,8 +34,8 @@ def test_state_stays_where_it_is(tiny_bundle: Path) -> None:
     generate(backend, tiny_batch(backend, seed=9))
     for name in states:
         assert backend.array(name).ctypes.data == before[name]
-    for stage in ("decode",):
-        binding = {value.data_ptr() for value in backend._bindings[stage].get_outputs()}
+    for stage in ("decode.unfiltered",):
+        binding = {value.data_ptr() for value in backend._bindings[stage][1].get_outputs()}
         in_place = backend.bundle.manifest.stages[stage].in_place
         assert {before[name] for name in in_place} <= binding
 
@@ -54,7 +54,7 @@ backend = OrtBackend(open_bundle({str(tiny_bundle)!r}), STAGES)
 generate(backend, tiny_batch(backend))
 if BREAK:
     begin(backend, tiny_batch(backend))
-    session = backend._sessions["decode"]
+    session, _ = backend._bindings["decode.unfiltered"]
     session.run(None, {{i.name: backend.array(i.name) for i in session.get_inputs()}})
 """
     for broken in (False, True):

@@ -1,0 +1,35 @@
+# make demo: from the demo checkpoint to a validated contact sheet.   make test: lint, types, tests.
+# Both set up a virtual environment first; nothing needs to be installed by hand but Python 3.11 or newer.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "linert needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/linert export demo/c2i_demo.pt --vq demo/vq_demo.pt --grid 24 --heads 4 --policy linear \
+	    --budget-lines 6 --batch 10 --guidance 4 --out $(OUT)/bundle --force
+	$(BIN)/linert run $(OUT)/bundle --classes 0-9 --num-images 40 --seed 1 --out $(OUT)/images --force
+	$(BIN)/linert validate $(OUT)/bundle
+	@echo 'The pictures are in $(OUT)/images; all of them: $(OUT)/images/contact_sheet.png'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) $(OUT) build *.egg-info
