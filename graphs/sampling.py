@@ -136,9 +136,7 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
     return (cumulative <= bound).to(torch.int64).sum(-1)
 
 
-def sample(
-    logits: Tensor, params: SamplingParams, uniform: Tensor, *, filtered: bool = True
-) -> Tensor:
+def sample(logits: Tensor, params: SamplingParams, uniform: Tensor, *, filtered: bool = True) -> Tensor:
     """Token ids ``[I]`` int64 from guided ``logits [I, V]`` and one ``uniform [I]`` each.
 
     ``filtered=False`` builds the sampler without top-k and top-p.

@@ -199,9 +199,7 @@ class Decode(Stage):
     use neither.
     """
 
-    def __init__(
-        self, model: RasterTransformer, geometry: Geometry, *, filtered: bool = True
-    ) -> None:
+    def __init__(self, model: RasterTransformer, geometry: Geometry, *, filtered: bool = True) -> None:
         super().__init__()
         self.name = "decode" if filtered else "decode.unfiltered"
         self.filtered = filtered

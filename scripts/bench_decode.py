@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure one decode step against the memory limit and against eager PyTorch, interleaved in one process.
 
-    python scripts/bench_decode.py --size B --lines 6 --threads 2
+    python scripts/bench_decode.py --size B --lines 6
 
 A random checkpoint of a published size is exported in a temporary folder. The limit is what the step must touch
 (every weight but the embedding tables' unused rows, and the state) over the read bandwidth measured in the same
@@ -28,7 +28,7 @@ from exporter.models import load_image_decoder, load_transformer
 from graphs.families.llamagen import LlamaGen
 from runtime.bundle import open_bundle
 from runtime.geometry import CacheSettings, Mode
-from runtime.loop import Batch, begin, uniform_row
+from runtime.loop import Batch, begin, stage_names, uniform_row
 from runtime.manifest import SamplingSettings
 from runtime.ort import OrtBackend
 
@@ -70,33 +70,41 @@ def timed(action: Callable[[], object]) -> float:
 
 @click.command(help=__doc__)
 @click.option("--size", type=click.Choice(list(SIZES)), default="B", show_default=True)
-@click.option("--lines", default=6, show_default=True, help="Budget in lines of the 24.")
+@click.option(
+    "--lines", default=[6], multiple=True, show_default=True, help="Budget in lines of the 24; repeatable."
+)
+@click.option("--top-k", default=0, show_default=True)
 @click.option("--images", default=1, show_default=True, help="Batch; guidance doubles the rows.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--rounds", default=12, show_default=True)
-def main(size: str, lines: int, images: int, threads: int, rounds: int) -> None:
+def main(size: str, lines: tuple[int, ...], top_k: int, images: int, threads: int, rounds: int) -> None:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(Path(folder), size, lines, images, threads, rounds)
-    for name, value in result.items():
-        click.echo(f"{name:>28}: {value}")
-    click.echo(json.dumps(result))
+        files = Path(folder) / "model.pt", Path(folder) / "vq.pt"
+        torch.save({"model": random_tensors(transformer_shapes(size))}, files[0])
+        torch.save({"model": random_tensors(vq_shapes(16))}, files[1])
+        for budget in lines:
+            click.echo(f"exporting {size} with {budget} lines", err=True)
+            result = measure(files, budget, top_k, images, threads, rounds)
+            for name, value in result.items():
+                click.echo(f"{name:>28}: {value}", err=True)
+            click.echo(json.dumps({"size": size, **result}))
 
 
-def measure(folder: Path, size: str, lines: int, images: int, threads: int, rounds: int) -> dict[str, object]:
-    model_file, vq_file = folder / "model.pt", folder / "vq.pt"
-    torch.save({"model": random_tensors(transformer_shapes(size))}, model_file)
-    torch.save({"model": random_tensors(vq_shapes(16))}, vq_file)
-    transformer = load_transformer(model_file, patch=16, grid=24, heads=None)
+def measure(
+    files: tuple[Path, Path], lines: int, top_k: int, images: int, threads: int, rounds: int
+) -> dict[str, object]:
+    """Export with a budget of ``lines`` and time it beside the peer and the memory."""
+    transformer = load_transformer(files[0], patch=16, grid=24, heads=None)
     plan = ExportPlan(
         transformer,
-        load_image_decoder(vq_file),
+        load_image_decoder(files[1]),
         CacheSettings("linear", Mode.STRICT, lines, 1, 16),
         images,
-        SamplingSettings(guidance=4.0),
+        SamplingSettings(guidance=4.0, top_k=top_k),
     )
-    export_bundle(plan, folder / "bundle", report=lambda line: click.echo(line, err=True))
-    bundle = open_bundle(folder / "bundle", digests=False)
+    folder = export_bundle(plan, files[0].parent / f"bundle_{lines}", report=lambda line: None)
+    bundle = open_bundle(folder, digests=False)
     manifest = bundle.manifest
     backend = OrtBackend(bundle, list(manifest.stages), threads=threads)
     tokens = manifest.raster.image_tokens
@@ -110,7 +118,10 @@ def measure(folder: Path, size: str, lines: int, images: int, threads: int, roun
     state = sum(spec.nbytes for spec in manifest.state)
     buffer = torch.ones(BANDWIDTH_BYTES // 4)
 
+    stages = stage_names(batch)
     begin(backend, batch)
+    for stage in stages.values():
+        backend.load(stage)
     for _ in range(5):
         peer.step(0)
         buffer.sum()
@@ -118,16 +129,16 @@ def measure(folder: Path, size: str, lines: int, images: int, threads: int, roun
     bandwidths, steps, line_ends, eager = [], [], [], []
     for round_ in range(rounds):
         bandwidths += [BANDWIDTH_BYTES / timed(buffer.sum) / 1e6 for _ in range(3)]
-        steps += [timed(lambda: backend.run("decode")) for _ in range(columns)]
-        line_ends.append(timed(lambda: backend.run("line_end.linear")))
+        steps += [timed(lambda: backend.run(stages["decode"])) for _ in range(columns)]
+        line_ends.append(timed(lambda: backend.run(stages["line_end"])))
         eager += [timed(lambda s=s: peer.step(s)) for s in range(round_ % 3, round_ % 3 + 5)]
     bandwidth = statistics.median(bandwidths)
     step, line_end = statistics.median(steps), statistics.median(line_ends)
     limit = (weights + state) / bandwidth / 1e6
     return {
-        "size": size,
         "rows": plan.geometry.sequences,
         "slots": slots,
+        "top_k": top_k,
         "threads": threads,
         "weights_mb": round(weights / 1e6, 1),
         "state_mb": round(state / 1e6, 1),

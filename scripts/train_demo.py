@@ -32,7 +32,7 @@ SPLIT_SEED = 0
 VQ_CONFIG = vq.VQConfig(codebook_size=32, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
 IMAGE_SIDE = GRID * VQ_CONFIG.patch
 AR_CONFIG = llamagen.LlamaGenConfig(
-    layers=6, dim=128, heads=4, ffn_dim=512, vocab_size=32, num_classes=10, grid=GRID
+    layers=6, dim=128, heads=2, ffn_dim=512, vocab_size=32, num_classes=10, grid=GRID
 )
 
 
@@ -175,7 +175,7 @@ def load_vq(path: Path) -> vq.VQModel:
 @click.option("--epochs", default=60, show_default=True)
 @click.option("--views", default=8, show_default=True, help="Moved copies of every digit.")
 @click.option("--batch", default=16, show_default=True)
-@click.option("--rate", default=2e-3, show_default=True)
+@click.option("--rate", default=3e-3, show_default=True)
 @click.option("--drop-class", default=0.1, show_default=True, help="Share of null-class rows.")
 @click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
 def train_ar(

@@ -37,7 +37,13 @@ TINY_OPTIONS = ("--grid", 6, "--heads", 4)
 
 def test_a_bundle_holds_static_opset_24_stages_and_one_weights_file(tiny_bundle: Path) -> None:
     names = {path.name for path in tiny_bundle.iterdir()}
-    stages = {"prefill.onnx", "decode.onnx", "decode.unfiltered.onnx", "line_end.linear.onnx", "vq_decoder.onnx"}
+    stages = {
+        "prefill.onnx",
+        "decode.onnx",
+        "decode.unfiltered.onnx",
+        "line_end.linear.onnx",
+        "vq_decoder.onnx",
+    }
     assert names == {"manifest.json", "weights.bin", *stages}
     for name in stages:
         model = onnx.load(tiny_bundle / name, load_external_data=False)
