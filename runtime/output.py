@@ -100,6 +100,12 @@ def make_folder(path: Path) -> None:
         raise _output_error(path, error) from error
 
 
+def check_target(path: Path | None) -> None:
+    """Raise :class:`OutputError` now if the folder of a file to be written at the end is not there."""
+    if path is not None and not path.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
+
+
 def write_png(path: Path, image: PIL.Image.Image, recipe: Recipe | None = None) -> None:
     """Write a PNG, with ``recipe`` as JSON in its ``linert`` text chunk."""
     info = PIL.PngImagePlugin.PngInfo()
@@ -217,7 +223,7 @@ class RunFolder:
             return
         if path.exists() and not path.is_dir():
             raise OutputError(f"{path} is a file, not a folder; give another --out")
-        if path.is_dir() and any(path.iterdir()) and not force:
+        if path.exists() and not force:
             raise OutputError(
                 f"{path} exists; give another --out, --resume to continue the run in it, or --force"
             )

@@ -27,12 +27,12 @@ from torch.nn import functional as F
 
 from graphs.families import llamagen, vq
 
-GRID = 24
+GRID = 16
 SPLIT_SEED = 0
-VQ_CONFIG = vq.VQConfig(codebook_size=32, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
+VQ_CONFIG = vq.VQConfig(codebook_size=64, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
 IMAGE_SIDE = GRID * VQ_CONFIG.patch
 AR_CONFIG = llamagen.LlamaGenConfig(
-    layers=6, dim=128, heads=2, ffn_dim=512, vocab_size=32, num_classes=10, grid=GRID
+    layers=6, dim=128, heads=4, ffn_dim=512, vocab_size=64, num_classes=10, grid=GRID
 )
 
 
@@ -102,7 +102,7 @@ out_option = click.option("--out", type=click.Path(path_type=Path), default=Path
 
 @main.command("vq")
 @out_option
-@click.option("--steps", default=2500, show_default=True)
+@click.option("--steps", default=1500, show_default=True)
 @click.option("--batch", default=16, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True)
 def train_vq(out: Path, steps: int, batch: int, rate: float) -> None:
@@ -172,8 +172,8 @@ def load_vq(path: Path) -> vq.VQModel:
 
 @main.command("ar")
 @out_option
-@click.option("--epochs", default=60, show_default=True)
-@click.option("--views", default=8, show_default=True, help="Moved copies of every digit.")
+@click.option("--epochs", default=100, show_default=True)
+@click.option("--views", default=4, show_default=True, help="Moved copies of every digit.")
 @click.option("--batch", default=16, show_default=True)
 @click.option("--rate", default=3e-3, show_default=True)
 @click.option("--drop-class", default=0.1, show_default=True, help="Share of null-class rows.")

@@ -87,7 +87,7 @@ def _print(bundle: Bundle, console: Console) -> None:
             f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
         ),
         "made by": ", ".join(f"{name} {version}" for name, version in manifest.producer.items()),
-        "needs": "ONNX Runtime with opset 24 (1.24 or newer)",
+        "needs": "ONNX Runtime with opset 24 (1.25 or newer)",
     }
     for name, text in rows.items():
         facts.add_row(name, text)

@@ -12,6 +12,7 @@ from runtime.errors import OutputError, RequestError
 from runtime.generator import PixelDecoder, picture
 from runtime.output import (
     SHEET_NAME,
+    check_target,
     contact_sheet,
     make_folder,
     read_tokens,
@@ -37,8 +38,9 @@ def command(
     """Turn the saved TOKENS of ``linert run --save-tokens`` into pictures again, with BUNDLE's image decoder."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, not a folder; give another --out")
-    if out.is_dir() and any(out.iterdir()) and not force:
+    if out.exists() and not force:
         raise OutputError(f"{out} exists; give another --out, or --force to write into it")
+    check_target(save_pixels)
     arrays = read_tokens(tokens)
     rows, classes = arrays["tokens"], arrays.get("classes")
     if not len(rows):

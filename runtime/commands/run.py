@@ -23,6 +23,7 @@ from runtime.output import (
     Recipe,
     RunFolder,
     RunRequest,
+    check_target,
     contact_sheet,
     picture_name,
     sheet_columns,
@@ -88,6 +89,7 @@ def command(
 
     One seed gives the same images every time, whatever the batch.
     """
+    check_target(save_tokens)
     generator = Generator(bundle, threads=threads)
     manifest = generator.manifest
     samples = plan(manifest, classes, num_images, seed)
@@ -140,12 +142,13 @@ def _draw(
                 first += len(group)
                 if all(index in folder.done for index in indices):
                     tokens = np.stack([folder.done[index] for index in indices])
+                    _write_pictures(generator, group, tokens, sampling, folder.path, missing=True)
                 else:
                     advance = partial(_advance, progress, task, number * lines)
                     on_line = _line_report(generator, preview_path if preview else None, advance)
                     tokens = generator.draw(group, sampling, on_line)
-                _write_pictures(generator, group, tokens, sampling, folder.path)
-                folder.record(indices[0], tokens, [s.class_id for s in samples])
+                    _write_pictures(generator, group, tokens, sampling, folder.path)
+                    folder.record(indices[0], tokens, [s.class_id for s in samples])
                 progress.update(task, completed=(number + 1) * lines)
     finally:
         preview_path.unlink(missing_ok=True)
@@ -179,9 +182,14 @@ def _write_pictures(
     tokens: Tokens,
     sampling: SamplingSettings,
     folder: Path,
+    *,
+    missing: bool = False,
 ) -> None:
+    """Write a group's pictures, or only those that are missing."""
     for sample, row in zip(group, tokens, strict=True):
         path = folder / picture_name(sample.class_id, sample.seed)
+        if missing and path.exists():
+            continue
         recipe = Recipe.of(generator.manifest, sample.class_id, sample.seed, sampling)
         write_png(path, picture(generator.decoder(row[None])[0]), recipe)
 
