@@ -200,6 +200,8 @@ def _store_weights(model: ir.Model, lifted: Mapping[str, Tensor], weights: Weigh
         users = [usage.node for usage in value.uses()]
         if not users:
             continue
+        # A name with a dot is a parameter's, the same in every stage; others are constants of this one.
+        owner = "" if "." in name else f"{stage}:"
         if all(_transposes(node) for node in users):
             tensor, name = tensor.t(), f"{name}.T"
             stored = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=value.type)
@@ -210,8 +212,7 @@ def _store_weights(model: ir.Model, lifted: Mapping[str, Tensor], weights: Weigh
         if tensor.numel() * tensor.element_size() <= INLINE_BYTES:
             value.const_value = ir.tensor(_deployed(tensor).contiguous().numpy(), name=name)
         else:
-            # A name with a dot is a parameter's, the same in every stage; others are constants of this one.
-            value.const_value = weights.store(name if "." in name else f"{stage}:{name}", tensor)
+            value.const_value = weights.store(owner + name, tensor)
         graph.register_initializer(value)
 
 

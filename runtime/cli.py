@@ -21,7 +21,6 @@ COMMANDS = {
         "Prove that a bundle computes what PyTorch computes (needs torch).",
     ),
     "inspect": ("runtime.commands.inspect", "Tell what a bundle is, costs and needs, without loading it."),
-    "bench": ("runtime.commands.bench", "Print the memory limit of a decode step, then measure against it."),
 }
 """Command name to the module that holds it (as ``command``) and its line in the help."""
 

@@ -172,11 +172,11 @@ def load_vq(path: Path) -> vq.VQModel:
 
 @main.command("ar")
 @out_option
-@click.option("--epochs", default=100, show_default=True)
-@click.option("--views", default=4, show_default=True, help="Moved copies of every digit.")
+@click.option("--epochs", default=45, show_default=True)
+@click.option("--views", default=8, show_default=True, help="Moved copies of every digit.")
 @click.option("--batch", default=16, show_default=True)
 @click.option("--rate", default=3e-3, show_default=True)
-@click.option("--drop-class", default=0.1, show_default=True, help="Share of null-class rows.")
+@click.option("--drop-class", default=0.15, show_default=True, help="Share of null-class rows.")
 @click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
 def train_ar(
     out: Path, epochs: int, views: int, batch: int, rate: float, drop_class: float, ema: float
