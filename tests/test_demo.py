@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Result
 
 DEMO = ROOT / "demo"
 FILES = DEMO / "c2i_demo.pt", DEMO / "vq_demo.pt"
@@ -29,3 +29,9 @@ def test_guided_samples_are_recognised(full_cache: Path) -> None:
     classifier = DigitClassifier()
     assert classifier.accuracy >= 0.97
     assert class_accuracy(full_cache, classifier, IMAGES, seed=0, guidance=None) >= 0.90
+
+
+def test_a_quarter_of_the_lines_validates(linert: Callable[..., Result], export: Callable[..., Path]) -> None:
+    bundle = export(*FILES, "--grid", 16, "--heads", 4, "--budget-lines", 4, "--batch", 4, "--guidance", 2)
+    result = linert("validate", bundle)
+    assert result.code == 0, result.out + result.err
