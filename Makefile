@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml
 
 demo: setup
 	$(BIN)/linert export demo/c2i_demo.pt --vq demo/vq_demo.pt --grid 16 --heads 4 --policy linear \
-	    --budget-lines 4 --batch 10 --guidance 2 --out $(OUT)/bundle --force
+	    --budget-lines 4 --batch 10 --guidance 3 --out $(OUT)/bundle --force
 	$(BIN)/linert run $(OUT)/bundle --classes 0-9 --num-images 40 --seed 1 --out $(OUT)/images --force
 	$(BIN)/linert validate $(OUT)/bundle
 	@echo 'The pictures are in $(OUT)/images; all of them: $(OUT)/images/contact_sheet.png'

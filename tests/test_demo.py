@@ -16,7 +16,7 @@ IMAGES = 200
 
 @pytest.fixture(scope="module")
 def full_cache(export: Callable[..., Path]) -> Path:
-    return export(*FILES, "--grid", 16, "--heads", 4, "--policy", "full", "--batch", 10, "--guidance", 2)
+    return export(*FILES, "--grid", 16, "--heads", 4, "--policy", "full", "--batch", 10, "--guidance", 3)
 
 
 def test_the_demo_files_are_small() -> None:
@@ -32,6 +32,6 @@ def test_guided_samples_are_recognised(full_cache: Path) -> None:
 
 
 def test_a_quarter_of_the_lines_validates(linert: Callable[..., Result], export: Callable[..., Path]) -> None:
-    bundle = export(*FILES, "--grid", 16, "--heads", 4, "--budget-lines", 4, "--batch", 4, "--guidance", 2)
+    bundle = export(*FILES, "--grid", 16, "--heads", 4, "--budget-lines", 4, "--batch", 4, "--guidance", 3)
     result = linert("validate", bundle)
     assert result.code == 0, result.out + result.err
