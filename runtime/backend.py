@@ -65,10 +65,6 @@ class Backend(ABC):
             raise RequestError(f"{name} is {spec.dtype}, not {array.dtype}")
         self._write(spec, array.astype(spec.dtype, copy=False))
 
-    def has(self, name: str) -> bool:
-        """Whether a loaded stage uses tensor ``name``."""
-        return name in self.specs
-
     def _spec(self, name: str) -> TensorSpec:
         if name not in self.specs:
             raise RequestError(f"no loaded stage has a tensor {name}")

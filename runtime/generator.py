@@ -45,6 +45,11 @@ class Image:
         return picture(self.pixels)
 
 
+def picture(self) -> PIL.Image.Image:
+    """The image as 8-bit RGB."""
+    return picture(self.pixels)
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a generation stands: ``lines`` of the batch ``batch`` (from 0) of ``batches`` are drawn."""

@@ -55,10 +55,7 @@ def full_cache_bytes(manifest: Manifest) -> int:
     raster = manifest.raster
     slots = raster.prefix_len + raster.image_tokens
     held = manifest.cache.capacity(raster)
-    return sum(
-        spec.nbytes // held * slots if held in spec.shape and "." in spec.name else spec.nbytes
-        for spec in manifest.state
-    )
+    return sum(spec.nbytes // held * slots if "." in spec.name else spec.nbytes for spec in manifest.state)
 
 
 def _print(bundle: Bundle, console: Console) -> None:
