@@ -45,20 +45,6 @@ class Image:
         return picture(self.pixels)
 
 
-def picture(self) -> PIL.Image.Image:
-    """The image as 8-bit RGB."""
-    return picture(self.pixels)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a generation stands: ``lines`` of the batch ``batch`` (from 0) of ``batches`` are drawn."""
-
-    batch: int
-    batches: int
-    lines: int
-
-
 def picture(pixels: Pixels) -> PIL.Image.Image:
     """8-bit RGB of ``pixels [3, H, W]``: clamped to [-1, 1], scaled to 0..255 and rounded (torchvision's ``save_image``)."""
     scaled = np.clip(pixels * np.float32(0.5) + np.float32(0.5), 0, 1) * np.float32(255)
