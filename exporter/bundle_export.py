@@ -27,6 +27,7 @@ from runtime.manifest import (
     ImageDecoder,
     Manifest,
     Model,
+    PolicySpec,
     SamplingSettings,
     StageSpec,
     TensorSpec,
@@ -41,10 +42,16 @@ GRAPH_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`."""
+    """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`.
+
+    ``policies``: those that the bundle holds. ``capacity_lines``: lines of each layer's buffer. ``cache``: the default
+    settings of its runs.
+    """
 
     transformer: LoadedTransformer
     image_decoder: LoadedImageDecoder
+    policies: tuple[str, ...]
+    capacity_lines: tuple[int, ...]
     cache: CacheSettings
     images: int
     sampling: SamplingSettings
@@ -61,12 +68,19 @@ class ExportPlan:
                 f"{self.transformer.path} predicts {config.vocab_size} tokens and "
                 f"{self.image_decoder.path} has {decoder.codebook_size} codes: they do not belong together"
             )
-        if self.cache.policy not in POLICIES:
-            faults.append(f"policy {self.cache.policy} unknown; there are {', '.join(sorted(POLICIES))}")
+        if self.cache.policy not in self.policies:
+            faults.append(f"the default policy {self.cache.policy} is not among {', '.join(self.policies)}")
+        lines = self.raster.lines
+        if wrong := [held for held in self.capacity_lines if not 1 <= held <= lines]:
+            faults.append(f"a buffer of {wrong[0]} lines; must be 1 to {lines}")
+        elif "full" in self.policies and min(self.capacity_lines) < lines:
+            faults.append(f"the full policy needs a buffer of all {lines} lines: leave --capacity-lines out")
+        if self.cache.share_guidance and not self.guided:
+            faults.append("share_guidance needs a guided bundle: give --guidance above 1")
         faults += self.sampling.faults(guided=True)
         if faults:
             raise ExportError("; ".join(faults))
-        self.cache.check(self.raster)
+        self.cache.check(self.raster, self.capacity_lines)
 
     @property
     def raster(self) -> Raster:
@@ -79,9 +93,8 @@ class ExportPlan:
 
     @property
     def geometry(self) -> stages.Geometry:
-        config = self.transformer.config
-        capacity = self.cache.capacity(self.raster)
-        return stages.Geometry(config, self.images, self.guided, (capacity,) * config.layers)
+        capacities = tuple(self.raster.slots(lines) for lines in self.capacity_lines)
+        return stages.Geometry(self.transformer.config, self.images, self.guided, capacities)
 
     @property
     def state_bytes(self) -> int:
@@ -92,7 +105,7 @@ class ExportPlan:
     def full_state_bytes(self) -> int:
         """The same with a cache that holds the whole image."""
         config = self.transformer.config
-        full = self.raster.prefix_len + self.raster.image_tokens
+        full = self.raster.slots(self.raster.lines)
         geometry = stages.Geometry(config, self.images, self.guided, (full,) * config.layers)
         return sum(spec.nbytes for spec in geometry.state())
 
@@ -169,7 +182,8 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         stages.Prefill(model, geometry),
         stages.Decode(model, geometry),
         stages.Decode(model, geometry, filtered=False),
-        stages.LineEnd(POLICIES[plan.cache.policy](), geometry),
+        *(stages.LineEnd(POLICIES[policy](), geometry) for policy in plan.policies),
+        stages.ReplayLineEnd(geometry),
         stages.VQDecoder(decoder.hollow(), images=1, rows=raster.lines, columns=raster.line_width),
     ]
     tensors = {f"model.{name}": tensor for name, tensor in transformer.tensors.items()}
@@ -219,6 +233,11 @@ def _manifest(plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str,
         raster=plan.raster,
         images=plan.images,
         guided=plan.guided,
+        capacity_lines=plan.capacity_lines,
+        policies={
+            policy: PolicySpec(POLICIES[policy]().score_window(plan.raster.line_width))
+            for policy in plan.policies
+        },
         cache=plan.cache,
         sampling=plan.sampling,
         state=tuple(_spec(spec) for spec in plan.geometry.state()),

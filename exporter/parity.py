@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
+from graphs.families.base import RasterTransformer
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import SamplingParams, draw, filtered_mass, guide
 from graphs.stages import Geometry
 from runtime.backend import Backend
 from runtime.generator import PixelDecoder
-from runtime.geometry import Mode
-from runtime.loop import Batch, begin, generate, stage_names
+from runtime.geometry import Mode, Step
+from runtime.loop import Batch, begin, generate, run_step, settings_inputs
 from runtime.manifest import SamplingSettings
 
 
@@ -127,6 +128,8 @@ class Report:
     steps_max_abs: list[float] = field(default_factory=list)
     lines: list[LineReport] = field(default_factory=list)
     tokens_agreement: float = 0.0
+    recorded_agreement: float | None = None
+    evictions_agreement: float = 1.0
     first_divergence: list[int | None] = field(default_factory=list)
     divergence_margin: float = 0.0
     pixels_max_abs: float = 0.0
@@ -146,6 +149,41 @@ class Report:
         return {"passed": self.passed, **values}
 
 
+@dataclass
+class Comparison:
+    """A loaded bundle beside the PyTorch model it came from, with one batch to draw.
+
+    Args:
+        backend: the bundle with the stages of the batch.
+        model: the checkpoint's module with its weights.
+        batch: what to draw. Its ``replay`` is imposed on both sides.
+        report: receives what is measured; its ``choices`` say whose evictions both sides live with while they are
+            fed the same tokens.
+        report_line: called with a phase's name and the lines done.
+    """
+
+    backend: Backend
+    model: RasterTransformer
+    batch: Batch
+    report: Report
+    report_line: Callable[[str, int], None]
+
+    def __post_init__(self) -> None:
+        manifest = self.backend.bundle.manifest
+        cache = self.batch.cache
+        config: Any = self.model.config
+        capacities = tuple(manifest.raster.slots(lines) for lines in manifest.capacity_lines)
+        geometry = Geometry(config, manifest.images, manifest.guided, capacities)
+        inputs = settings_inputs(manifest, self.batch)
+        params = LineEndParams(*(torch.from_numpy(inputs[name]) for name in LineEndParams._fields))
+        self.reference = HistoryModel(self.model, geometry, POLICIES[cache.policy](), params)
+        self.class_ids = torch.from_numpy(self.batch.conditions["class_ids"])
+
+    def imposed(self, line: int) -> Tensor | None:
+        """The write slots that the batch replays at the end of ``line``."""
+        return None if self.batch.replay is None else torch.from_numpy(self.batch.replay[line])
+
+
 def validate(
     backend: Backend,
     decoder: PixelDecoder,
@@ -154,6 +192,7 @@ def validate(
     batch: Batch,
     *,
     seed: int,
+    tokens: np.ndarray | None = None,
     choices: Choices = Choices.PYTORCH,
     bounds: Bounds | None = None,
     report_line: Callable[[str, int], None] = lambda phase, line: None,
@@ -161,27 +200,40 @@ def validate(
     """Compare a loaded bundle with the checkpoints it came from.
 
     Args:
-        backend: the bundle with the stages of its policy.
+        backend: the bundle with the stages of the batch.
         decoder: the bundle's image decoder.
         transformer: the checkpoint; its weights are read.
         image_decoder: the VQ checkpoint.
-        batch: what to draw.
+        batch: what to draw. Its ``replay`` is imposed on both sides.
         seed: noted in the report.
-        choices: whose evictions both sides use while they are fed the same tokens.
+        tokens: ``[I, N]`` recorded elsewhere, to be fed to both sides and compared with what they draw; the bundle's
+            own if None.
+        choices: whose evictions both sides use while they are fed the same tokens; a replay leaves no choice.
         bounds: what must hold; the float32 bounds if None.
         report_line: called with a phase's name and the lines done.
     """
     bounds = bounds or Bounds()
-    model = transformer.eager()
-    reference = _reference(backend, model, batch)
-    class_ids = torch.from_numpy(batch.conditions["class_ids"])
-    report = Report(choices, class_ids.tolist(), seed)
-    tokens = torch.from_numpy(generate(backend, batch, lambda line: report_line("bundle draws", line)))
-    _teacher_forced(backend, reference, class_ids, tokens, batch, report, report_line)
+    class_ids = batch.conditions["class_ids"].tolist()
+    report = Report(choices, class_ids, seed)
+    both = Comparison(backend, transformer.eager(), batch, report, report_line)
+    evicted: list[np.ndarray] = []
+    drawn = torch.from_numpy(
+        generate(
+            backend,
+            batch,
+            lambda line: report_line("bundle draws", line),
+            lambda line: evicted.append(backend.read("write_slots")),
+        )
+    )
+    fed = drawn
+    if tokens is not None:
+        fed = torch.from_numpy(tokens)
+        report.recorded_agreement = (drawn == fed).float().mean().item()
+    _teacher_forced(both, fed)
     with torch.no_grad():
-        _compression(model, reference, class_ids, tokens, report, report_line)
-        _free_running(reference, class_ids, tokens, batch, report, report_line)
-        _pixels(decoder, image_decoder, tokens, report)
+        _compression(both, fed)
+        _free_running(both, drawn, evicted)
+        _pixels(decoder, image_decoder, drawn, report)
     scale = max(1.0, report.logits.reference_std)
     report.checks = [
         Check("logits, max abs error", report.logits.max_abs, bounds.logits * scale),
@@ -191,55 +243,38 @@ def validate(
     if report.lines:
         worst = max(line.scores_max_abs for line in report.lines)
         agreement = float(np.mean([line.write_slots_agreement for line in report.lines]))
-        report.checks += [
-            Check("scores, max abs error", worst, bounds.scores),
-            Check("write slots, share equal", agreement, bounds.write_slots, at_least=True),
-        ]
+        report.checks.append(Check("scores, max abs error", worst, bounds.scores))
+        if batch.replay is None:
+            report.checks += [
+                Check(name, value, bounds.write_slots, at_least=True)
+                for name, value in (
+                    ("write slots, share equal", agreement),
+                    ("free-running write slots until tokens differ, share equal", report.evictions_agreement),
+                )
+            ]
     return report
 
 
-def _reference(backend: Backend, model: torch.nn.Module, batch: Batch) -> HistoryModel:
-    manifest = backend.bundle.manifest
-    capacity = batch.cache.capacity(manifest.raster)
-    config: Any = model.config
-    geometry = Geometry(config, manifest.images, manifest.guided, (capacity,) * config.layers)
-    params = LineEndParams(
-        torch.full((config.layers,), capacity),
-        torch.tensor(batch.cache.recent_lines),
-        torch.tensor(batch.cache.anchor_tokens),
-        torch.tensor(int(batch.cache.mode is Mode.STRICT)),
-    )
-    return HistoryModel(model, geometry, POLICIES[batch.cache.policy](), params)
-
-
-def _teacher_forced(
-    backend: Backend,
-    reference: HistoryModel,
-    class_ids: Tensor,
-    tokens: Tensor,
-    batch: Batch,
-    report: Report,
-    report_line: Callable[[str, int], None],
-) -> None:
+def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
     """Feed ``tokens`` to both sides and compare logits at every step, scores and write slots at every line end."""
+    backend, reference = both.backend, both.reference
     raster = backend.bundle.manifest.raster
-    stages = stage_names(batch)
-    begin(backend, batch)
-    _compare(report, reference.begin(class_ids)[:, None], [backend.read("logits")])
+    begin(backend, both.batch)
+    _compare(both.report, reference.begin(both.class_ids)[:, None], [backend.read("logits")])
     measured: list[np.ndarray] = []
     for step in raster.schedule():
         index = step.line * raster.line_width + step.column
         if step.stage == "decode":
             backend.write("token", tokens[:, index].numpy())
-            backend.run(stages["decode"])
+            run_step(backend, both.batch, step)
             measured.append(backend.read("logits"))
         if step.stage == "line_end" or index == raster.image_tokens - 2:
             line = tokens[:, step.line * raster.line_width :][:, : len(measured)]
-            _compare(report, reference.feed(line), measured)
+            _compare(both.report, reference.feed(line), measured)
             measured = []
-            report_line("same tokens on both sides", step.line + 1)
+            both.report_line("same tokens on both sides", step.line + 1)
         if step.stage == "line_end":
-            report.lines.append(_line_end(backend, reference, stages["line_end"], step.line, report.choices))
+            both.report.lines.append(_line_end(both, step))
 
 
 def _compare(report: Report, reference: Tensor, measured: list[np.ndarray]) -> None:
@@ -248,85 +283,96 @@ def _compare(report: Report, reference: Tensor, measured: list[np.ndarray]) -> N
     report.steps_max_abs += (reference - other).abs().amax(dim=(0, 2)).tolist()
 
 
-def _line_end(
-    backend: Backend, reference: HistoryModel, stage: str, line: int, choices: Choices
-) -> LineReport:
+def _line_end(both: Comparison, step: Step) -> LineReport:
+    backend, reference = both.backend, both.reference
     layers = range(len(reference.scores))
     error = max(
         float(np.abs(backend.read(f"scores.{layer}") - reference.scores[layer].numpy()).max())
         for layer in layers
     )
-    backend.run(stage)
+    run_step(backend, both.batch, step)
     chosen = torch.from_numpy(backend.read("write_slots"))
-    own = reference.end_line(replay=chosen if choices is Choices.BUNDLE else None)
+    follow = both.batch.replay is not None or both.report.choices is Choices.BUNDLE
+    own = reference.end_line(replay=chosen if follow else None)
     same = (own.sort(-1).values == chosen.sort(-1).values).float().mean().item()
-    if choices is Choices.PYTORCH:
+    if not follow and both.report.choices is Choices.PYTORCH:
         backend.write("write_slots", own.numpy())
         for layer in layers:
             backend.write(f"slot_pos.{layer}", reference.slot_pos[layer].numpy())
-    return LineReport(line, error, same)
+    return LineReport(step.line, error, same)
 
 
-def _compression(
-    model: torch.nn.Module,
-    reference: HistoryModel,
-    class_ids: Tensor,
-    tokens: Tensor,
-    report: Report,
-    report_line: Callable[[str, int], None],
-) -> None:
+def _compression(both: Comparison, tokens: Tensor) -> None:
     """Distance of the line-buffer model from the full cache, both in PyTorch, fed the same tokens."""
+    model, reference = both.model, both.reference
     geometry, config = reference.geometry, reference.geometry.config
-    ids = model.guided_classes(class_ids) if geometry.guided else class_ids
-    fed = tokens.repeat(geometry.sequences // geometry.images, 1)
-    first = reference.begin(class_ids)[:, None]
+    ids = model.guided_classes(both.class_ids) if geometry.guided else both.class_ids
+    fed = tokens.repeat(geometry.branches, 1)
+    first = reference.begin(both.class_ids)[:, None]
     lined = [first]
     width = config.line_width
     for line in range(config.lines):
         last = line == config.lines - 1
         lined.append(reference.feed(tokens[:, line * width : (line + 1) * width - last]))
         if not last:
-            reference.end_line()
-        report_line("line buffer against full cache", line + 1)
+            reference.end_line(both.imposed(line))
+        both.report_line("line buffer against full cache", line + 1)
     for row in range(geometry.sequences):
         # Row by row: the parallel pass holds the logits of every position.
         full = model(ids[row : row + 1], fed[row : row + 1, :-1])
-        report.compression.add(full, torch.cat([part[row : row + 1] for part in lined], dim=1))
+        both.report.compression.add(full, torch.cat([part[row : row + 1] for part in lined], dim=1))
 
 
-def _free_running(
-    reference: HistoryModel,
-    class_ids: Tensor,
-    tokens: Tensor,
-    batch: Batch,
-    report: Report,
-    report_line: Callable[[str, int], None],
-) -> None:
-    """Let PyTorch draw on its own and compare with the bundle's ``tokens``."""
-    config = reference.geometry.config
-    params = sampling_params(batch.sampling)
-    uniforms = torch.from_numpy(batch.uniforms)
-    images = reference.geometry.images
+def _free_running(both: Comparison, tokens: Tensor, evicted: list[np.ndarray]) -> None:
+    """Let PyTorch draw and evict on its own; compare with the bundle's ``tokens`` and with what it ``evicted``.
+
+    Rounding may decide between slots that matter equally. An image whose evictions differ has another context from
+    then on, so that its tokens are no longer measured against the margin; the evictions have their own bound.
+    """
+    reference, report = both.reference, both.report
+    geometry, config = reference.geometry, reference.geometry.config
+    params = sampling_params(both.batch.sampling)
+    uniforms = torch.from_numpy(both.batch.uniforms)
+    images = geometry.images
     diverged: list[int | None] = [None] * images
-    logits = reference.begin(class_ids)
+    evicts_alike = np.ones(images, bool)
+    shares: list[float] = []
+    logits = reference.begin(both.class_ids)
     drawn = torch.zeros_like(tokens)
     for index in range(config.image_tokens):
         drawn[:, index] = token = _draw(reference, logits, params, uniforms, index)
         for image in range(images):
             if diverged[image] is None and token[image] != tokens[image, index]:
                 diverged[image] = index
-                margin = _undecided(
-                    reference, logits, params, uniforms, index, image, int(tokens[image, index])
-                )
-                report.divergence_margin = max(report.divergence_margin, margin)
+                if evicts_alike[image]:
+                    margin = _undecided(
+                        reference, logits, params, uniforms, index, image, int(tokens[image, index])
+                    )
+                    report.divergence_margin = max(report.divergence_margin, margin)
         if index == config.image_tokens - 1:
             break
         logits = reference.feed(token[:, None])[:, 0]
-        if index % config.line_width == config.line_width - 1:
-            reference.end_line()
-            report_line("PyTorch draws", (index + 1) // config.line_width)
+        line, column = divmod(index, config.line_width)
+        if column == config.line_width - 1:
+            own = reference.end_line(both.imposed(line))
+            if both.batch.replay is None:
+                theirs = torch.from_numpy(evicted[line])
+                same = own.sort(-1).values == theirs.sort(-1).values
+                comparable = evicts_alike & np.array([index is None for index in diverged])
+                shares += _by_image(same, geometry)[comparable].tolist()
+                # A lazily evicted token stays until its turn comes, so that the order counts as well.
+                alike = same if both.batch.cache.mode is Mode.STRICT else own == theirs
+                evicts_alike &= _by_image(alike, geometry) == 1
+            both.report_line("PyTorch draws", line + 1)
+    report.evictions_agreement = float(np.mean(shares)) if shares else 1.0
     report.tokens_agreement = (drawn == tokens).float().mean().item()
     report.first_divergence = diverged
+
+
+def _by_image(same: Tensor, geometry: Geometry) -> np.ndarray:
+    """Share of true entries of ``same [L, R, W]`` an image: ``[I]`` float64."""
+    split = same.reshape(len(same), geometry.branches, geometry.images, -1)
+    return split.double().mean((0, 1, 3)).numpy()
 
 
 def sampling_params(settings: SamplingSettings) -> SamplingParams:

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphs.families.base import RasterTransformer
-from graphs.policies import FinishedLine, LineEndParams, Policy, end_line
-from graphs.stages import Geometry
+from graphs.line_attention import ScoreParams, accumulate
+from graphs.policies import LineEndParams, Policy, end_line, evict
+from graphs.stages import Geometry, finished_line
 
 Visibility = Callable[[int], tuple[Tensor, Tensor | None]]
 """Of a layer: the positions that each query sees ``[R, n, P]``, and those that each slot holds ``[R, n, C]``."""
@@ -100,17 +101,18 @@ class HistoryModel:
 
         The model's own choice is returned in either case.
         """
-        geometry, config = self.geometry, self.geometry.config
-        position = torch.full((geometry.rows, 1), self.position, dtype=torch.int32)
+        position = torch.full((self.geometry.rows, 1), self.position, dtype=torch.int32)
         own = []
         for layer, (scores, slot_pos) in enumerate(zip(self.scores, self.slot_pos, strict=True)):
-            line = FinishedLine(scores, slot_pos, position, config.prefix_len, config.line_width)
+            keys = None
+            if self.policy.reads_keys:
+                held = slot_pos.clamp(min=0).long()[:, :, None]
+                keys = self.keys[layer].gather(1, held.expand(-1, -1, self.keys[layer].shape[2]))
+            line = finished_line(self.geometry, scores, slot_pos, position, keys)
             chosen, left, fresh = end_line(self.policy, line, self.params.capacity[layer], self.params)
             own.append(chosen)
             if replay is not None:
-                left = slot_pos
-                if self.params.strict:
-                    left = slot_pos.scatter(1, replay[layer], -1)
+                left = evict(slot_pos, replay[layer], self.params.strict)
             self.slot_pos[layer], self.scores[layer] = left, fresh
         self.write_slots = torch.stack(own) if replay is None else replay.clone()
         return torch.stack(own)
@@ -140,8 +142,15 @@ class HistoryModel:
     def _account(self, layer: int, probs: Tensor, slot_pos: Tensor) -> None:
         """Add ``probs [R, n, P]`` to the scores of the slots that held each position, ``slot_pos [R, n, C]``."""
         received = probs.gather(2, slot_pos.clamp(min=0)).masked_fill(slot_pos < 0, 0.0)
-        scores = self.scores[layer]
+        config = self.geometry.config
+        window = self.policy.score_window(config.line_width)
         for offset in range(probs.shape[1]):
-            fresh = slot_pos[:, offset] == self.position + offset
-            scores = scores.masked_fill(fresh, 0.0) + received[:, offset]
-        self.scores[layer] = scores
+            position = self.position + offset
+            restart = (position - config.prefix_len) % config.line_width == config.line_width - window
+            fresh_from = torch.tensor([[-1 if restart else position]])
+            self.scores[layer] = accumulate(
+                self.scores[layer],
+                received[:, offset],
+                slot_pos[:, offset],
+                ScoreParams(fresh_from, self.params.score_max != 0),
+            )

@@ -22,11 +22,23 @@ OP_VERSION = 1
 OPSET = 24
 
 
+class ScoreParams(NamedTuple):
+    """How a step accounts for attention.
+
+    ``fresh_from [R, 1]`` int32: scores of slots that hold this position or a later one start again from zero. The
+    position of the new token is the usual value (its slot had another token's score); -1 restarts all. ``score_max
+    []`` bool: keep the largest probability received instead of the sum.
+    """
+
+    fresh_from: Tensor
+    score_max: Tensor
+
+
 class LineBufferState(NamedTuple):
     """A layer's line buffer.
 
-    ``k_cache``, ``v_cache``: ``[R, 1, C, D]``. ``scores``: ``[R, C]`` float32, the attention mass that the
-    token in each slot received. ``slot_pos``: ``[R, C]`` int32, the sequence position held, -1 when empty.
+    ``k_cache``, ``v_cache``: ``[R, 1, C, D]``. ``scores``: ``[R, C]`` float32, the attention that the token in each
+    slot received: its sum, or its largest value. ``slot_pos``: ``[R, C]`` int32, the sequence position held, -1 when empty.
     """
 
     k_cache: Tensor
@@ -42,6 +54,7 @@ def reference(
     state: LineBufferState,
     write_slot: Tensor,
     position: Tensor,
+    accounting: ScoreParams,
 ) -> tuple[Tensor, LineBufferState]:
     """Attend one new token a row, in eager PyTorch.
 
@@ -52,10 +65,11 @@ def reference(
         state: the layer's line buffer; it is not modified.
         write_slot: ``[R]`` int64, the slot that the new token overwrites.
         position: ``[R, 1]`` int32, the new token's sequence position.
+        accounting: how scores go on.
 
     Returns:
         The attention output ``[R, 1, G, D]`` and the buffer with the token written. A slot that is empty
-        afterwards receives nothing. The score of an overwritten slot starts again from zero.
+        afterwards receives nothing.
     """
     rows = torch.arange(len(write_slot), device=q.device)
     k_cache, v_cache, slot_pos = (t.clone() for t in (state.k_cache, state.v_cache, state.slot_pos))
@@ -64,9 +78,14 @@ def reference(
     slot_pos[rows, write_slot] = position[:, 0]
     logits = (q @ k_cache.mT).masked_fill((slot_pos < 0)[:, None, None], float("-inf"))
     probs = torch.softmax(logits, dim=-1)
-    kept = state.scores.masked_fill(slot_pos == position, 0.0)
-    scores = kept + probs.mean(dim=(1, 2))
+    scores = accumulate(state.scores, probs.mean(dim=(1, 2)), slot_pos, accounting)
     return probs @ v_cache, LineBufferState(k_cache, v_cache, scores, slot_pos)
+
+
+def accumulate(scores: Tensor, received: Tensor, slot_pos: Tensor, accounting: ScoreParams) -> Tensor:
+    """``scores [R, C]`` after a query that gave each slot the attention ``received [R, C]``."""
+    kept = scores.masked_fill(slot_pos >= accounting.fresh_from, 0.0)
+    return torch.where(accounting.score_max, torch.maximum(kept, received), kept + received)
 
 
 def line_attention(
@@ -76,11 +95,12 @@ def line_attention(
     state: LineBufferState,
     write_slot: Tensor,
     position: Tensor,
+    accounting: ScoreParams,
 ) -> tuple[Tensor, LineBufferState]:
     """:func:`reference`, or one opaque ``LineAttention`` node while a graph is being exported."""
     if not torch.compiler.is_exporting():
-        return reference(q, k, v, state, write_slot, position)
-    inputs = (q, k, v, *state, write_slot, position)
+        return reference(q, k, v, state, write_slot, position, accounting)
+    inputs = (q, k, v, *state, write_slot, position, *accounting)
     outputs = (q, *state)
     attended, *written = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{OP_TYPE}",
@@ -95,7 +115,8 @@ def line_attention(
 
 _BODY = """
 <domain: "linert", opset_import: ["" : 24]>
-LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position)
+LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position,
+               fresh_from, score_max)
   => (attended, k_cache_next, v_cache_next, scores_next, slot_pos_next)
 {
   k_cache_next = TensorScatter <axis = -2> (k_cache, k, write_slot)
@@ -115,9 +136,11 @@ LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position
   probs = Softmax <axis = -1> (visible_logits)
   attended = MatMul (probs, v_cache_next)
   received = RECEIVED (probs, heads_and_queries)
-  written = Equal (slot_pos_next, position)
-  kept = Where (written, zero, scores)
-  scores_next = Add (kept, received)
+  fresh = GreaterOrEqual (slot_pos_next, fresh_from)
+  kept = Where (fresh, zero, scores)
+  total = Add (kept, received)
+  largest = Max (kept, received)
+  scores_next = Where (score_max, largest, total)
 }
 """
 

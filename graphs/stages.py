@@ -2,7 +2,7 @@
 
     prefill      condition -> state, first token
     decode       state -> state', next token                        once a token
-    line_end     state -> state'                                    once a line
+    line_end     state -> state'                                    once a line, one a policy
     vq_decoder   token grid -> pixels
 
 State X is replaced by the output ``X.next``. Axes: I = images, B = sequences (I, or 2 I with guidance:
@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from graphs.families.base import FamilyConfig, RasterTransformer
 from graphs.families.vq import VQModel
-from graphs.line_attention import LineBufferState, line_attention
-from graphs.policies import FinishedLine, LineEndParams, Policy, end_line
+from graphs.line_attention import LineBufferState, ScoreParams, line_attention
+from graphs.policies import FinishedLine, LineEndParams, Policy, end_line, evict
 from graphs.sampling import SamplingParams, guide, sample
 
 NEXT = ".next"
@@ -38,6 +38,9 @@ SAMPLING_INPUTS = {
     "top_p": torch.float32,
     "greedy": torch.int64,
 }
+SCORE_INPUTS = {"score_window": torch.int64, "score_max": torch.int64}
+"""How decode accounts for attention: ``score_window`` restarts the scores before the last so many queries of a line
+(0 never); ``score_max`` nonzero keeps the largest probability instead of the sum."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,15 @@ class Geometry:
 
     @property
     def sequences(self) -> int:
-        return self.images * (2 if self.guided else 1)
+        return self.images * self.branches
 
     @property
     def rows(self) -> int:
         return self.sequences * self.config.kv_heads
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.guided else 1
 
     @property
     def query_group(self) -> int:
@@ -206,7 +213,8 @@ class Decode(Stage):
         self.model = model
         self.geometry = geometry
         loop, layers = geometry.loop_state(), geometry.layer_state()
-        self.inputs = [*sampling_inputs(geometry), *loop, *layers]
+        scalars = [TensorSpec(name, dtype, ()) for name, dtype in SCORE_INPUTS.items()]
+        self.inputs = [*sampling_inputs(geometry), *scalars, *loop, *layers]
         updated = [spec for spec in [*loop, *layers] if spec.name != "write_slots"]
         self.in_place = frozenset(spec.name for spec in updated)
         advanced = [spec.next() for spec in loop if spec.name != "write_slots"]
@@ -225,6 +233,8 @@ class Decode(Stage):
         top_k: Tensor,
         top_p: Tensor,
         greedy: Tensor,
+        score_window: Tensor,
+        score_max: Tensor,
         token: Tensor,
         tokens: Tensor,
         position: Tensor,
@@ -241,6 +251,8 @@ class Decode(Stage):
         per_row = _per_row(column, geometry)[None, :, None]
         slots = write_slots.gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2).unbind(0)
         held_rows = _per_row(held, geometry)[:, None].to(torch.int32)
+        restart = _per_row(column, geometry)[:, None] == config.line_width - score_window
+        accounting = ScoreParams(torch.where(restart, -1, held_rows), score_max != 0)
 
         fed = torch.cat([token, token]) if geometry.guided else token
         x = model.embed(fed[:, None])
@@ -255,6 +267,7 @@ class Decode(Stage):
                 LineBufferState(*layers[4 * layer : 4 * layer + 4]),
                 slots[layer],
                 held_rows,
+                accounting,
             )
             x = block.finish(x, attended.reshape(geometry.sequences, 1, config.heads, -1))
             written += state
@@ -274,44 +287,80 @@ class LineEnd(Stage):
         self.name = f"line_end.{policy.name}"
         self.policy = policy
         self.geometry = geometry
-        config = geometry.config
-        read = [s for s in geometry.layer_state() if s.name.startswith(("scores.", "slot_pos."))]
+        wanted = ["scores.", "slot_pos."] + ["k_cache."] * policy.reads_keys
+        replaced = ["slot_pos."] if policy.carries_scores else ["scores.", "slot_pos."]
+        layers = geometry.layer_state()
         loop = {spec.name: spec for spec in geometry.loop_state()}
         self.inputs = [
-            TensorSpec("capacity", torch.int64, (config.layers,)),
-            TensorSpec("recent_lines", torch.int64, ()),
-            TensorSpec("anchor_tokens", torch.int64, ()),
-            TensorSpec("strict", torch.int64, ()),
+            TensorSpec("capacity", torch.int64, (geometry.config.layers,)),
+            *(TensorSpec(name, torch.int64, ()) for name in LineEndParams._fields if name != "capacity"),
             loop["position"],
-            *read,
+            *(spec for kind in wanted for spec in layers if spec.name.startswith(kind)),
         ]
-        self.outputs = [loop["write_slots"].next(), *(spec.next() for spec in read)]
+        self.outputs = [
+            loop["write_slots"].next(),
+            *(spec.next() for kind in replaced for spec in layers if spec.name.startswith(kind)),
+        ]
 
-    def forward(
-        self,
-        capacity: Tensor,
-        recent_lines: Tensor,
-        anchor_tokens: Tensor,
-        strict: Tensor,
-        position: Tensor,
-        *layers: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config = self.geometry, self.geometry.config
-        params = LineEndParams(capacity, recent_lines, anchor_tokens, strict)
-        position_rows = _per_row(position, geometry)[:, None].to(torch.int32)
-        chosen, left = [], []
+        settings = len(LineEndParams._fields)
+        params = LineEndParams(*tensors[:settings])
+        position_rows = _per_row(tensors[settings], geometry)[:, None].to(torch.int32)
+        scores, slot_pos, *keys = _chunks(tensors[settings + 1 :], config.layers)
+        ends = []
         for layer in range(config.layers):
-            line = FinishedLine(
-                scores=layers[2 * layer],
-                slot_pos=layers[2 * layer + 1],
-                position=position_rows,
-                prefix_len=config.prefix_len,
-                line_width=config.line_width,
+            line = finished_line(
+                geometry,
+                scores[layer],
+                slot_pos[layer],
+                position_rows,
+                keys[0][layer].squeeze(1) if keys else None,
             )
-            slots, slot_pos, scores = end_line(self.policy, line, capacity[layer], params)
-            chosen.append(slots)
-            left += [scores, slot_pos]
-        return torch.stack(chosen), *left
+            ends.append(end_line(self.policy, line, params.capacity[layer], params))
+        chosen, left, restarted = zip(*ends, strict=True)
+        replaced = left if self.policy.carries_scores else restarted + left
+        return torch.stack(chosen), *replaced
+
+
+def finished_line(
+    geometry: Geometry, scores: Tensor, slot_pos: Tensor, position: Tensor, keys: Tensor | None
+) -> FinishedLine:
+    """A layer's buffer as a policy sees it; the shapes are :class:`FinishedLine`'s."""
+    config = geometry.config
+    return FinishedLine(
+        scores=scores,
+        slot_pos=slot_pos,
+        position=position,
+        keys=keys,
+        prefix_len=config.prefix_len,
+        line_width=config.line_width,
+        positions=config.prefix_len + config.image_tokens,
+        kv_heads=config.kv_heads,
+        branches=geometry.branches,
+    )
+
+
+class ReplayLineEnd(Stage):
+    """Evict what a trace says, instead of asking a policy."""
+
+    name = "line_end.replay"
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        loop = {spec.name: spec for spec in geometry.loop_state()}
+        self.held = [s for s in geometry.layer_state() if s.name.startswith("slot_pos.")]
+        self.inputs = [
+            TensorSpec("strict", torch.int64, ()),
+            replace(loop["write_slots"], name="replay_slots"),
+            *self.held,
+        ]
+        self.outputs = [loop["write_slots"].next(), *(spec.next() for spec in self.held)]
+
+    def forward(self, strict: Tensor, replay_slots: Tensor, *slot_pos: Tensor) -> tuple[Tensor, ...]:
+        left = [evict(held, chosen, strict) for held, chosen in zip(slot_pos, replay_slots, strict=True)]
+        return replay_slots.clone(), *left
 
 
 class VQDecoder(Stage):
@@ -329,6 +378,10 @@ class VQDecoder(Stage):
 
     def forward(self, grid_tokens: Tensor) -> tuple[Tensor]:
         return (self.image_decoder.decode(grid_tokens.reshape(-1, self.rows, self.columns)),)
+
+
+def _chunks(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    return [tensors[start : start + size] for start in range(0, len(tensors), size)]
 
 
 def _per_row(values: Tensor, geometry: Geometry) -> Tensor:

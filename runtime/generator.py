@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -11,12 +11,15 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from runtime.backend import Array
+from runtime.backend import Array, Backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import RequestError
+from runtime.geometry import CacheSettings
 from runtime.loop import Batch, generate, uniform_row
 from runtime.manifest import Manifest, SamplingSettings
 from runtime.ort import OrtBackend
+from runtime.output import Sample
+from runtime.trace import Trace
 
 Tokens = NDArray[np.int64]
 Pixels = NDArray[np.float32]
@@ -24,12 +27,16 @@ Pixels = NDArray[np.float32]
 MAX_SEED = 2**63 - 1
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One image to draw; together with bundle and settings it determines the image."""
+LineEndWatcher = Callable[[Backend, int], None]
+"""Called with the backend and a line's number after its end."""
 
-    class_id: int
-    seed: int
+
+@dataclass(frozen=True)
+class Replay:
+    """Recorded evictions for a batch of samples: sample k is image ``images[k]`` of ``trace``."""
+
+    trace: Trace
+    images: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,27 @@ def plan(manifest: Manifest, classes: Sequence[int], num_images: int | None, see
     return samples
 
 
+def make_batch(
+    manifest: Manifest, samples: Sequence[Sample], sampling: SamplingSettings, cache: CacheSettings
+) -> Batch:
+    """The batch that draws ``samples``; a short one is filled up with its last sample (rows do not see each other).
+
+    Raises:
+        RequestError: no sample, or more than the bundle's batch.
+    """
+    count, size = len(samples), manifest.images
+    if not 1 <= count <= size:
+        raise RequestError(f"{count} samples do not fit a batch of {size}")
+    filled = [*samples, *[samples[-1]] * (size - count)]
+    tokens = manifest.raster.image_tokens
+    return Batch(
+        conditions={"class_ids": np.array([s.class_id for s in filled], np.int64)},
+        uniforms=np.stack([uniform_row(s.seed, tokens) for s in filled]),
+        sampling=sampling,
+        cache=cache,
+    )
+
+
 class Generator:
     """Draws images from a bundle on ONNX Runtime.
 
@@ -106,11 +134,13 @@ class Generator:
         num_images: int | None = None,
         seed: int = 0,
         sampling: SamplingSettings | None = None,
+        cache: CacheSettings | None = None,
     ) -> list[Image]:
         """Draw images; see :func:`plan` for the order of classes and seeds.
 
         Args:
             sampling: how tokens are drawn; the bundle's defaults if None.
+            cache: policy, budget and the rest; the bundle's defaults if None.
 
         Raises:
             RequestError: the request does not fit the bundle.
@@ -118,7 +148,7 @@ class Generator:
         samples = plan(self.manifest, classes, num_images, seed)
         images = []
         for group in self.batches(samples):
-            tokens = self.draw(group, sampling)
+            tokens = self.draw(group, sampling, cache)
             images += [
                 Image(sample, row, self.decoder(row[None])[0])
                 for sample, row in zip(group, tokens, strict=True)
@@ -135,32 +165,35 @@ class Generator:
         self,
         samples: Sequence[Sample],
         sampling: SamplingSettings | None = None,
+        cache: CacheSettings | None = None,
+        *,
+        replay: Replay | None = None,
+        watcher: LineEndWatcher | None = None,
         on_line: Callable[[int, Tokens], None] | None = None,
     ) -> Tokens:
         """Draw the tokens ``[len(samples), N]`` int64 of at most one batch of samples.
 
         Args:
+            replay: a trace and which of its images these samples are; its evictions are imposed.
+            watcher: sees the state after every line end.
             on_line: called after each line with the number of lines drawn and a copy of the tokens so far.
         """
+        count = len(samples)
         manifest = self.manifest
-        count, size = len(samples), manifest.images
-        if not 1 <= count <= size:
-            raise RequestError(f"{count} samples do not fit a batch of {size}")
-        # A short batch is filled up with its last sample; rows do not see each other.
-        filled = [*samples, *[samples[-1]] * (size - count)]
-        tokens = manifest.raster.image_tokens
-        batch = Batch(
-            conditions={"class_ids": np.array([s.class_id for s in filled], np.int64)},
-            uniforms=np.stack([uniform_row(s.seed, tokens) for s in filled]),
-            sampling=sampling or manifest.sampling,
-            cache=manifest.cache,
-        )
+        batch = make_batch(manifest, samples, sampling or manifest.sampling, cache or manifest.cache)
+        if replay is not None:
+            filled = [*replay.images, *[replay.images[-1]] * (self.manifest.images - count)]
+            batch = replace(batch, replay=replay.trace.batch(filled))
 
         def report(lines: int) -> None:
             if on_line:
                 on_line(lines, cast("Tokens", self.backend.read("tokens"))[:count])
 
-        return generate(self.backend, batch, report)[:count]
+        def watch(line: int) -> None:
+            if watcher:
+                watcher(self.backend, line)
+
+        return generate(self.backend, batch, report, watch)[:count]
 
 
 class PixelDecoder:

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from runtime.backend import Backend
 from runtime.errors import RequestError
-from runtime.geometry import CacheSettings, Mode
-from runtime.manifest import SamplingSettings
+from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Step
+from runtime.manifest import Manifest, SamplingSettings
 
 UNIFORM_BITS = 23
 """Uniforms are multiples of 2^-23 below 1: times any float32 total they stay below that total."""
@@ -20,12 +20,17 @@ UNIFORM_BITS = 23
 
 @dataclass(frozen=True)
 class Batch:
-    """What one pass of the loop needs: conditions and one row of ``uniforms [I, N]`` float32 an image."""
+    """What one pass of the loop needs.
+
+    ``conditions``: the model's inputs by name. ``uniforms``: a row ``[I, N]`` float32 an image. ``replay``: write
+    slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`runtime.trace`).
+    """
 
     conditions: Mapping[str, NDArray[np.int64]]
     uniforms: NDArray[np.float32]
     sampling: SamplingSettings
     cache: CacheSettings
+    replay: NDArray[np.int64] | None = None
 
 
 def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
@@ -44,7 +49,28 @@ def stage_names(batch: Batch) -> dict[str, str]:
     return {
         "prefill": "prefill",
         "decode": "decode" if batch.sampling.filtered else "decode.unfiltered",
-        "line_end": f"line_end.{batch.cache.policy}",
+        "line_end": f"line_end.{batch.cache.policy if batch.replay is None else 'replay'}",
+    }
+
+
+def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
+    """The stages' inputs that sampling and cache settings decide."""
+    sampling, cache = batch.sampling, batch.cache
+    return {
+        "guidance": np.asarray(sampling.guidance, np.float32),
+        "guidance_interval": np.asarray(sampling.guidance_interval, np.int64),
+        "temperature": np.asarray(sampling.temperature, np.float32),
+        "top_k": np.asarray(sampling.top_k, np.int64),
+        "top_p": np.asarray(sampling.top_p, np.float32),
+        "greedy": np.asarray(sampling.greedy, np.int64),
+        "capacity": np.asarray(cache.capacity(manifest.raster), np.int64),
+        "recent_lines": np.asarray(cache.recent_lines, np.int64),
+        "anchor_tokens": np.asarray(cache.anchor_tokens, np.int64),
+        "strict": np.asarray(cache.mode is Mode.STRICT, np.int64),
+        "score_window": np.asarray(manifest.policies[cache.policy].score_window, np.int64),
+        "score_max": np.asarray(cache.aggregation is Aggregation.MAX, np.int64),
+        "average_heads": np.asarray(cache.head_scores is HeadScores.AVERAGED, np.int64),
+        "share_guidance": np.asarray(cache.share_guidance, np.int64),
     }
 
 
@@ -53,31 +79,34 @@ def begin(backend: Backend, batch: Batch) -> None:
 
     Raises:
         RequestError: a condition or setting does not fit the bundle.
+        GeometryError: the cache settings do not fit it.
     """
     manifest = backend.bundle.manifest
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
-    batch.cache.check(manifest.raster)
+    manifest.check_cache(batch.cache)
     for name, values in batch.conditions.items():
         backend.write(name, values)
     backend.write("uniforms", batch.uniforms)
-    sampling = batch.sampling
-    backend.write("guidance", np.float32(sampling.guidance))
-    backend.write("guidance_interval", np.int64(sampling.guidance_interval))
-    backend.write("temperature", np.float32(sampling.temperature))
-    backend.write("top_k", np.int64(sampling.top_k))
-    backend.write("top_p", np.float32(sampling.top_p))
-    backend.write("greedy", np.int64(sampling.greedy))
-    capacity = batch.cache.capacity(manifest.raster)
-    backend.write("capacity", np.full(manifest.model.layers, capacity, np.int64))
-    backend.write("recent_lines", np.int64(batch.cache.recent_lines))
-    backend.write("anchor_tokens", np.int64(batch.cache.anchor_tokens))
-    backend.write("strict", np.int64(batch.cache.mode is Mode.STRICT))
+    for name, value in settings_inputs(manifest, batch).items():
+        # A replay has no policy's inputs.
+        if name in backend.specs:
+            backend.write(name, value)
     backend.run("prefill")
 
 
+def run_step(backend: Backend, batch: Batch, step: Step) -> None:
+    """Run one entry of the raster schedule."""
+    if step.stage == "line_end" and batch.replay is not None:
+        backend.write("replay_slots", batch.replay[step.line])
+    backend.run(stage_names(batch)[step.stage])
+
+
 def generate(
-    backend: Backend, batch: Batch, on_line: Callable[[int], None] | None = None
+    backend: Backend,
+    batch: Batch,
+    on_line: Callable[[int], None] | None = None,
+    on_line_end: Callable[[int], None] | None = None,
 ) -> NDArray[np.int64]:
     """Draw a batch's tokens.
 
@@ -85,16 +114,18 @@ def generate(
         backend: holds the stages of :func:`stage_names`.
         batch: conditions, uniforms and settings.
         on_line: called with the number of lines whose tokens are all drawn, after each line.
+        on_line_end: called with a line's number after its end: write slots are chosen, nothing is overwritten yet.
 
     Returns:
         ``[I, N]`` int64 tokens in raster order.
     """
     begin(backend, batch)
     raster = backend.bundle.manifest.raster
-    stages = stage_names(batch)
     for step in raster.schedule():
-        backend.run(stages[step.stage])
+        run_step(backend, batch, step)
         # The token drawn by a line's last but one step is the line's last.
         if on_line and step.stage == "decode" and step.column == raster.line_width - 2:
             on_line(step.line + 1)
+        if on_line_end and step.stage == "line_end":
+            on_line_end(step.line)
     return cast("NDArray[np.int64]", backend.read("tokens"))

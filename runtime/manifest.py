@@ -8,10 +8,10 @@ from typing import Any
 
 import msgspec
 
-from runtime.errors import BundleError
+from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings, Raster
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST_NAME = "manifest.json"
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -118,6 +118,12 @@ class ImageDecoder(Record, frozen=True):
     source: Source
 
 
+class PolicySpec(Record, frozen=True):
+    """A cache policy that the bundle holds. ``score_window``: decode's input of that name."""
+
+    score_window: int
+
+
 class FileRecord(Record, frozen=True):
     sha256: str
     bytes: int
@@ -127,7 +133,8 @@ class Manifest(Record, frozen=True):
     """Everything that a runtime has to know about a bundle.
 
     ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
-    file, it names the bundle.
+    file, it names the bundle. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of
+    them unless it says otherwise.
     """
 
     schema: int
@@ -138,6 +145,8 @@ class Manifest(Record, frozen=True):
     raster: Raster
     images: int
     guided: bool
+    capacity_lines: tuple[int, ...]
+    policies: dict[str, PolicySpec]
     cache: CacheSettings
     sampling: SamplingSettings
     state: tuple[TensorSpec, ...]
@@ -150,11 +159,29 @@ class Manifest(Record, frozen=True):
         """Exact size of everything that persists between decode steps."""
         return sum(spec.nbytes for spec in self.state)
 
+    def state_spec(self, name: str) -> TensorSpec:
+        """The state tensor of that name."""
+        return next(spec for spec in self.state if spec.name == name)
+
     @property
-    def policies(self) -> tuple[str, ...]:
-        """Cache policies that the bundle holds a line_end stage for."""
-        prefix = "line_end."
-        return tuple(sorted(name.removeprefix(prefix) for name in self.stages if name.startswith(prefix)))
+    def branches(self) -> int:
+        """Rows an image: 2 with an unconditional one."""
+        return 2 if self.guided else 1
+
+    def check_cache(self, cache: CacheSettings) -> None:
+        """Raise :class:`RequestError` or :class:`GeometryError` for settings that this bundle cannot run with."""
+        if cache.policy not in self.policies:
+            held = ", ".join(self.policies)
+            raise RequestError(
+                f"the bundle holds no policy {cache.policy}, only {held}: export it with --policy "
+                f"{','.join([*self.policies, cache.policy])}"
+            )
+        if cache.share_guidance and not self.guided:
+            raise RequestError(
+                "share_guidance needs unconditional rows and the bundle was exported without: "
+                "export it with --guidance above 1"
+            )
+        cache.check(self.raster, self.capacity_lines)
 
     def check(self) -> None:
         """Raise :class:`BundleError` for contents that contradict each other."""
@@ -162,7 +189,8 @@ class Manifest(Record, frozen=True):
         faults = []
         if unknown := sorted({s.dtype for s in self.state} - set(ITEM_BYTES)):
             faults.append(f"state of unknown dtype {', '.join(unknown)}")
-        wanted = {"prefill", "decode", "decode.unfiltered", "vq_decoder", f"line_end.{self.cache.policy}"}
+        wanted = {"prefill", "decode", "decode.unfiltered", "line_end.replay", "vq_decoder"}
+        wanted |= {f"line_end.{policy}" for policy in self.policies}
         if missing := sorted(wanted - set(self.stages)):
             faults.append(f"no stage {', '.join(missing)}")
         for name, stage in self.stages.items():
@@ -179,7 +207,11 @@ class Manifest(Record, frozen=True):
                     faults.append(f"stage {name}: {output} has not the shape and dtype of {state}")
         if faults:
             raise BundleError("the manifest contradicts itself: " + "; ".join(faults))
-        self.cache.check(self.raster)
+        if len(self.capacity_lines) != self.model.layers:
+            raise BundleError(
+                f"the manifest contradicts itself: {len(self.capacity_lines)} capacities for {self.model.layers} layers"
+            )
+        self.check_cache(self.cache)
 
 
 def encode(manifest: Manifest) -> bytes:

@@ -36,6 +36,13 @@ SHEET_IMAGES = 400
 """A contact sheet shows at most this many."""
 
 
+class Sample(Record, frozen=True):
+    """One image to draw; together with bundle and settings it determines the image."""
+
+    class_id: int
+    seed: int
+
+
 class Recipe(Record, frozen=True):
     """Everything needed to make one image again. It stands in the PNG as text chunk ``linert``."""
 
@@ -48,12 +55,14 @@ class Recipe(Record, frozen=True):
     vq_sha256: str
 
     @staticmethod
-    def of(manifest: Manifest, class_id: int, seed: int, sampling: SamplingSettings) -> Recipe:
+    def of(
+        manifest: Manifest, class_id: int, seed: int, sampling: SamplingSettings, cache: CacheSettings
+    ) -> Recipe:
         return Recipe(
             class_id,
             seed,
             sampling,
-            manifest.cache,
+            cache,
             manifest.sha256,
             manifest.model.source.sha256,
             manifest.image_decoder.source.sha256,
@@ -61,13 +70,13 @@ class Recipe(Record, frozen=True):
 
 
 class RunRequest(Record, frozen=True):
-    """What a run folder holds the images of."""
+    """What a run folder holds the images of. ``trace_sha256``: of the trace replayed, empty if none."""
 
-    classes: tuple[int, ...]
-    num_images: int
-    seed: int
+    samples: tuple[Sample, ...]
     sampling: SamplingSettings
+    cache: CacheSettings
     bundle_sha256: str
+    trace_sha256: str = ""
 
 
 @contextlib.contextmanager
@@ -171,22 +180,31 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
         file.write(buffer.getvalue())
 
 
+def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """The arrays of an npz file; nothing in it is run.
+
+    Raises:
+        RequestError: no such file, or not an npz file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise RequestError(f"{path} does not exist") from None
+    except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
+        raise RequestError(f"{path} is no npz file: {error}") from error
+    except Exception as error:
+        # zipfile and zlib raise types of their own for damaged archives.
+        raise RequestError(f"{path} is damaged: {error}") from error
+
+
 def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
     """The arrays of a token file; ``tokens`` is among them.
 
     Raises:
         RequestError: no such file, not an npz file, or without ``tokens``.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise RequestError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise RequestError(f"{path} is no npz file of tokens: {error}") from error
-    except Exception as error:
-        # zipfile and zlib raise types of their own for damaged archives.
-        raise RequestError(f"{path} is damaged: {error}") from error
+    arrays = read_arrays(path)
     if "tokens" not in arrays:
         raise RequestError(f"{path} has no array 'tokens'; it has {', '.join(sorted(arrays)) or 'none'}")
     return arrays
@@ -246,19 +264,21 @@ class RunFolder:
                 "resume it with the same request, or give another --out"
             )
 
-    def record(self, first: int, tokens: NDArray[np.int64], classes: Sequence[int]) -> None:
+    def record(self, first: int, tokens: NDArray[np.int64]) -> None:
         """Record the tokens ``[n, N]`` of images ``first`` .. ``first + n - 1``."""
         self.done |= {first + offset: row for offset, row in enumerate(tokens)}
-        write_arrays(self.path / TOKENS_NAME, self.arrays(classes))
+        write_arrays(self.path / TOKENS_NAME, self.arrays())
 
-    def arrays(self, classes: Sequence[int]) -> dict[str, NDArray[np.generic]]:
-        """What a token file holds: ``tokens [images, N]`` int64, ``classes``, ``image`` numbers, ``seed``."""
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """What a token file holds, int64: ``tokens [images, N]``, and each image's ``classes``, ``seeds`` and number
+        ``image``."""
         numbers = sorted(self.done)
+        samples = [self.request.samples[n] for n in numbers]
         return {
             "tokens": np.stack([self.done[n] for n in numbers]),
-            "classes": np.array([classes[n] for n in numbers], np.int64),
+            "classes": np.array([sample.class_id for sample in samples], np.int64),
+            "seeds": np.array([sample.seed for sample in samples], np.int64),
             "image": np.array(numbers, np.int64),
-            "seed": np.array(self.request.seed, np.int64),
         }
 
 

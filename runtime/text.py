@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def size_text(count: int) -> str:
     """Bytes with a binary unit: ``size_text(1536)`` is ``"1.5 KiB"``."""
@@ -11,3 +13,9 @@ def size_text(count: int) -> str:
             return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def lines_text(counts: Sequence[int]) -> str:
+    """One number a layer: ``4``, or ``2 to 6 (mean 4)`` when layers differ."""
+    least, most = min(counts), max(counts)
+    return f"{most}" if least == most else f"{least} to {most} (mean {sum(counts) / len(counts):.3g})"

@@ -24,10 +24,12 @@ from random_checkpoint import SIZES, random_tensors, transformer_shapes, vq_shap
 from torch.nn import functional as F
 
 from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.commands.export import cache_plan
 from exporter.models import load_image_decoder, load_transformer
 from graphs.families.llamagen import LlamaGen
 from runtime.bundle import open_bundle
-from runtime.geometry import CacheSettings, Mode
+from runtime.commands.cache_options import CacheRequest
+from runtime.geometry import Raster
 from runtime.loop import Batch, begin, stage_names, uniform_row
 from runtime.manifest import SamplingSettings
 from runtime.ort import OrtBackend
@@ -91,15 +93,23 @@ def main(size: str, lines: tuple[int, ...], top_k: int, images: int, threads: in
             click.echo(json.dumps({"size": size, **result}))
 
 
+POLICIES = ("linear",)
+
+
 def measure(
     files: tuple[Path, Path], lines: int, top_k: int, images: int, threads: int, rounds: int
 ) -> dict[str, object]:
     """Export with a budget of ``lines`` and time it beside the peer and the memory."""
     transformer = load_transformer(files[0], patch=16, grid=24, heads=None)
+    raster = Raster(transformer.config.prefix_len, transformer.config.line_width, transformer.config.lines)
+    request = CacheRequest(budget_lines=lines)
+    cache, capacity_lines = cache_plan(raster, transformer.config.layers, POLICIES, request, None)
     plan = ExportPlan(
         transformer,
         load_image_decoder(files[1]),
-        CacheSettings("linear", Mode.STRICT, lines, 1, 16),
+        POLICIES,
+        capacity_lines,
+        cache,
         images,
         SamplingSettings(guidance=4.0, top_k=top_k),
     )

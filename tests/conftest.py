@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from graphs.families import llamagen, vq
+from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode
 from tests.golden_weights import golden_state
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +65,12 @@ def random_state(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tens
             tensor *= 2 * tensor[0].numel() ** -0.5
         state[name] = tensor
     return state
+
+
+def cache_settings(**changed: Any) -> CacheSettings:
+    """Linear, strict, two lines in both layers, one of them recent; or as ``changed``."""
+    usual = CacheSettings("linear", Mode.STRICT, (2, 2), 1, 0, Aggregation.MEAN, HeadScores.OWN, False)
+    return msgspec.structs.replace(usual, **changed)
 
 
 TINY = llamagen.LlamaGenConfig(layers=2, dim=32, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -10,12 +11,18 @@ from rich.console import Console
 from exporter.bundle_export import ExportPlan, export_bundle
 from exporter.models import load_image_decoder, load_transformer
 from graphs.policies import POLICIES
+from runtime.commands.cache_options import CacheRequest, cache_options, quarter
 from runtime.errors import OutputError
-from runtime.geometry import CacheSettings, Mode, Raster
+from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster
 from runtime.manifest import SamplingSettings
-from runtime.text import size_text
+from runtime.text import lines_text, size_text
 
+DEFAULT_MODE = Mode.STRICT
+DEFAULT_RECENT_LINES = 1
 DEFAULT_ANCHOR_TOKENS = 16
+DEFAULT_AGGREGATION = Aggregation.MEAN
+DEFAULT_HEAD_SCORES = HeadScores.OWN
+DEFAULT_SHARE_GUIDANCE = False
 
 
 @click.command()
@@ -29,28 +36,18 @@ DEFAULT_ANCHOR_TOKENS = 16
 @click.option("--ema", is_flag=True, help="Export the moving average that a training file holds.")
 @click.option(
     "--policy",
-    type=click.Choice(sorted(POLICIES)),
+    "policies",
+    callback=lambda c, p, text: parse_policies(text),
     default="linear",
     show_default=True,
-    help="Cache policy.",
+    help=f"Cache policies that the bundle holds, the default first, or all: {', '.join(POLICIES)}.",
 )
+@cache_options(policy=False)
 @click.option(
-    "--mode",
-    type=click.Choice([str(m) for m in Mode]),
-    default="strict",
-    show_default=True,
-    help="Whether an evicted slot empties at once or stays visible until it is overwritten.",
-)
-@click.option(
-    "--budget-lines",
+    "--capacity-lines",
     type=int,
-    help="Lines in the cache, the one in progress included. Default: a quarter of the image.",
-)
-@click.option("--recent-lines", type=int, help="Newest lines that stay. Default: 1 if the budget holds it.")
-@click.option(
-    "--anchor-tokens",
-    type=int,
-    help=f"First image tokens that stay. Default: {DEFAULT_ANCHOR_TOKENS}, or what the budget holds.",
+    help="Lines that the buffer has, for runs with larger budgets than the default. Default: the budget; all "
+    "lines if the bundle holds full.",
 )
 @click.option("--batch", default=1, show_default=True, help="Images drawn at once.")
 @click.option(
@@ -76,11 +73,9 @@ def command(
     grid: int | None,
     heads: int | None,
     ema: bool,
-    policy: str,
-    mode: str,
-    budget_lines: int | None,
-    recent_lines: int | None,
-    anchor_tokens: int | None,
+    policies: tuple[str, ...],
+    cache: CacheRequest,
+    capacity_lines: int | None,
     batch: int,
     guidance: float,
     guidance_interval: int,
@@ -102,10 +97,13 @@ def command(
     )
     config = transformer.config
     raster = Raster(config.prefix_len, config.line_width, config.lines)
+    settled, capacities = cache_plan(raster, config.layers, policies, cache, capacity_lines)
     plan = ExportPlan(
         transformer,
         image_decoder,
-        cache_settings(raster, policy, Mode(mode), budget_lines, recent_lines, anchor_tokens),
+        policies,
+        capacities,
+        settled,
         images=batch,
         sampling=SamplingSettings(guidance, guidance_interval, temperature, top_k, top_p),
     )
@@ -115,27 +113,37 @@ def command(
     click.echo(f"bundle: {out}")
 
 
-def cache_settings(
-    raster: Raster,
-    policy: str,
-    mode: Mode,
-    budget_lines: int | None,
-    recent_lines: int | None,
-    anchor_tokens: int | None,
-) -> CacheSettings:
-    """Fill in what was not given: a quarter of the lines, one recent line and anchors, as far as they fit."""
-    lines, width = raster.lines, raster.line_width
-    if policy == "full":
-        budget = lines if budget_lines is None else budget_lines
-    else:
-        budget = max(1, lines // 4) if budget_lines is None else budget_lines
-    anchors_given = anchor_tokens or 0
-    if recent_lines is None:
-        recent_lines = 1 if (budget - 2) * width >= anchors_given else 0
-    if anchor_tokens is None:
-        room = (budget - 1 - recent_lines) * width
-        anchor_tokens = max(0, min(DEFAULT_ANCHOR_TOKENS, room))
-    return CacheSettings(policy, mode, budget, recent_lines, anchor_tokens)
+def parse_policies(text: str) -> tuple[str, ...]:
+    """``linear,full``, or ``all``."""
+    if text == "all":
+        return tuple(POLICIES)
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [name for name in names if name not in POLICIES]:
+        raise click.BadParameter(f"no policy {', '.join(unknown)}; there are {', '.join(POLICIES)}")
+    return names
+
+
+def cache_plan(
+    raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest, capacity_lines: int | None
+) -> tuple[CacheSettings, tuple[int, ...]]:
+    """The cache settings that a bundle runs with by default, and the lines of each layer's buffer."""
+    usual = CacheSettings(
+        policies[0],
+        DEFAULT_MODE,
+        (raster.lines if policies[0] == "full" else quarter(raster),) * layers,
+        DEFAULT_RECENT_LINES,
+        DEFAULT_ANCHOR_TOKENS,
+        DEFAULT_AGGREGATION,
+        DEFAULT_HEAD_SCORES,
+        share_guidance=DEFAULT_SHARE_GUIDANCE,
+    )
+    cache = request.settle(raster, (raster.lines,) * layers, usual)
+    cache.check(raster, (raster.lines,) * layers)
+    if capacity_lines is not None:
+        return cache, (capacity_lines,) * layers
+    if "full" in policies:
+        return cache, (raster.lines,) * layers
+    return cache, cache.budget_lines
 
 
 def _announce(console: Console, plan: ExportPlan) -> None:
@@ -151,10 +159,10 @@ def _announce(console: Console, plan: ExportPlan) -> None:
         f"{raster.lines * plan.image_decoder.config.patch} pixels; batch {plan.images}, {rows}"
     )
     console.print(
-        f"cache: {cache.policy} ({cache.mode}), {cache.budget_lines} of {raster.lines} lines = "
-        f"{cache.capacity(raster)} slots; {cache.recent_lines} recent lines and {cache.anchor_tokens} anchor "
-        "tokens stay"
+        f"line buffer: {lines_text(plan.capacity_lines)} of {raster.lines} lines = "
+        f"{lines_text(plan.geometry.capacities)} slots a layer; policies: {', '.join(plan.policies)}"
     )
+    console.print(f"by default: {cache.text}")
     console.print(
         f"state memory: {plan.state_bytes} bytes ({size_text(plan.state_bytes)}); "
         f"the full cache takes {size_text(plan.full_state_bytes)}"

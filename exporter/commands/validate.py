@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -16,12 +16,14 @@ from rich.table import Table
 from exporter.models import Loaded, load_image_decoder, load_transformer
 from exporter.parity import Bounds, Choices, Report, validate
 from runtime.bundle import Bundle, file_sha256, open_bundle
+from runtime.commands.cache_options import CacheRequest, cache_options
 from runtime.commands.run import parse_classes
 from runtime.errors import CheckpointError, RequestError
-from runtime.generator import PixelDecoder, plan
-from runtime.loop import Batch, stage_names, uniform_row
-from runtime.manifest import Source
+from runtime.generator import PixelDecoder, make_batch, plan
+from runtime.loop import Batch, stage_names
+from runtime.manifest import Manifest, Source
 from runtime.ort import OrtBackend
+from runtime.trace import Trace, read_trace
 
 
 @click.command()
@@ -39,6 +41,12 @@ from runtime.ort import OrtBackend
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--greedy", is_flag=True, help="Draw the most likely tokens.")
+@cache_options()
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Impose on both sides the evictions of this trace of linert run, and feed both its tokens.",
+)
 @click.option(
     "--choices",
     type=click.Choice([str(c) for c in Choices]),
@@ -62,6 +70,8 @@ def command(
     classes: tuple[int, ...] | None,
     seed: int,
     greedy: bool,
+    cache: CacheRequest,
+    trace: Path | None,
     choices: str,
     max_logit_error: float,
     as_json: bool,
@@ -84,17 +94,19 @@ def command(
         ema=source.weights == "ema",
     )
     _same_config(transformer, manifest.model.config)
-    listed = classes or tuple(i % manifest.model.num_classes for i in range(manifest.images))
-    samples = plan(manifest, listed, manifest.images, seed)
-    tokens = manifest.raster.image_tokens
-    batch = Batch(
-        {"class_ids": np.array([s.class_id for s in samples], np.int64)},
-        np.stack([uniform_row(s.seed, tokens) for s in samples]),
-        msgspec.structs.replace(manifest.sampling, greedy=greedy),
-        manifest.cache,
-    )
+    if trace is not None:
+        if classes or seed or greedy or not cache.empty:
+            raise RequestError("--trace brings its own images and settings: leave the others out")
+        batch, recorded = _recorded(read_trace(trace), manifest)
+    else:
+        listed = classes or tuple(i % manifest.model.num_classes for i in range(manifest.images))
+        samples = plan(manifest, listed, manifest.images, seed)
+        settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
+        sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
+        batch, recorded = make_batch(manifest, samples, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
+    manifest.check_cache(batch.cache)
     stages = stage_names(batch).values()
     console = Console(stderr=True)
     with Progress(
@@ -108,6 +120,7 @@ def command(
             image_decoder,
             batch,
             seed=seed,
+            tokens=recorded,
             choices=Choices(choices),
             bounds=Bounds(logits=max_logit_error),
             report_line=lambda phase, line: bar.update(task, description=phase, completed=line),
@@ -119,6 +132,17 @@ def command(
         _print(report, Console(highlight=False))
     if not report.passed:
         raise click.exceptions.Exit(1)
+
+
+def _recorded(trace: Trace, manifest: Manifest) -> tuple[Batch, np.ndarray]:
+    """A batch of the trace's first images, and their tokens ``[I, N]``."""
+    trace.check(manifest)
+    images = [min(image, len(trace.tokens) - 1) for image in range(manifest.images)]
+    samples = trace.samples()
+    batch = make_batch(
+        manifest, [samples[image] for image in images], trace.header.sampling, trace.header.cache
+    )
+    return replace(batch, replay=trace.batch(images)), trace.tokens[images]
 
 
 def _find(bundle: Bundle, source: Source, given: Path | None, option: str) -> Path:
@@ -156,6 +180,8 @@ def _print(report: Report, console: Console) -> None:
     diverged = [index for index in report.first_divergence if index is not None]
     where = f", first divergence at token {min(diverged)}" if diverged else ""
     console.print(f"free-running tokens: {report.tokens_agreement:.2%} equal{where}")
+    if report.recorded_agreement is not None:
+        console.print(f"tokens equal to the trace's: {report.recorded_agreement:.2%}")
     console.print(f"pixels: max abs error {report.pixels_max_abs:.2e}, PSNR {report.pixels_psnr:.1f} dB")
     far = report.compression
     console.print(

@@ -1,12 +1,13 @@
 """What every cache policy shares: protection, the choice of slots, and eviction.
 
 A policy says how much each slot matters; this module turns that into the W slots that the next line overwrites.
-Axes: R = sequences x KV heads, C = slots, W = line width.
+Axes: R = sequences x KV heads, C = slots, W = line width, D = head size.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,17 +16,23 @@ from torch import Tensor
 
 
 class LineEndParams(NamedTuple):
-    """Run-time scalars (shape ``[]``, int64) of the cache.
+    """Run-time settings of the cache, int64, of shape ``[]`` unless said otherwise.
 
     ``capacity`` ``[layers]``: slots in use, of those that the buffer has. ``recent_lines``: newest lines that
     stay. ``anchor_tokens``: first image tokens that stay. ``strict``: nonzero empties a chosen slot at
-    once, zero leaves it visible until it is overwritten.
+    once, zero leaves it visible until it is overwritten. ``score_max``: nonzero says that a slot's score is the
+    largest attention probability it received, zero that it is the sum. ``average_heads``: nonzero makes the
+    heads of a sequence share one choice. ``share_guidance``: nonzero makes the conditional and the unconditional
+    sequence of an image share one.
     """
 
     capacity: Tensor
     recent_lines: Tensor
     anchor_tokens: Tensor
     strict: Tensor
+    score_max: Tensor
+    average_heads: Tensor
+    share_guidance: Tensor
 
 
 @dataclass(frozen=True)
@@ -33,24 +40,47 @@ class FinishedLine:
     """One layer's buffer at the end of a line.
 
     ``scores [R, C]`` float32: attention received. ``slot_pos [R, C]`` int32: position held, -1 empty.
-    ``position [R, 1]`` int32: position of the next token, the first of the next line.
+    ``position [R, 1]`` int32: position of the next token, the first of the next line. ``keys [R, C, D]``: keys after
+    position encoding, for a policy that reads them. ``positions``: of the whole sequence, prefix and image.
+    ``branches``: 2 when conditional rows are followed by unconditional ones, else 1.
     """
 
     scores: Tensor
     slot_pos: Tensor
     position: Tensor
+    keys: Tensor | None
     prefix_len: int
     line_width: int
+    positions: int
+    kv_heads: int
+    branches: int
+
+    @property
+    def visible(self) -> Tensor:
+        """Slots ``[R, C]`` bool that hold a token."""
+        return self.slot_pos >= 0
 
 
 class Policy(ABC):
-    """A cache policy. Subclasses set ``name`` and say how important each slot is."""
+    """A cache policy. Subclasses set ``name`` and say how important each slot is.
+
+    ``window``: only the last so many queries of a line count in the scores; None counts all of them.
+    ``carries_scores``: scores of kept tokens go on from line to line instead of starting again.
+    ``reads_keys``: the policy looks at keys as well.
+    """
 
     name: ClassVar[str]
+    window: ClassVar[int | None] = None
+    carries_scores: ClassVar[bool] = False
+    reads_keys: ClassVar[bool] = False
 
     @abstractmethod
-    def importance(self, line: FinishedLine) -> Tensor:
+    def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         """Importance ``[R, C]`` float32, finite; the least important unprotected slots go first."""
+
+    def score_window(self, line_width: int) -> int:
+        """The ``score_window`` input of decode: scores restart this many queries before a line's end; 0 never."""
+        return self.window if self.window is not None and self.window < line_width else 0
 
 
 def protected_slots(line: FinishedLine, capacity: Tensor, params: LineEndParams) -> Tensor:
@@ -58,8 +88,36 @@ def protected_slots(line: FinishedLine, capacity: Tensor, params: LineEndParams)
     slot = torch.arange(line.slot_pos.shape[1], dtype=torch.int64)[None]
     image_index = line.slot_pos - line.prefix_len
     anchor = (image_index >= 0) & (image_index < params.anchor_tokens)
-    recent = line.slot_pos >= line.position - params.recent_lines * line.line_width
+    # Not below 0: an empty slot (-1) is never recent.
+    recent = line.slot_pos >= (line.position - params.recent_lines * line.line_width).clamp(min=0)
     return (slot < line.prefix_len) | (slot >= capacity) | anchor | recent
+
+
+def pool_along_raster(values: Tensor, line: FinishedLine, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """Pool ``values [R, C]`` over neighbouring sequence positions; a position that no slot holds counts as zero.
+
+    ``pool`` maps ``[R, 1, P + 1]`` to the same shape. The result ``[R, C]`` is meaningless for empty slots.
+    """
+    positions = line.positions
+    held = torch.where(line.visible, line.slot_pos, positions).long()
+    laid_out = torch.zeros(values.shape[0], positions + 1).scatter(
+        1, held, torch.where(line.visible, values, 0.0)
+    )
+    return pool(laid_out[:, None])[:, 0].gather(1, held)
+
+
+def shared_importance(importance: Tensor, line: FinishedLine, params: LineEndParams) -> Tensor:
+    """Average ``importance [R, C]`` over the heads and over the branches that are to choose alike.
+
+    They have chosen alike since the first line, so that a slot holds the same position in all of them.
+    """
+    shape = importance.shape
+    grouped = importance.reshape(line.branches, -1, line.kv_heads, shape[1])
+    if line.kv_heads > 1:
+        grouped = torch.where(params.average_heads != 0, grouped.mean(2, keepdim=True), grouped)
+    if line.branches > 1:
+        grouped = torch.where(params.share_guidance != 0, grouped.mean(0, keepdim=True), grouped)
+    return grouped.reshape(shape)
 
 
 def choose_slots(importance: Tensor, slot_pos: Tensor, protected: Tensor, width: int) -> Tensor:
@@ -92,6 +150,12 @@ def _ascending(values: Tensor, count: int) -> Tensor:
     return torch.sort(values, dim=1, stable=True).indices[:, :count]
 
 
+def evict(slot_pos: Tensor, chosen: Tensor, strict: Tensor) -> Tensor:
+    """``slot_pos [R, C]`` after the slots ``chosen [R, W]`` were given to the next line."""
+    held = slot_pos.gather(1, chosen)
+    return slot_pos.scatter(1, chosen, torch.where(strict != 0, torch.full_like(held, -1), held))
+
+
 def end_line(
     policy: Policy, line: FinishedLine, capacity: Tensor, params: LineEndParams
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +165,7 @@ def end_line(
         ``write_slots [R, W]`` int64, and the new ``slot_pos`` and ``scores`` ``[R, C]``.
     """
     protected = protected_slots(line, capacity, params)
-    chosen = choose_slots(policy.importance(line), line.slot_pos, protected, line.line_width)
-    held = line.slot_pos.gather(1, chosen)
-    left = torch.where(params.strict != 0, torch.full_like(held, -1), held)
-    return chosen, line.slot_pos.scatter(1, chosen, left), torch.zeros_like(line.scores)
+    importance = shared_importance(policy.importance(line, params), line, params)
+    chosen = choose_slots(importance, line.slot_pos, protected, line.line_width)
+    scores = line.scores if policy.carries_scores else torch.zeros_like(line.scores)
+    return chosen, evict(line.slot_pos, chosen, params.strict), scores

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphs.policies.base import FinishedLine, Policy
+from graphs.policies.base import FinishedLine, LineEndParams, Policy
 
 
 class Full(Policy):
@@ -13,5 +13,5 @@ class Full(Policy):
 
     name = "full"
 
-    def importance(self, line: FinishedLine) -> Tensor:
+    def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         return torch.zeros_like(line.scores)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from runtime.bundle import Bundle, open_bundle
 from runtime.manifest import Manifest
-from runtime.text import size_text
+from runtime.text import lines_text, size_text
 
 
 @click.command()
@@ -53,9 +53,12 @@ def state_by_kind(manifest: Manifest) -> dict[str, int]:
 def full_cache_bytes(manifest: Manifest) -> int:
     """State memory if every token of the image stayed: per-slot tensors scaled to a slot a token."""
     raster = manifest.raster
-    slots = raster.prefix_len + raster.image_tokens
-    held = manifest.cache.capacity(raster)
-    return sum(spec.nbytes // held * slots if "." in spec.name else spec.nbytes for spec in manifest.state)
+    total = 0
+    for spec in manifest.state:
+        _, layered, layer = spec.name.partition(".")
+        lines = manifest.capacity_lines[int(layer)] if layered else raster.lines
+        total += spec.nbytes // raster.slots(lines) * raster.slots(raster.lines) if layered else spec.nbytes
+    return total
 
 
 def _print(bundle: Bundle, console: Console) -> None:
@@ -76,10 +79,10 @@ def _print(bundle: Bundle, console: Console) -> None:
         f"{raster.line_width * decoder.patch} pixels",
         "batch": f"{manifest.images} images, "
         + ("guided (two rows an image)" if manifest.guided else "unguided (one row an image)"),
-        "cache": f"{cache.policy} ({cache.mode}), {cache.budget_lines} of {raster.lines} lines = "
-        f"{cache.capacity(raster)} slots; {cache.recent_lines} recent lines, {cache.anchor_tokens} anchor "
-        "tokens stay",
+        "buffer": f"{lines_text(manifest.capacity_lines)} of {raster.lines} lines = "
+        f"{lines_text([raster.slots(lines) for lines in manifest.capacity_lines])} slots a layer",
         "policies": ", ".join(manifest.policies),
+        "by default": cache.text,
         "sampling": ", ".join(
             f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
         ),

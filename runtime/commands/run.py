@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import click
 import msgspec
 import numpy as np
 import PIL.Image
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from runtime.backend import Array, Backend
+from runtime.commands.cache_options import CacheRequest, cache_options
 from runtime.errors import RequestError
-from runtime.generator import Generator, Sample, Tokens, picture, plan
-from runtime.manifest import SamplingSettings
+from runtime.eviction_map import MapKind, Residency, draw_map
+from runtime.generator import Generator, Replay, Tokens, picture, plan
 from runtime.output import (
     PREVIEW_NAME,
     SHEET_IMAGES,
@@ -23,6 +27,7 @@ from runtime.output import (
     Recipe,
     RunFolder,
     RunRequest,
+    Sample,
     check_target,
     contact_sheet,
     picture_name,
@@ -30,6 +35,7 @@ from runtime.output import (
     write_arrays,
     write_png,
 )
+from runtime.trace import Trace, TraceHeader, per_image, read_trace
 
 
 def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
@@ -47,12 +53,12 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--classes", required=True, callback=parse_classes, help="Classes, like 3,7 or 0-9; they take turns."
+    "--classes",
+    callback=lambda c, p, text: parse_classes(c, p, text) if text else None,
+    help="Classes, like 3,7 or 0-9; they take turns.",
 )
 @click.option("--num-images", type=int, help="Images in all. Default: one a class.")
-@click.option(
-    "--seed", default=0, show_default=True, help="Seed of each class's first image; the next has one more."
-)
+@click.option("--seed", type=int, help="Seed of each class's first image; the next has one more. Default: 0.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token instead of a draw.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's, like the next four.")
@@ -60,6 +66,24 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.option("--temperature", type=float)
 @click.option("--top-k", type=int, help="0 keeps all tokens.")
 @click.option("--top-p", type=float, help="1 keeps all tokens.")
+@cache_options()
+@click.option(
+    "--eviction-map",
+    type=click.Choice([str(kind) for kind in MapKind]),
+    is_flag=False,
+    flag_value="averaged",
+    help="Draw beside each image what stayed in the cache at each line: averaged over the layers, or by layers.",
+)
+@click.option(
+    "--record-trace",
+    type=click.Path(path_type=Path),
+    help="Record which slots were overwritten to this npz file.",
+)
+@click.option(
+    "--replay-trace",
+    type=click.Path(path_type=Path),
+    help="Draw the images of this trace again with its evictions imposed, whatever the scores say.",
+)
 @click.option(
     "--save-tokens", type=click.Path(path_type=Path), help="Also write the tokens to this npz file."
 )
@@ -69,9 +93,9 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.option("--threads", default=0, help="CPU threads. Default: one a core.")
 def command(
     bundle: Path,
-    classes: tuple[int, ...],
+    classes: tuple[int, ...] | None,
     num_images: int | None,
-    seed: int,
+    seed: int | None,
     out: Path,
     greedy: bool,
     guidance: float | None,
@@ -79,6 +103,10 @@ def command(
     temperature: float | None,
     top_k: int | None,
     top_p: float | None,
+    cache: CacheRequest,
+    eviction_map: str | None,
+    record_trace: Path | None,
+    replay_trace: Path | None,
     save_tokens: Path | None,
     preview: bool,
     resume: bool,
@@ -87,12 +115,13 @@ def command(
 ) -> None:
     """Draw images from BUNDLE, one PNG an image and a contact sheet.
 
-    One seed gives the same images every time, whatever the batch.
+    One seed gives the same images every time, whatever the batch. The cache options choose among the policies that
+    the bundle holds, and any budget that its buffer has room for.
     """
     check_target(save_tokens)
-    generator = Generator(bundle, threads=threads)
-    manifest = generator.manifest
-    samples = plan(manifest, classes, num_images, seed)
+    check_target(record_trace)
+    if record_trace is not None and resume:
+        raise RequestError("--record-trace cannot record what an earlier run drew: leave --resume out")
     given = {
         "guidance": guidance,
         "guidance_interval": guidance_interval,
@@ -101,57 +130,136 @@ def command(
         "top_p": top_p,
         "greedy": greedy or None,
     }
-    sampling = msgspec.structs.replace(
-        manifest.sampling, **{name: value for name, value in given.items() if value is not None}
-    )
+    overrides = {name: value for name, value in given.items() if value is not None}
+    trace = None
+    if replay_trace is not None:
+        if overrides or not cache.empty or any(value is not None for value in (classes, num_images, seed)):
+            raise RequestError(
+                "--replay-trace draws the recorded images with the recorded settings: leave classes, seeds, sampling "
+                "and cache options out"
+            )
+        trace = read_trace(replay_trace)
+    elif classes is None:
+        raise RequestError("say what to draw with --classes, or with --replay-trace")
+    generator = Generator(bundle, threads=threads)
+    manifest = generator.manifest
+    if trace is not None:
+        trace.check(manifest)
+        samples = trace.samples()
+        sampling, settings = trace.header.sampling, trace.header.cache
+    else:
+        samples = plan(manifest, classes or (), num_images, seed or 0)
+        sampling = msgspec.structs.replace(manifest.sampling, **overrides)
+        settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
     if faults := sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
-    request = RunRequest(classes, len(samples), seed, sampling, manifest.sha256)
+    manifest.check_cache(settings)
+    request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
     folder = RunFolder(out, request, resume=resume, force=force)
-    _draw(generator, samples, sampling, folder, preview=preview)
-    _finish(folder, samples, save_tokens)
+    console = Console(stderr=True, highlight=False)
+    console.print(f"cache: {settings.text}")
+    run = _Run(generator, request, folder, trace, MapKind(eviction_map) if eviction_map else None, preview)
+    run.draw(console)
+    if trace is not None:
+        drawn = folder.arrays()["tokens"]
+        console.print(f"tokens equal to the trace's: {np.mean(drawn == trace.tokens):.2%}")
+    if record_trace is not None:
+        run.trace().write(record_trace)
+        click.echo(f"trace: {record_trace}")
+    _finish(folder, save_tokens)
 
 
-def _draw(
-    generator: Generator,
-    samples: list[Sample],
-    sampling: SamplingSettings,
-    folder: RunFolder,
-    *,
-    preview: bool,
-) -> None:
-    """Draw, batch by batch, what the folder does not hold yet."""
-    manifest = generator.manifest
-    lines = manifest.raster.lines
-    groups = list(generator.batches(samples))
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("lines"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    preview_path = folder.path / PREVIEW_NAME
-    try:
-        with progress:
-            task = progress.add_task("drawing", total=lines * len(groups))
-            first = 0
-            for number, group in enumerate(groups):
-                indices = range(first, first + len(group))
-                first += len(group)
-                if all(index in folder.done for index in indices):
-                    tokens = np.stack([folder.done[index] for index in indices])
-                    _write_pictures(generator, group, tokens, sampling, folder.path, missing=True)
-                else:
-                    advance = partial(_advance, progress, task, number * lines)
-                    on_line = _line_report(generator, preview_path if preview else None, advance)
-                    tokens = generator.draw(group, sampling, on_line)
-                    _write_pictures(generator, group, tokens, sampling, folder.path)
-                    folder.record(indices[0], tokens, [s.class_id for s in samples])
-                progress.update(task, completed=(number + 1) * lines)
-    finally:
-        preview_path.unlink(missing_ok=True)
+@dataclass
+class _Run:
+    """One invocation: draws, batch by batch, what its folder does not hold yet."""
+
+    generator: Generator
+    request: RunRequest
+    folder: RunFolder
+    replay: Trace | None
+    map_kind: MapKind | None
+    preview: bool
+    recorded: list[NDArray[np.int32]] = field(default_factory=list)
+
+    def trace(self) -> Trace:
+        """The write slots recorded."""
+        header = TraceHeader(self.request.bundle_sha256, self.request.sampling, self.request.cache)
+        arrays = self.folder.arrays()
+        tokens, classes, seeds = (arrays[name].astype(np.int64) for name in ("tokens", "classes", "seeds"))
+        return Trace(header, np.concatenate(self.recorded), tokens, classes, seeds)
+
+    def draw(self, console: Console) -> None:
+        generator, folder = self.generator, self.folder
+        lines = generator.manifest.raster.lines
+        groups = list(generator.batches(self.request.samples))
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("lines"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        preview_path = folder.path / PREVIEW_NAME
+        try:
+            with progress:
+                task = progress.add_task("drawing", total=lines * len(groups))
+                first = 0
+                for number, group in enumerate(groups):
+                    indices = range(first, first + len(group))
+                    first += len(group)
+                    if all(index in folder.done for index in indices):
+                        tokens = np.stack([folder.done[index] for index in indices])
+                        self._write_pictures(group, tokens, missing=True)
+                    else:
+                        advance = partial(_advance, progress, task, number * lines)
+                        on_line = _line_report(generator, preview_path if self.preview else None, advance)
+                        self._draw_batch(group, indices, on_line)
+                    progress.update(task, completed=(number + 1) * lines)
+        finally:
+            preview_path.unlink(missing_ok=True)
+
+    def _draw_batch(
+        self, group: Sequence[Sample], indices: Sequence[int], on_line: Callable[[int, Tokens], None]
+    ) -> None:
+        manifest = self.generator.manifest
+        residency = Residency(manifest) if self.map_kind else None
+        written: list[Array] = []
+
+        def watch(backend: Backend, line: int) -> None:
+            written.append(backend.read("write_slots"))
+            if residency is not None:
+                residency(backend, line)
+
+        tokens = self.generator.draw(
+            group,
+            self.request.sampling,
+            self.request.cache,
+            replay=Replay(self.replay, indices) if self.replay else None,
+            watcher=watch,
+            on_line=on_line,
+        )
+        self.recorded.append(per_image(written, manifest.images, manifest.branches)[: len(group)])
+        self._write_pictures(group, tokens)
+        if self.map_kind is not None and residency is not None:
+            for number, sample in enumerate(group):
+                path = self.folder.path / picture_name(sample.class_id, sample.seed)
+                with PIL.Image.open(path) as picture:
+                    drawn = draw_map(picture, residency.image(number), manifest, self.map_kind)
+                write_png(path.with_suffix(".evictions.png"), drawn)
+        self.folder.record(indices[0], tokens)
+
+    def _write_pictures(self, group: Sequence[Sample], tokens: Tokens, *, missing: bool = False) -> None:
+        """Write a group's pictures, or only those that are missing."""
+        request = self.request
+        for sample, row in zip(group, tokens, strict=True):
+            path = self.folder.path / picture_name(sample.class_id, sample.seed)
+            if missing and path.exists():
+                continue
+            recipe = Recipe.of(
+                self.generator.manifest, sample.class_id, sample.seed, request.sampling, request.cache
+            )
+            write_png(path, picture(self.generator.decoder(row[None])[0]), recipe)
 
 
 def _advance(progress: Progress, task: TaskID, before: int, lines: int) -> None:
@@ -176,25 +284,8 @@ def _preview(generator: Generator, tokens: Tokens, lines: int) -> PIL.Image.Imag
     return contact_sheet([picture(image) for image in pixels], [""] * len(pixels))
 
 
-def _write_pictures(
-    generator: Generator,
-    group: Sequence[Sample],
-    tokens: Tokens,
-    sampling: SamplingSettings,
-    folder: Path,
-    *,
-    missing: bool = False,
-) -> None:
-    """Write a group's pictures, or only those that are missing."""
-    for sample, row in zip(group, tokens, strict=True):
-        path = folder / picture_name(sample.class_id, sample.seed)
-        if missing and path.exists():
-            continue
-        recipe = Recipe.of(generator.manifest, sample.class_id, sample.seed, sampling)
-        write_png(path, picture(generator.decoder(row[None])[0]), recipe)
-
-
-def _finish(folder: RunFolder, samples: list[Sample], save_tokens: Path | None) -> None:
+def _finish(folder: RunFolder, save_tokens: Path | None) -> None:
+    samples = folder.request.samples
     classes = [sample.class_id for sample in samples]
     names = [picture_name(sample.class_id, sample.seed) for sample in samples]
     shown = []
@@ -205,6 +296,6 @@ def _finish(folder: RunFolder, samples: list[Sample], save_tokens: Path | None) 
     columns = sheet_columns(len(set(classes)), len(samples))
     write_png(folder.path / SHEET_NAME, contact_sheet(shown, captions[: len(shown)], columns))
     if save_tokens is not None:
-        write_arrays(save_tokens, folder.arrays(classes))
+        write_arrays(save_tokens, folder.arrays())
     click.echo(f"{len(samples)} images: {folder.path}")
     click.echo(f"contact sheet: {folder.path / SHEET_NAME}")

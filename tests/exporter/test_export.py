@@ -19,16 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter import bundle_export
-from exporter.commands.export import cache_settings
+from exporter.commands.export import cache_plan
 from exporter.models import load_image_decoder, load_transformer
 from exporter.onnx_export import WeightsFile
 from graphs.families import llamagen
 from graphs.line_attention import DOMAIN, OP_TYPE
 from runtime.bundle import open_bundle
+from runtime.commands.cache_options import CacheRequest
 from runtime.errors import ExportError, GeometryError, OutputError
-from runtime.geometry import CacheSettings, Mode, Raster
+from runtime.geometry import Raster
 from runtime.manifest import SamplingSettings
-from tests.conftest import ROOT, TINY, Result, random_state
+from tests.conftest import ROOT, TINY, Result, cache_settings, random_state
 
 Linert = Callable[..., Result]
 Files = tuple[Path, Path]
@@ -42,6 +43,7 @@ def test_a_bundle_holds_static_opset_24_stages_and_one_weights_file(tiny_bundle:
         "decode.onnx",
         "decode.unfiltered.onnx",
         "line_end.linear.onnx",
+        "line_end.replay.onnx",
         "vq_decoder.onnx",
     }
     assert names == {"manifest.json", "weights.bin", *stages}
@@ -125,7 +127,13 @@ def test_state_memory_is_printed_first_and_stands_in_the_manifest(
         (("--temperature", 0), "temperature 0.0"),
         (("--top-p", 1.5), "top_p 1.5"),
         (("--top-k", -1), "top_k -1"),
-        (("--policy", "nonsense"), "nonsense"),
+        (("--policy", "linear,nonsense"), "no policy nonsense"),
+        (("--policy", "linear,full", "--capacity-lines", 3), "leave --capacity-lines out"),
+        (("--capacity-lines", 2, "--budget-lines", 3), "above the 2 that the bundle's buffer has"),
+        (("--capacity-lines", 9), "a buffer of 9 lines"),
+        (("--layer-budgets", "3,2,2"), "budgets for 3 layers; the model has 2"),
+        (("--layer-budgets", "cone"), "--layer-budgets cone"),
+        (("--share-guidance", "--guidance", 1), "share_guidance needs a guided bundle"),
         (("--ema",), "no ema weights"),
         (("--heads", 7), "not a multiple of heads 7"),
         (("--grid", 1), "a grid of 1"),
@@ -160,8 +168,10 @@ def test_a_tokenizer_of_another_codebook_is_refused(tiny_files: Files, golden_fi
 def plan_of(model: Path, vq_file: Path) -> bundle_export.ExportPlan:
     decoder = load_image_decoder(vq_file)
     transformer = load_transformer(model, patch=decoder.config.patch, grid=6, heads=4)
-    cache = CacheSettings("linear", Mode.STRICT, 2, 1, 0)
-    return bundle_export.ExportPlan(transformer, decoder, cache, 1, SamplingSettings())
+    cache = cache_settings()
+    return bundle_export.ExportPlan(
+        transformer, decoder, ("linear",), cache.budget_lines, cache, 1, SamplingSettings()
+    )
 
 
 def test_an_existing_folder_needs_force(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
@@ -251,9 +261,13 @@ def test_head_sizes_that_are_no_power_of_two(
 )
 def test_default_protection_always_fits_the_budget(lines: int, width: int, prefix: int, budget: int) -> None:
     raster = Raster(prefix, width, lines)
-    cache = cache_settings(raster, "linear", Mode.STRICT, min(budget, lines), None, None)
-    cache.check(raster)
-    cache_settings(raster, "full", Mode.STRICT, None, None, None).check(raster)
+    for shape in (None, "pyramid"):
+        request = CacheRequest(budget_lines=min(budget, lines), layer_budgets=shape)
+        cache, capacity_lines = cache_plan(raster, 5, ["linear"], request, None)
+        cache.check(raster, capacity_lines)
+        assert sum(cache.budget_lines) == 5 * min(budget, lines)
+    cache, capacity_lines = cache_plan(raster, 5, ["full"], CacheRequest(), None)
+    cache.check(raster, capacity_lines)
 
 
 @given(
@@ -266,11 +280,11 @@ def test_default_protection_always_fits_the_budget(lines: int, width: int, prefi
 def test_a_budget_is_accepted_exactly_when_a_line_can_always_be_evicted(
     lines: int, width: int, budget: int, recent: int, anchors: int
 ) -> None:
-    cache = CacheSettings("linear", Mode.LAZY, budget, recent, anchors)
+    cache = cache_settings(budget_lines=(budget,) * 3, recent_lines=recent, anchor_tokens=anchors)
     fits = budget * width - anchors - recent * width >= width or budget == lines
     valid = 1 <= budget <= lines and recent >= 0 and anchors >= 0 and fits
     if valid:
-        cache.check(Raster(1, width, lines))
+        cache.check(Raster(1, width, lines), (lines,) * 3)
     else:
         with pytest.raises(GeometryError):
-            cache.check(Raster(1, width, lines))
+            cache.check(Raster(1, width, lines), (lines,) * 3)

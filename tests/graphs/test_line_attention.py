@@ -14,12 +14,14 @@ from graphs.line_attention import (
     OP_TYPE,
     OPSET,
     LineBufferState,
+    ScoreParams,
     function_proto,
     reference,
 )
 
 Inputs = dict[str, torch.Tensor]
-NAMES = ("q", "k", "v", "k_cache", "v_cache", "scores", "slot_pos", "write_slot", "position")
+BUFFER = ("k_cache", "v_cache", "scores", "slot_pos")
+NAMES = ("q", "k", "v", *BUFFER, "write_slot", "position", "fresh_from", "score_max")
 OUTPUTS = ("attended", "k_cache_next", "v_cache_next", "scores_next", "slot_pos_next")
 
 
@@ -42,19 +44,25 @@ def random_inputs(rows: int, group: int, slots: int, head_dim: int, seed: int = 
         "slot_pos": slot_pos.masked_fill(empty, -1).to(torch.int32),
         "write_slot": torch.randint(slots, (rows,), generator=generator),
         "position": torch.full((rows, 1), slots + 7, dtype=torch.int32),
+        "fresh_from": torch.full((rows, 1), slots + 7, dtype=torch.int32),
+        "score_max": torch.tensor(False),
     }
 
 
 def run_reference(inputs: Inputs) -> dict[str, torch.Tensor]:
-    state = LineBufferState(*(inputs[name] for name in ("k_cache", "v_cache", "scores", "slot_pos")))
     attended, after = reference(
-        inputs["q"], inputs["k"], inputs["v"], state, inputs["write_slot"], inputs["position"]
+        *(inputs[name] for name in ("q", "k", "v")),
+        LineBufferState(*(inputs[name] for name in BUFFER)),
+        inputs["write_slot"],
+        inputs["position"],
+        ScoreParams(inputs["fresh_from"], inputs["score_max"]),
     )
     return dict(zip(OUTPUTS, (attended, *after), strict=True))
 
 
 def function_model(inputs: Inputs) -> onnx.ModelProto:
     kinds = {torch.float32: TensorProto.FLOAT, torch.int32: TensorProto.INT32, torch.int64: TensorProto.INT64}
+    kinds[torch.bool] = TensorProto.BOOL
     node = helper.make_node(
         OP_TYPE, NAMES, OUTPUTS, domain=DOMAIN, plugin_namespace=DOMAIN, plugin_version="1"
     )
@@ -73,8 +81,15 @@ def function_model(inputs: Inputs) -> onnx.ModelProto:
 @pytest.mark.parametrize("head_dim", [8, 64, 100, 128])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("slots", [5, 97])
-def test_function_body_equals_the_reference(head_dim: int, group: int, slots: int) -> None:
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("score_max", [False, True])
+def test_function_body_equals_the_reference(
+    head_dim: int, group: int, slots: int, restart: bool, score_max: bool
+) -> None:
     inputs = random_inputs(6, group, slots, head_dim)
+    inputs["score_max"] = torch.tensor(score_max)
+    if restart:
+        inputs["fresh_from"] = torch.full_like(inputs["position"], -1)
     model = function_model(inputs)
     onnx.checker.check_model(model)
     session = ort.InferenceSession(model.SerializeToString())
@@ -92,6 +107,24 @@ def test_scores_gain_one_a_row_and_empty_slots_gain_nothing() -> None:
     written = after["slot_pos_next"] == inputs["position"]
     kept = inputs["scores"].masked_fill(written, 0.0)
     torch.testing.assert_close((after["scores_next"] - kept).sum(1), torch.ones(4), atol=1e-5, rtol=0)
+
+
+def test_a_score_can_be_the_largest_attention_received() -> None:
+    inputs = random_inputs(4, 2, 33, 16)
+    summed = run_reference(inputs)["scores_next"]
+    largest = run_reference({**inputs, "score_max": torch.tensor(True)})["scores_next"]
+    received = run_reference({**inputs, "scores": torch.zeros(4, 33)})["scores_next"]
+    written = run_reference(inputs)["slot_pos_next"] == inputs["position"]
+    kept = inputs["scores"].masked_fill(written, 0.0)
+    torch.testing.assert_close(summed, kept + received)
+    assert torch.equal(largest, torch.maximum(kept, received))
+
+
+def test_scores_can_start_again() -> None:
+    inputs = random_inputs(4, 2, 33, 16)
+    inputs["fresh_from"] = torch.full_like(inputs["position"], -1)
+    after = run_reference(inputs)["scores_next"]
+    torch.testing.assert_close(after.sum(1), torch.ones(4), atol=1e-5, rtol=0)
 
 
 def test_what_an_empty_slot_holds_does_not_matter() -> None:

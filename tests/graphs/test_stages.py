@@ -40,7 +40,10 @@ class Eager:
             "top_p": torch.tensor(1.0),
             "greedy": torch.tensor(0),
             "capacity": torch.tensor(geometry.capacities),
-            **{name: torch.tensor(value) for name, value in cache.items()},
+            "score_window": torch.tensor(POLICIES[policy]().score_window(TINY.line_width)),
+            **{
+                name: torch.tensor(cache.get(name, 0)) for name in LineEndParams._fields if name != "capacity"
+            },
         }
 
     def run(self, name: str) -> None:
@@ -74,14 +77,25 @@ def test_with_room_for_the_image_the_stages_equal_the_parallel_model(guided: boo
     torch.testing.assert_close(torch.stack(logits, dim=1), parallel, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "full"])
 @pytest.mark.parametrize("strict", [1, 0])
-@pytest.mark.parametrize(("lines", "recent", "anchors"), [(2, 1, 0), (3, 1, 4), (3, 0, 0), (1, 0, 0)])
-def test_the_line_buffer_equals_a_masked_history(strict: int, lines: int, recent: int, anchors: int) -> None:
+@pytest.mark.parametrize(
+    ("lines", "recent", "anchors", "options"),
+    [
+        (2, 1, 0, {}),
+        (3, 1, 4, {"score_max": 1}),
+        (3, 0, 0, {"average_heads": 1, "share_guidance": 1}),
+        (1, 0, 0, {}),
+    ],
+)
+def test_the_line_buffer_equals_a_masked_history(
+    policy: str, strict: int, lines: int, recent: int, anchors: int, options: dict[str, int]
+) -> None:
     net = model()
     sizes = geometry(lines)
-    eager = Eager(net, sizes, "linear", recent_lines=recent, anchor_tokens=anchors, strict=strict)
+    eager = Eager(net, sizes, policy, recent_lines=recent, anchor_tokens=anchors, strict=strict, **options)
     params = LineEndParams(*(eager.tensors[name] for name in LineEndParams._fields))
-    history = HistoryModel(net, sizes, POLICIES["linear"](), params)
+    history = HistoryModel(net, sizes, POLICIES[policy](), params)
     eager.run("prefill")
     torch.testing.assert_close(history.begin(CLASSES), eager.tensors["logits"], atol=2e-5, rtol=0)
     for line in range(TINY.lines):

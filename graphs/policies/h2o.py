@@ -1,0 +1,17 @@
+"""``h2o``: heavy hitters (arXiv 2306.14048)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from graphs.policies.base import FinishedLine, LineEndParams, Policy
+
+
+class H2O(Policy):
+    """Keep the recent window and the tokens that all queries so far, summed, attended to most, per head."""
+
+    name = "h2o"
+    carries_scores = True
+
+    def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
+        return line.scores

@@ -1,0 +1,106 @@
+"""Every cache policy once more, in plain numpy and one row at a time: what the graphs are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Row:
+    """The buffer of one (sequence, KV head) at a line end: ``scores [C]``, ``slot_pos [C]``, ``keys [C, D]``."""
+
+    scores: np.ndarray
+    slot_pos: np.ndarray
+    keys: np.ndarray
+    position: int
+    prefix_len: int
+    line_width: int
+    score_max: bool
+
+    def held(self) -> dict[int, int]:
+        """Position to slot."""
+        return {int(position): slot for slot, position in enumerate(self.slot_pos) if position >= 0}
+
+
+def full(row: Row) -> np.ndarray:
+    return np.zeros(len(row.scores))
+
+
+def linear(row: Row) -> np.ndarray:
+    return row.scores
+
+
+def streaming(row: Row) -> np.ndarray:
+    return row.slot_pos.astype(float)
+
+
+def h2o(row: Row) -> np.ndarray:
+    return row.scores
+
+
+def _neighbours(row: Row, position: int, reach: int) -> list[float]:
+    held = row.held()
+    near = range(position - reach, position + reach + 1)
+    return [float(row.scores[held[p]]) if p in held else 0.0 for p in near]
+
+
+def snapkv(row: Row) -> np.ndarray:
+    values = np.zeros(len(row.scores))
+    for position, slot in row.held().items():
+        values[slot] = sum(_neighbours(row, position, 2)) / 5
+    return values
+
+
+def rkv(row: Row) -> np.ndarray:
+    held = row.held()
+    similarity: dict[tuple[int, int], float] = {}
+    for one, slot in held.items():
+        for other, other_slot in held.items():
+            if one != other:
+                a, b = row.keys[slot], row.keys[other_slot]
+                similarity[one, other] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+        duplicates = [p for p in held if p != one and similarity[one, p] > 0.5]
+        if duplicates:
+            similarity[one, max(duplicates)] = 0.0
+    redundancy = {
+        p: np.exp(sum(similarity[other, p] for other in held if other != p) / len(held)) for p in held
+    }
+    total = sum(redundancy.values())
+    queries = 1 if row.score_max else min(8, row.line_width)
+    values = np.zeros(len(row.scores))
+    for position, slot in held.items():
+        importance = max(_neighbours(row, position, 3)) / queries
+        values[slot] = 0.1 * importance - 0.9 * redundancy[position] / total
+    return values
+
+
+IMPORTANCE: dict[str, Callable[[Row], np.ndarray]] = {
+    policy.__name__: policy for policy in (full, linear, streaming, h2o, snapkv, rkv)
+}
+
+
+def protected(row: Row, slot: int, capacity: int, recent_lines: int, anchor_tokens: int) -> bool:
+    position = row.slot_pos[slot]
+    index = position - row.prefix_len
+    return bool(
+        slot < row.prefix_len
+        or slot >= capacity
+        or 0 <= index < anchor_tokens
+        or position >= max(0, row.position - recent_lines * row.line_width)
+    )
+
+
+def choose(
+    row: Row, importance: np.ndarray, capacity: int, recent_lines: int, anchor_tokens: int
+) -> list[int]:
+    """The slots of the next line in order: empty ones by index, then the least important, then by position."""
+    candidates = []
+    for slot, position in enumerate(row.slot_pos):
+        if position < 0 and row.prefix_len <= slot < capacity:
+            candidates.append((0, 0.0, slot, slot))
+        elif position >= 0 and not protected(row, slot, capacity, recent_lines, anchor_tokens):
+            candidates.append((1, float(importance[slot]), int(position), slot))
+    return [slot for *_, slot in sorted(candidates)[: row.line_width]]
