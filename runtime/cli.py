@@ -20,6 +20,10 @@ COMMANDS = {
         "exporter.commands.validate",
         "Prove that a bundle computes what PyTorch computes (needs torch).",
     ),
+    "compare": (
+        "exporter.commands.compare",
+        "Compare cache policies and budgets: quality, memory, speed.",
+    ),
     "inspect": ("runtime.commands.inspect", "Tell what a bundle is, costs and needs, without loading it."),
 }
 """Command name to the module that holds it (as ``command``) and its line in the help."""
@@ -43,8 +47,9 @@ class LazyCommands(click.Group):
             missing = (error.name or "").split(".")[0]
             if missing in ("exporter", "runtime", "graphs"):
                 raise
+            extra = "compare" if cmd_name == "compare" else "export"
             raise LinertError(
-                f"linert {cmd_name} needs {missing}, which is not installed: pip install 'linert[export]'"
+                f"linert {cmd_name} needs {missing}, which is not installed: pip install 'linert[{extra}]'"
             ) from error
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}.command is no click command")

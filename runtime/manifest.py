@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -158,6 +159,26 @@ class Manifest(Record, frozen=True):
     def state_bytes(self) -> int:
         """Exact size of everything that persists between decode steps."""
         return sum(spec.nbytes for spec in self.state)
+
+    def state_bytes_at(self, lines: Sequence[int]) -> int:
+        """Exact size of the same state in a bundle whose layers have buffers of so many ``lines``."""
+        return sum(spec.nbytes for spec in self.state_at(lines))
+
+    def state_at(self, lines: Sequence[int]) -> tuple[TensorSpec, ...]:
+        """The state of a bundle whose layers have buffers of so many ``lines``."""
+        return tuple(self._resized(spec, lines) for spec in self.state)
+
+    def _resized(self, spec: TensorSpec, lines: Sequence[int]) -> TensorSpec:
+        _, layered, layer = spec.name.partition(".")
+        if not layered:
+            return spec
+        slots = self.raster.slots(self.capacity_lines[int(layer)])
+        axis = 2 if len(spec.shape) == 4 else 1
+        if spec.shape[axis] != slots:
+            raise BundleError(f"{spec.name} has shape {spec.shape}, not {slots} slots")
+        shape = list(spec.shape)
+        shape[axis] = self.raster.slots(lines[int(layer)])
+        return TensorSpec(spec.name, spec.dtype, tuple(shape))
 
     def state_spec(self, name: str) -> TensorSpec:
         """The state tensor of that name."""

@@ -103,3 +103,13 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
     """Batch 2, guided, linear with 3 of 6 lines."""
     return export(*tiny_files, "--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
+
+
+@pytest.fixture(scope="session")
+def many_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
+    """Batch 2, guided, every policy, a buffer of all 6 lines, 3 of them used by default with 2 anchor tokens."""
+    return export(
+        *tiny_files,
+        *("--grid", 6, "--heads", 4, "--batch", 2, "--policy", "all", "--budget-lines", 3),
+        *("--anchor-tokens", 2),
+    )

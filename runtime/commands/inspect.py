@@ -51,14 +51,8 @@ def state_by_kind(manifest: Manifest) -> dict[str, int]:
 
 
 def full_cache_bytes(manifest: Manifest) -> int:
-    """State memory if every token of the image stayed: per-slot tensors scaled to a slot a token."""
-    raster = manifest.raster
-    total = 0
-    for spec in manifest.state:
-        _, layered, layer = spec.name.partition(".")
-        lines = manifest.capacity_lines[int(layer)] if layered else raster.lines
-        total += spec.nbytes // raster.slots(lines) * raster.slots(raster.lines) if layered else spec.nbytes
-    return total
+    """State memory if every token of the image stayed."""
+    return manifest.state_bytes_at([manifest.raster.lines] * manifest.model.layers)
 
 
 def _print(bundle: Bundle, console: Console) -> None:

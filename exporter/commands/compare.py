@@ -1,0 +1,227 @@
+"""``linert compare``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import onnxruntime
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from exporter.compare import CellResult, CompareRequest, Comparison, Grid
+from exporter.report import header, render_page, row_of
+from runtime.commands.cache_options import PYRAMID, UNIFORM
+from runtime.commands.run import parse_classes
+from runtime.errors import OutputError, RequestError
+from runtime.generator import Generator, plan
+from runtime.geometry import Aggregation, HeadScores, Mode
+from runtime.metrics import load_metrics
+from runtime.output import atomic_file
+
+REQUEST_NAME = "request.json"
+JSON_NAME = "compare.json"
+PAGE_NAME = "compare.html"
+STRIP_IMAGES = 12
+FLAGS = {"yes": True, "no": False}
+
+
+def several(kind: Callable[[str], Any], allowed: tuple[str, ...] = ()) -> Callable[..., tuple[Any, ...]]:
+    """A click callback for a list like ``a,b``."""
+
+    def parse(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
+        if not text:
+            return ()
+        parts = [part.strip() for part in text.split(",")]
+        try:
+            values = tuple(kind(part) for part in parts)
+        except (ValueError, KeyError):
+            raise click.BadParameter(f"{text!r} is no list of values") from None
+        if allowed and (wrong := [part for part in parts if part not in allowed]):
+            raise click.BadParameter(f"{', '.join(wrong)}: give some of {', '.join(allowed)}")
+        return values
+
+    return parse
+
+
+def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple[str, ...] = ()) -> Any:
+    """An option that takes a list of values to try."""
+    listed = f" ({', '.join(allowed)})" if allowed else ""
+    return click.option(name, callback=several(kind, allowed), help=f"{text}{listed}; a list.")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the comparison.")
+@click.option(
+    "--policies", callback=several(str), help="Policies, like linear,h2o. Default: all that the bundle holds."
+)
+@click.option(
+    "--budgets",
+    callback=several(str),
+    default="1/2,1/4,1/6,1/8",
+    show_default=True,
+    help="Budgets: lines, or fractions of the image (rounded to whole lines).",
+)
+@click.option("--samples", default=200, show_default=True, help="Images a cell.")
+@click.option(
+    "--classes",
+    callback=lambda c, p, t: parse_classes(c, p, t) if t else None,
+    help="Classes of the images; they take turns. Default: all.",
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of each class's first image.")
+@click.option(
+    "--metrics",
+    "metric_source",
+    default="",
+    help="Where quality metrics come from: FILE.py or package.module, and :function unless it is metrics.",
+)
+@click.option(
+    "--forced-images",
+    type=int,
+    help="Images whose logits are compared with the full cache's, both fed the same tokens. Default: a batch.",
+)
+@grid_option("--mode", str, "Eviction modes", tuple(str(m) for m in Mode))
+@grid_option("--recent-lines", int, "Newest lines that stay")
+@grid_option("--anchor-tokens", int, "First image tokens that stay")
+@grid_option("--aggregation", str, "Score aggregations", tuple(str(a) for a in Aggregation))
+@grid_option("--head-scores", str, "Whose scores a head evicts by", tuple(str(h) for h in HeadScores))
+@grid_option(
+    "--share-guidance", lambda text: FLAGS[text], "Whether guidance branches evict alike", tuple(FLAGS)
+)
+@grid_option("--layer-budgets", str, "How layers share the budget", (UNIFORM, PYRAMID))
+@click.option("--timing/--no-timing", default=True, show_default=True, help="Time decode at every budget.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted comparison in OUT.")
+@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+def command(
+    bundle: Path,
+    out: Path,
+    policies: tuple[str, ...],
+    budgets: tuple[str, ...],
+    samples: int,
+    classes: tuple[int, ...] | None,
+    seed: int,
+    metric_source: str,
+    forced_images: int | None,
+    timing: bool,
+    resume: bool,
+    threads: int,
+    **grid: tuple[Any, ...],
+) -> None:
+    """Compare cache policies and budgets on BUNDLE: quality, agreement with the full cache, memory, speed.
+
+    Every combination of the lists draws the same images. OUT gets compare.json and a self-contained compare.html.
+    """
+    if out.exists() and not resume:
+        raise OutputError(f"{out} exists; give another --out, or --resume to continue the comparison in it")
+    generator = Generator(bundle, threads=threads)
+    manifest = generator.manifest
+    listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
+    cells, refused = listed.cells(manifest)
+    planned = plan(manifest, classes or range(manifest.model.num_classes), samples, seed)
+    request = CompareRequest(
+        manifest.sha256,
+        tuple(cell.cache for cell in cells),
+        tuple(planned),
+        manifest.sampling,
+        metric_source,
+        min(len(planned), manifest.images if forced_images is None else forced_images),
+    )
+    if request.forced_images < 1:
+        raise RequestError("--forced-images must be at least 1")
+    console = Console(stderr=True, highlight=False)
+    for line in refused:
+        console.print(f"left out: {line}")
+    metrics = load_metrics(metric_source) if metric_source else []
+    _same_request(out, request, resume=resume)
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
+    with progress:
+        task = progress.add_task("", total=1)
+        comparison = Comparison(
+            generator,
+            cells,
+            request,
+            metrics,
+            out,
+            resume=resume,
+            progress=lambda phase, done, total: progress.update(
+                task, description=phase, completed=done, total=total
+            ),
+        )
+        results = comparison.run(timing=timing)
+        strips = [comparison.pictures(cell, STRIP_IMAGES) for cell in cells]
+        progress.update(task, completed=progress.tasks[0].total)
+    facts = {
+        "bundle": f"{bundle} (sha256 {manifest.sha256[:16]})",
+        "model": f"{manifest.model.family}, {manifest.model.parameters:,} parameters, {manifest.raster.lines} x "
+        f"{manifest.raster.line_width} tokens",
+        "samples": f"{len(planned)} a cell, seeds from {seed}; logits compared on {request.forced_images}",
+        "sampling": ", ".join(
+            f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
+        ),
+        "by default": manifest.cache.text,
+        "machine": f"{processor()}, {threads or os.cpu_count()} threads, ONNX Runtime {onnxruntime.__version__}",
+    }
+    values = {"facts": facts, "cells": [result.to_json() for result in results]}
+    _write(out / JSON_NAME, json.dumps(values, indent=1))
+    _write(out / PAGE_NAME, render_page(results, metrics, strips, facts))
+    _print(results, metrics)
+    click.echo(f"report: {out / PAGE_NAME}")
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _same_request(out: Path, request: CompareRequest, *, resume: bool) -> None:
+    """Record ``request``, or check that ``out`` holds the same one."""
+    path = out / REQUEST_NAME
+    if resume and path.exists():
+        try:
+            known = msgspec.json.decode(path.read_bytes(), type=CompareRequest)
+        except (OSError, msgspec.DecodeError) as error:
+            raise OutputError(f"{path} cannot be read: {error}") from error
+        names = [name for name in known.__struct_fields__ if getattr(known, name) != getattr(request, name)]
+        if names:
+            raise OutputError(
+                f"{out} holds a comparison with other {', '.join(names)}; resume it with the same request, or "
+                "give another --out"
+            )
+        return
+    if out.exists():
+        raise OutputError(f"{out} holds no comparison to resume: there is no {REQUEST_NAME}")
+    out.mkdir(parents=True)
+    _write(path, msgspec.json.format(msgspec.json.encode(request), indent=1).decode())
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+def _print(results: list[CellResult], metrics: Any) -> None:
+    table = Table(*header(metrics, results))
+    for result in results:
+        table.add_row(*row_of(result, metrics))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 220
+    console.print(table)

@@ -1,0 +1,441 @@
+"""Compare cache policies and budgets on one bundle: quality, agreement with the full cache, memory, speed.
+
+Every cell draws the same images (conditions and seeds) as the full cache. Tokens and measurements are kept in the
+comparison's folder as they come, so that an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from runtime.bundle import Bundle
+from runtime.commands.cache_options import CacheRequest
+from runtime.errors import GeometryError, RequestError
+from runtime.generator import Generator, make_batch
+from runtime.geometry import CacheSettings
+from runtime.loop import Batch, begin, run_step, stage_names
+from runtime.manifest import Manifest, Record, SamplingSettings, TensorSpec
+from runtime.metrics import Interval, Metric, bootstrap
+from runtime.ort import OrtBackend
+from runtime.output import RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
+
+CELLS = "cells"
+METRIC_BATCH = 50
+TIMING_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration. ``budget``: as it was asked for, like ``1/6``."""
+
+    cache: CacheSettings
+    budget: str
+
+    @property
+    def key(self) -> str:
+        """A folder name."""
+        digest = hashlib.sha256(msgspec.json.encode(self.cache)).hexdigest()
+        return f"{self.cache.policy}-{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be combined with what; an empty tuple leaves a setting at the bundle's default."""
+
+    policies: tuple[str, ...]
+    budgets: tuple[str, ...]
+    layer_budgets: tuple[str, ...] = ()
+    mode: tuple[str, ...] = ()
+    recent_lines: tuple[int, ...] = ()
+    anchor_tokens: tuple[int, ...] = ()
+    aggregation: tuple[str, ...] = ()
+    head_scores: tuple[str, ...] = ()
+    share_guidance: tuple[bool, ...] = ()
+
+    def cells(self, manifest: Manifest) -> tuple[list[Cell], list[str]]:
+        """The full cache first, then every combination that fits once, and why others do not.
+
+        Raises:
+            RequestError: the bundle lacks a policy, full or room, or nothing fits.
+        """
+        lines = manifest.raster.lines
+        full = Cell(
+            CacheRequest(policy="full").settle(manifest.raster, manifest.capacity_lines, manifest.cache),
+            "1",
+        )
+        if "full" not in manifest.policies:
+            raise RequestError(
+                "compare measures against the full cache and the bundle does not hold it: export it with "
+                f"--policy {','.join([*manifest.policies, 'full'])}"
+            )
+        cells, refused = {full.cache: full}, []
+        names = [name for name in CacheRequest.__dataclass_fields__ if getattr(self, name, ())]
+        values = [getattr(self, name) for name in names]
+        policies = [policy for policy in self.policies if policy != "full"]
+        for budget, policy, *chosen in itertools.product(self.budgets, policies, *values):
+            request = CacheRequest(
+                policy=policy,
+                budget_lines=budget_lines(budget, lines),
+                **dict(zip(names, chosen, strict=True)),
+            )
+            try:
+                cache = request.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
+                manifest.check_cache(cache)
+            except GeometryError as error:
+                refused.append(f"{policy}, {budget}: {error}")
+                continue
+            cells.setdefault(cache, Cell(cache, budget))
+        if len(cells) == 1 and refused:
+            raise RequestError(f"no cell of the grid fits: {refused[0]}")
+        return list(cells.values()), refused
+
+
+def budget_lines(text: str, lines: int) -> int:
+    """Whole lines of a budget like ``4`` or ``1/6`` (of the image, rounded to the nearest, at least 1)."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(f"budget {text!r} is neither a number of lines nor a fraction like 1/4") from None
+    if value <= 0 or (value >= 1 and value.denominator != 1):
+        raise RequestError(f"budget {text} is neither a number of lines nor a fraction like 1/4")
+    return max(1, int(value * lines + Fraction(1, 2))) if value < 1 else int(value)
+
+
+class CompareRequest(Record, frozen=True):
+    """What a comparison's folder holds."""
+
+    bundle_sha256: str
+    caches: tuple[CacheSettings, ...]
+    samples: tuple[Sample, ...]
+    sampling: SamplingSettings
+    metrics: str
+    forced_images: int
+
+
+@dataclass
+class CellResult:
+    """What was measured of a cell. KL in nats, of the cell's distribution from the full cache's."""
+
+    label: str
+    budget: str
+    cache: CacheSettings
+    state_bytes: int
+    metrics: dict[str, Interval]
+    metrics_minus_full: dict[str, Interval]
+    token_agreement: float
+    first_divergence: float | None
+    kl_mean: float
+    kl_by_line: list[float]
+    top1_agreement: float
+    decode_ms: float | None = None
+    line_end_ms: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "cache": msgspec.to_builtins(self.cache)}
+
+
+class Comparison:
+    """One comparison in its folder.
+
+    Args:
+        generator: draws from the bundle.
+        cells: the full cache first.
+        request: what is compared; the folder belongs to it.
+        metrics: quality metrics.
+        folder: where everything is kept.
+        resume: go on with what the folder holds.
+        progress: called with a phase's name, units done and units in all.
+    """
+
+    def __init__(
+        self,
+        generator: Generator,
+        cells: Sequence[Cell],
+        request: CompareRequest,
+        metrics: Sequence[Metric],
+        folder: Path,
+        *,
+        resume: bool,
+        progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    ) -> None:
+        self.generator, self.cells, self.request = generator, cells, request
+        self.manifest = generator.manifest
+        self.metrics, self.folder, self.resume, self.progress = metrics, folder, resume, progress
+        make_folder(folder / CELLS)
+
+    def run(self, *, timing: bool) -> list[CellResult]:
+        """Draw, measure and time every cell."""
+        tokens = {cell.key: self._tokens(cell, number) for number, cell in enumerate(self.cells)}
+        rows = {cell.key: self._metric_rows(cell, tokens[cell.key]) for cell in self.cells}
+        forced = self._forced(tokens[self.cells[0].key])
+        labels = labels_of(self.cells)
+        results = [
+            self._result(cell, label, tokens, rows, forced[cell.key])
+            for cell, label in zip(self.cells, labels, strict=True)
+        ]
+        if timing:
+            decode_ms, line_end_ms = self._timings()
+            for cell, result in zip(self.cells, results, strict=True):
+                result.decode_ms = decode_ms[cell.cache.budget_lines]
+                result.line_end_ms = line_end_ms[cell.cache.policy]
+        return results
+
+    def pictures(self, cell: Cell, count: int) -> NDArray[np.float32]:
+        """Pixels of the first ``count`` images of ``cell``."""
+        arrays = read_arrays(self.folder / CELLS / cell.key / "tokens.npz")
+        return self.generator.decoder(arrays["tokens"][:count])
+
+    def _tokens(self, cell: Cell, number: int) -> NDArray[np.int64]:
+        """Draw what the cell's folder does not hold yet: ``[n, N]``."""
+        path = self.folder / CELLS / cell.key
+        request = self.request
+        run = RunRequest(request.samples, request.sampling, cell.cache, request.bundle_sha256)
+        store = RunFolder(path, run, resume=self.resume and path.exists(), force=False)
+        groups = list(self.generator.batches(request.samples))
+        first = 0
+        for index, group in enumerate(groups):
+            self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
+            if any(image not in store.done for image in range(first, first + len(group))):
+                store.record(first, self.generator.draw(group, request.sampling, cell.cache))
+            first += len(group)
+        return np.stack([store.done[image] for image in range(first)])
+
+    def _metric_rows(self, cell: Cell, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
+        """Each metric's rows ``[n, k]``."""
+        if not self.metrics:
+            return {}
+        path = self.folder / CELLS / cell.key / "metrics.npz"
+        if self.resume and path.exists():
+            kept = read_arrays(path)
+            return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
+        classes = np.array([sample.class_id for sample in self.request.samples], np.int64)
+        parts: dict[str, list[NDArray[np.float64]]] = {metric.name: [] for metric in self.metrics}
+        for start in range(0, len(tokens), METRIC_BATCH):
+            self.progress(f"measuring {cell.cache.policy}", start, len(tokens))
+            pixels = self.generator.decoder(tokens[start : start + METRIC_BATCH])
+            for metric in self.metrics:
+                parts[metric.name].append(metric.measure(pixels, classes[start : start + METRIC_BATCH]))
+        rows = {name: np.concatenate(values) for name, values in parts.items()}
+        write_arrays(path, rows)
+        return rows
+
+    def _forced(self, tokens: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.float64]]]:
+        """KL and top-1 agreement of every cell's logits with the full cache's, both fed the full cache's ``tokens``.
+
+        ``kl`` and ``top1`` are ``[N]``, the mean over images and branches.
+        """
+        samples = self.request.samples[: self.request.forced_images]
+        kept = {cell.key: self.folder / CELLS / cell.key / "forced.npz" for cell in self.cells}
+        if self.resume and all(path.exists() for path in kept.values()):
+            return {key: read_arrays(path) for key, path in kept.items()}  # type: ignore[misc]
+        groups = list(self.generator.batches(samples))
+        sums = {cell.key: {"kl": 0.0, "top1": 0.0} for cell in self.cells}
+        first = 0
+        for index, group in enumerate(groups):
+            fed = tokens[first : first + len(group)]
+            first += len(group)
+            batches = [
+                make_batch(self.manifest, group, self.request.sampling, cell.cache) for cell in self.cells
+            ]
+            rows = [
+                b * self.manifest.images + i for b in range(self.manifest.branches) for i in range(len(group))
+            ]
+            reference = [
+                log_softmax(logits[rows]) for logits in forced_logits(self.generator.backend, batches[0], fed)
+            ]
+            for number, (cell, batch) in enumerate(zip(self.cells, batches, strict=True)):
+                self.progress(
+                    "feeding all the same tokens", index * len(batches) + number, len(groups) * len(batches)
+                )
+                kl, top1 = [], []
+                for wanted, logits in zip(
+                    reference, forced_logits(self.generator.backend, batch, fed), strict=True
+                ):
+                    found = log_softmax(logits[rows])
+                    kl.append((np.exp(wanted) * (wanted - found)).sum(-1).mean())
+                    top1.append((wanted.argmax(-1) == found.argmax(-1)).mean())
+                sums[cell.key]["kl"] = sums[cell.key]["kl"] + np.array(kl) * len(group) / len(samples)
+                sums[cell.key]["top1"] = sums[cell.key]["top1"] + np.array(top1) * len(group) / len(samples)
+        for key, path in kept.items():
+            write_arrays(path, sums[key])  # type: ignore[arg-type]
+        return sums  # type: ignore[return-value]
+
+    def _result(
+        self,
+        cell: Cell,
+        label: str,
+        tokens: dict[str, NDArray[np.int64]],
+        rows: dict[str, dict[str, NDArray[np.float64]]],
+        forced: dict[str, NDArray[np.float64]],
+    ) -> CellResult:
+        full = self.cells[0].key
+        differs = tokens[cell.key] != tokens[full]
+        diverging = differs.any(1)
+        first = float(np.median(differs[diverging].argmax(1))) if diverging.any() else None
+        by_line = forced["kl"].reshape(self.manifest.raster.lines, -1).mean(1)
+        return CellResult(
+            label,
+            cell.budget,
+            cell.cache,
+            self.manifest.state_bytes_at(cell.cache.budget_lines),
+            {metric.name: bootstrap(metric, rows[cell.key][metric.name]) for metric in self.metrics},
+            {
+                metric.name: bootstrap(metric, rows[cell.key][metric.name], rows[full][metric.name])
+                for metric in self.metrics
+            },
+            float(1 - differs.mean()),
+            first,
+            float(forced["kl"].mean()),
+            by_line.tolist(),
+            float(forced["top1"].mean()),
+        )
+
+    def _timings(self) -> tuple[dict[tuple[int, ...], float], dict[str, float]]:
+        """Median milliseconds of a decode step by buffer, in rounds that take turns, and of each policy's line end.
+
+        A budget is timed on the bundle's own decode graph with a buffer of that size, which is what a bundle
+        exported at that budget runs.
+        """
+        stage = stage_names(self._any_batch(self.cells[0]))["decode"]
+        budgets = list(dict.fromkeys(cell.cache.budget_lines for cell in self.cells))
+        decode: dict[tuple[int, ...], list[float]] = {budget: [] for budget in budgets}
+        turns = list(itertools.product(range(TIMING_ROUNDS), budgets))
+        for number, (_, budget) in enumerate(turns):
+            self.progress("timing decode", number, len(turns))
+            with decode_backend(
+                self.generator.bundle, stage, budget, self.generator.backend.threads
+            ) as backend:
+                decode[budget] += step_times(backend, stage, self.manifest)
+        line_ends = {}
+        for cell in self.cells:
+            policy = cell.cache.policy
+            if policy not in line_ends:
+                begin(self.generator.backend, self._any_batch(cell))
+                name = f"line_end.{policy}"
+                times = [_milliseconds(lambda name=name: self.generator.backend.run(name)) for _ in range(12)]
+                line_ends[policy] = statistics.median(times[2:])
+        return {budget: statistics.median(times) for budget, times in decode.items()}, line_ends
+
+    def _any_batch(self, cell: Cell) -> Batch:
+        return make_batch(self.manifest, self.request.samples[:1], self.request.sampling, cell.cache)
+
+
+def labels_of(cells: Sequence[Cell]) -> list[str]:
+    """The policy of each cell, and whatever else differs between the cells that evict."""
+    evicting = [cell.cache for cell in cells if cell.cache.policy != "full"]
+    varying = [
+        name
+        for name in ("mode", "recent_lines", "anchor_tokens", "aggregation", "head_scores", "share_guidance")
+        if len({getattr(cache, name) for cache in evicting}) > 1
+    ]
+    words = {
+        "mode": lambda cache: str(cache.mode),
+        "recent_lines": lambda cache: f"{cache.recent_lines} recent",
+        "anchor_tokens": lambda cache: f"{cache.anchor_tokens} anchors",
+        "aggregation": lambda cache: str(cache.aggregation),
+        "head_scores": lambda cache: f"heads {cache.head_scores}",
+        "share_guidance": lambda cache: "shared" if cache.share_guidance else "apart",
+    }
+    labels = []
+    for cell in cells:
+        cache = cell.cache
+        parts = [cache.policy]
+        if cache.policy != "full":
+            parts += [words[name](cache) for name in varying]
+            parts += ["layers differ"] * (len(set(cache.budget_lines)) > 1)
+        labels.append(", ".join(parts))
+    return labels
+
+
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    """Over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def forced_logits(backend: OrtBackend, batch: Batch, tokens: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+    """The logits ``[B, V]`` before each token of an image, when ``tokens [n, N]`` are fed whatever is drawn."""
+    missing = backend.bundle.manifest.images - len(tokens)
+    fed = np.pad(tokens, ((0, missing), (0, 0)), mode="edge")
+    begin(backend, batch)
+    yield backend.read("logits")
+    for step in backend.bundle.manifest.raster.schedule():
+        if step.stage == "decode":
+            index = step.line * backend.bundle.manifest.raster.line_width + step.column
+            backend.write("token", fed[:, index])
+        run_step(backend, batch, step)
+        if step.stage == "decode":
+            yield backend.read("logits")
+
+
+@contextlib.contextmanager
+def decode_backend(bundle: Bundle, stage: str, lines: Sequence[int], threads: int) -> Iterator[OrtBackend]:
+    """A backend for the bundle's decode ``stage`` with buffers of so many ``lines`` a layer.
+
+    The decode graph does not depend on the number of slots but in the shapes that it declares.
+    """
+    manifest = bundle.manifest
+    spec = manifest.stages[stage]
+    resized = {state.name: state for state in manifest.state_at(lines)}
+
+    def fit(tensor: TensorSpec) -> TensorSpec:
+        state = spec.updates.get(tensor.name, tensor.name)
+        return msgspec.structs.replace(tensor, shape=resized[state].shape) if state in resized else tensor
+
+    fitted = msgspec.structs.replace(
+        spec, inputs=tuple(map(fit, spec.inputs)), outputs=tuple(map(fit, spec.outputs))
+    )
+    model = onnx.load(bundle.stage_path(stage), load_external_data=False)
+    shapes = {tensor.name: tensor.shape for tensor in (*fitted.inputs, *fitted.outputs)}
+    for value in (*model.graph.input, *model.graph.output):
+        for dimension, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+            dimension.dim_value = size
+    timed = msgspec.structs.replace(manifest, stages={stage: fitted}, state=tuple(resized.values()))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        onnx.save(model, folder / spec.file)
+        for file in manifest.files:
+            if not file.endswith(".onnx"):
+                link(bundle.file(file), folder / file)
+        yield OrtBackend(Bundle(folder, timed), [stage], threads=threads)
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has none."""
+    try:
+        target.hardlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def step_times(backend: OrtBackend, stage: str, manifest: Manifest) -> list[float]:
+    """Milliseconds of a line's decode steps with every slot filled, after a few to warm up."""
+    for name, spec in backend.specs.items():
+        if name.startswith("slot_pos."):
+            backend.write(name, np.broadcast_to(np.arange(spec.shape[1], dtype=np.int32), spec.shape))
+    position = backend.specs["position"]
+    backend.write("position", np.full(position.shape, manifest.raster.prefix_len, np.int64))
+    times = [_milliseconds(lambda: backend.run(stage)) for _ in range(manifest.raster.line_width + 4)]
+    return times[4:]
+
+
+def _milliseconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return (time.perf_counter() - start) * 1e3
