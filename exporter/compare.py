@@ -13,7 +13,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -241,40 +241,39 @@ class Comparison:
         ``kl`` and ``top1`` are ``[N]``, the mean over images and branches.
         """
         samples = self.request.samples[: self.request.forced_images]
-        kept = {cell.key: self.folder / CELLS / cell.key / "forced.npz" for cell in self.cells}
-        if self.resume and all(path.exists() for path in kept.values()):
-            return {key: read_arrays(path) for key, path in kept.items()}  # type: ignore[misc]
         groups = list(self.generator.batches(samples))
-        sums = {cell.key: {"kl": 0.0, "top1": 0.0} for cell in self.cells}
-        first = 0
+        parts: dict[str, list[dict[str, NDArray[np.float64]]]] = {cell.key: [] for cell in self.cells}
         for index, group in enumerate(groups):
+            first = index * self.manifest.images
             fed = tokens[first : first + len(group)]
-            first += len(group)
-            batches = [
-                make_batch(self.manifest, group, self.request.sampling, cell.cache) for cell in self.cells
-            ]
-            rows = [
-                b * self.manifest.images + i for b in range(self.manifest.branches) for i in range(len(group))
-            ]
-            reference = [
-                log_softmax(logits[rows]) for logits in forced_logits(self.generator.backend, batches[0], fed)
-            ]
-            for number, (cell, batch) in enumerate(zip(self.cells, batches, strict=True)):
-                self.progress(
-                    "feeding all the same tokens", index * len(batches) + number, len(groups) * len(batches)
-                )
-                kl, top1 = [], []
-                for wanted, logits in zip(
-                    reference, forced_logits(self.generator.backend, batch, fed), strict=True
-                ):
-                    found = log_softmax(logits[rows])
-                    kl.append((np.exp(wanted) * (wanted - found)).sum(-1).mean())
-                    top1.append((wanted.argmax(-1) == found.argmax(-1)).mean())
-                sums[cell.key]["kl"] = sums[cell.key]["kl"] + np.array(kl) * len(group) / len(samples)
-                sums[cell.key]["top1"] = sums[cell.key]["top1"] + np.array(top1) * len(group) / len(samples)
-        for key, path in kept.items():
-            write_arrays(path, sums[key])  # type: ignore[arg-type]
-        return sums  # type: ignore[return-value]
+            files = [self.folder / CELLS / cell.key / f"forced_{index:04d}.npz" for cell in self.cells]
+            missing = [not (self.resume and file.exists()) for file in files]
+            reference = list(self._log_probs(self.cells[0], group, fed)) if any(missing) else []
+            for number, (cell, file) in enumerate(zip(self.cells, files, strict=True)):
+                done = index * len(files) + number
+                self.progress("feeding all the same tokens", done, len(groups) * len(files))
+                if missing[number]:
+                    found = self._log_probs(cell, group, fed)
+                    write_arrays(file, distances(reference, found))
+                parts[cell.key].append(read_arrays(file))  # type: ignore[arg-type]
+        weights = [len(group) for group in groups]
+        return {
+            key: {
+                name: np.average([part[name] for part in of_batches], axis=0, weights=weights)
+                for name in ("kl", "top1")
+            }
+            for key, of_batches in parts.items()
+        }
+
+    def _log_probs(
+        self, cell: Cell, group: Sequence[Sample], fed: NDArray[np.int64]
+    ) -> Iterator[NDArray[np.float64]]:
+        """Log-probabilities ``[branches * n, V]`` before each of the tokens ``fed [n, N]``."""
+        manifest = self.manifest
+        batch = make_batch(manifest, group, self.request.sampling, cell.cache)
+        rows = [b * manifest.images + i for b in range(manifest.branches) for i in range(len(group))]
+        for logits in forced_logits(self.generator.backend, batch, fed):
+            yield log_softmax(logits[rows])
 
     def _result(
         self,
@@ -367,6 +366,17 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def distances(
+    reference: Iterable[NDArray[np.float64]], other: Iterable[NDArray[np.float64]]
+) -> dict[str, NDArray[np.float64]]:
+    """Step by step ``kl`` (nats) of ``other`` from ``reference`` and share of equal arg-maxima ``top1``: ``[N]`` each."""
+    kl, top1 = [], []
+    for wanted, found in zip(reference, other, strict=True):
+        kl.append((np.exp(wanted) * (wanted - found)).sum(-1).mean())
+        top1.append((wanted.argmax(-1) == found.argmax(-1)).mean())
+    return {"kl": np.array(kl), "top1": np.array(top1)}
 
 
 def forced_logits(backend: OrtBackend, batch: Batch, tokens: NDArray[np.int64]) -> Iterator[NDArray[Any]]:

@@ -20,18 +20,14 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from random_checkpoint import SIZES, random_tensors, transformer_shapes, vq_shapes
+from random_checkpoint import SIZES, random_bundle
 from torch.nn import functional as F
 
-from exporter.bundle_export import ExportPlan, export_bundle
-from exporter.commands.export import cache_plan
-from exporter.models import load_image_decoder, load_transformer
+from exporter.models import load_transformer
 from graphs.families.llamagen import LlamaGen
-from runtime.bundle import open_bundle
+from runtime.bundle import Bundle
 from runtime.commands.cache_options import CacheRequest
-from runtime.geometry import Raster
 from runtime.loop import Batch, begin, stage_names, uniform_row
-from runtime.manifest import SamplingSettings
 from runtime.ort import OrtBackend
 
 BANDWIDTH_BYTES = 1 << 29
@@ -81,48 +77,33 @@ def timed(action: Callable[[], object]) -> float:
 @click.option("--rounds", default=12, show_default=True)
 def main(size: str, lines: tuple[int, ...], top_k: int, images: int, threads: int, rounds: int) -> None:
     torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as folder:
-        files = Path(folder) / "model.pt", Path(folder) / "vq.pt"
-        torch.save({"model": random_tensors(transformer_shapes(size))}, files[0])
-        torch.save({"model": random_tensors(vq_shapes(16))}, files[1])
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for budget in lines:
             click.echo(f"exporting {size} with {budget} lines", err=True)
-            result = measure(files, budget, top_k, images, threads, rounds)
-            for name, value in result.items():
-                click.echo(f"{name:>28}: {value}", err=True)
+            bundle = random_bundle(
+                folder, size, request=CacheRequest(budget_lines=budget), images=images, top_k=top_k
+            )
+            peer = EagerPeer(
+                load_transformer(folder / f"{size}.pt", patch=16, grid=24, heads=None).eager(),
+                images * 2,
+                bundle.manifest.raster.slots(budget),
+            )
+            result = measure(bundle, peer, threads, rounds)
+            for key, value in result.items():
+                click.echo(f"{key:>28}: {value}", err=True)
             click.echo(json.dumps({"size": size, **result}))
 
 
-POLICIES = ("linear",)
-
-
-def measure(
-    files: tuple[Path, Path], lines: int, top_k: int, images: int, threads: int, rounds: int
-) -> dict[str, object]:
-    """Export with a budget of ``lines`` and time it beside the peer and the memory."""
-    transformer = load_transformer(files[0], patch=16, grid=24, heads=None)
-    raster = Raster(transformer.config.prefix_len, transformer.config.line_width, transformer.config.lines)
-    request = CacheRequest(budget_lines=lines)
-    cache, capacity_lines = cache_plan(raster, transformer.config.layers, POLICIES, request, None)
-    plan = ExportPlan(
-        transformer,
-        load_image_decoder(files[1]),
-        POLICIES,
-        capacity_lines,
-        cache,
-        images,
-        SamplingSettings(guidance=4.0, top_k=top_k),
-    )
-    folder = export_bundle(plan, files[0].parent / f"bundle_{lines}", report=lambda line: None)
-    bundle = open_bundle(folder, digests=False)
+def measure(bundle: Bundle, peer: EagerPeer, threads: int, rounds: int) -> dict[str, object]:
+    """Time a bundle beside the peer and the memory."""
     manifest = bundle.manifest
+    images = manifest.images
     backend = OrtBackend(bundle, list(manifest.stages), threads=threads)
     tokens = manifest.raster.image_tokens
     uniforms = np.stack([uniform_row(image, tokens) for image in range(images)])
     batch = Batch({"class_ids": np.arange(images)}, uniforms, manifest.sampling, manifest.cache)
-    config = transformer.config
-    slots = plan.geometry.capacities[0]
-    peer = EagerPeer(transformer.eager(), plan.geometry.sequences, slots)
+    config = peer.model.config
     embedding_rows = 4 * config.dim * (config.vocab_size + config.num_classes + 1)
     weights = 4 * manifest.model.parameters - embedding_rows
     state = sum(spec.nbytes for spec in manifest.state)
@@ -146,9 +127,9 @@ def measure(
     step, line_end = statistics.median(steps), statistics.median(line_ends)
     limit = (weights + state) / bandwidth / 1e6
     return {
-        "rows": plan.geometry.sequences,
-        "slots": slots,
-        "top_k": top_k,
+        "rows": len(peer.tokens),
+        "slots": peer.k_cache.shape[3],
+        "top_k": manifest.sampling.top_k,
         "threads": threads,
         "weights_mb": round(weights / 1e6, 1),
         "state_mb": round(state / 1e6, 1),

@@ -12,7 +12,14 @@ from pathlib import Path
 import click
 import torch
 
+from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.commands.export import cache_plan
+from exporter.models import load_image_decoder, load_transformer
 from graphs.families import llamagen, vq
+from runtime.bundle import Bundle, open_bundle
+from runtime.commands.cache_options import CacheRequest
+from runtime.geometry import Raster
+from runtime.manifest import SamplingSettings
 
 SIZES = {
     # layers, width, heads, feed-forward width
@@ -50,6 +57,41 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[st
             tensor *= (tensor[0].numel()) ** -0.5
         tensors[name] = tensor
     return tensors
+
+
+def random_bundle(
+    folder: Path,
+    size: str,
+    *,
+    grid: int = 24,
+    policies: tuple[str, ...] = ("linear",),
+    request: CacheRequest | None = None,
+    capacity_lines: int | None = None,
+    images: int = 1,
+    top_k: int = 0,
+) -> Bundle:
+    """Export a guided bundle of random weights with a VQ-16 tokenizer; ``folder`` keeps its checkpoints."""
+    model, tokenizer = folder / f"{size}.pt", folder / "vq16.pt"
+    if not model.exists():
+        torch.save({"model": random_tensors(transformer_shapes(size))}, model)
+    if not tokenizer.exists():
+        torch.save({"model": random_tensors(vq_shapes(16))}, tokenizer)
+    transformer = load_transformer(model, patch=16, grid=grid, heads=None)
+    config = transformer.config
+    raster = Raster(config.prefix_len, config.line_width, config.lines)
+    cache, capacities = cache_plan(raster, config.layers, policies, request or CacheRequest(), capacity_lines)
+    plan = ExportPlan(
+        transformer,
+        load_image_decoder(tokenizer),
+        policies,
+        capacities,
+        cache,
+        images,
+        SamplingSettings(guidance=4.0, top_k=top_k),
+    )
+    out = folder / f"bundle_{size}_{grid}_{capacities[0]}"
+    export_bundle(plan, out, force=True, report=lambda line: None)
+    return open_bundle(out, digests=False)
 
 
 @click.command(help=__doc__)

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Train the demo model: a VQ tokenizer and a class-conditional LlamaGen on scikit-learn's handwritten digits.
+"""Train a demo model: a VQ tokenizer and a class-conditional LlamaGen on scikit-learn's handwritten digits.
 
 Both are saved in LlamaGen's published containers and key names, so that the demo goes down exactly the road
 of a published checkpoint. The digits (1,797 scans of 8 x 8 pixels, UCI ML hand-written digits) come with
 scikit-learn; a fifth of them is held out and never trained on.
 
-    python scripts/train_demo.py vq  --out demo     # writes vq_demo.pt
-    python scripts/train_demo.py ar  --out demo     # reads vq_demo.pt, writes c2i_demo.pt
+Two tasks: `demo` draws one digit; `pairs` draws two digits side by side and the same two again below. The class names
+the left one only, so that the right one below can only be known from the tokens eight lines above.
+
+    python scripts/train_demo.py --task demo vq     # writes demo/vq_demo.pt
+    python scripts/train_demo.py --task demo ar     # reads demo/vq_demo.pt, writes demo/c2i_demo.pt
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import copy
 import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -29,11 +34,28 @@ from graphs.families import llamagen, vq
 
 GRID = 16
 SPLIT_SEED = 0
-VQ_CONFIG = vq.VQConfig(codebook_size=64, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
-IMAGE_SIDE = GRID * VQ_CONFIG.patch
-AR_CONFIG = llamagen.LlamaGenConfig(
-    layers=6, dim=128, heads=4, ffn_dim=512, vocab_size=64, num_classes=10, grid=GRID
-)
+PATCH = 4
+IMAGE_SIDE = GRID * PATCH
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned. ``images`` makes ``[n, 3, side, side]`` pixels in [-1, 1] and classes ``[n]`` of a split, moved
+    at random when a generator is given. ``dtype``: of the weights saved."""
+
+    name: str
+    images: Callable[[str, torch.Generator | None], tuple[Tensor, Tensor]]
+    vq: vq.VQConfig
+    ar: llamagen.LlamaGenConfig
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def vq_file(self) -> str:
+        return f"vq_{self.name}.pt"
+
+    @property
+    def ar_file(self) -> str:
+        return f"c2i_{self.name}.pt"
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
@@ -61,6 +83,44 @@ def upscale(scans: Tensor, generator: torch.Generator | None = None) -> Tensor:
     grid = F.affine_grid(theta, [n, 1, IMAGE_SIDE, IMAGE_SIDE], align_corners=False)
     pixels = F.grid_sample(padded, grid, mode="bicubic", align_corners=False)
     return (pixels.clamp(0, 1) * 2 - 1).expand(-1, 3, -1, -1)
+
+
+def one_digit(split: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """A digit an image."""
+    scans, labels = digits(split)
+    return upscale(scans, generator), labels
+
+
+def digit_pairs(split: str, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Two random digits of 32 x 32 pixels side by side, and the same again below. The class is the left one's."""
+    scans, labels = digits(split)
+    chosen = torch.randint(
+        len(scans), (2, len(scans)), generator=generator or torch.Generator().manual_seed(0)
+    )
+    left, right = (
+        F.interpolate(upscale(scans[rows], generator), scale_factor=0.5, mode="area") for rows in chosen
+    )
+    above = torch.cat([left, right], dim=-1)
+    return torch.cat([above, above], dim=-2), labels[chosen[0]]
+
+
+def vq_config(codes: int) -> vq.VQConfig:
+    return vq.VQConfig(codebook_size=codes, code_dim=8, z_channels=64, channels=(64, 32, 32), res_blocks=1)
+
+
+def ar_config(dim: int, codes: int) -> llamagen.LlamaGenConfig:
+    return llamagen.LlamaGenConfig(
+        layers=6, dim=dim, heads=4, ffn_dim=4 * dim, vocab_size=codes, num_classes=10, grid=GRID
+    )
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("demo", one_digit, vq_config(64), ar_config(128, 64)),
+        Task("pairs", digit_pairs, vq_config(128), ar_config(112, 128), torch.bfloat16),
+    )
+}
 
 
 class Log:
@@ -91,13 +151,24 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def saved(model: nn.Module, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    return {"model": {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}}
+
+
 @click.group(help=__doc__)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
-def main(threads: int) -> None:
+@click.option("--task", type=click.Choice(list(TASKS)), default="demo", show_default=True)
+@click.pass_context
+def main(context: click.Context, threads: int, task: str) -> None:
     torch.set_num_threads(threads)
+    context.obj = TASKS[task]
 
 
 out_option = click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
+
+
+PICTURES_FOR = 50
+"""Steps that draw from one set of moved training images."""
 
 
 @main.command("vq")
@@ -105,23 +176,25 @@ out_option = click.option("--out", type=click.Path(path_type=Path), default=Path
 @click.option("--steps", default=1500, show_default=True)
 @click.option("--batch", default=16, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True)
-def train_vq(out: Path, steps: int, batch: int, rate: float) -> None:
+@click.pass_obj
+def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float) -> None:
     """Train the VQ tokenizer: reconstruction, codebook and commitment losses."""
     out.mkdir(parents=True, exist_ok=True)
-    log = Log(out / "vq_demo.log")
+    log = Log(out / f"vq_{task.name}.log")
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    scans, _ = digits("train")
-    held_out = upscale(digits("test")[0])
-    model = vq.VQModel(VQ_CONFIG, encoder=True)
+    held_out, _ = task.images("test", None)
+    model = vq.VQModel(task.vq, encoder=True)
     codebook = model.quantize.embedding.weight
     nn.init.normal_(codebook)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    used = torch.zeros(VQ_CONFIG.codebook_size)
+    used = torch.zeros(task.vq.codebook_size)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, rate)
-        pixels = upscale(scans[torch.randint(len(scans), (batch,), generator=generator)], generator)
+        if step % PICTURES_FOR == 0:
+            pictures, _ = task.images("train", generator)
+        pixels = pictures[torch.randint(len(pictures), (batch,), generator=generator)]
         with torch.autocast("cpu", torch.bfloat16):
             latents = model.latents(pixels).float()
             tokens = model.nearest(latents)
@@ -153,7 +226,17 @@ def train_vq(out: Path, steps: int, batch: int, rate: float) -> None:
                 held_out_mse=round(error.item(), 5),
                 codes_in_use=int((used >= 1).sum()),
             )
-            save({"model": model.state_dict()}, out / "vq_demo.pt")
+            save(saved(model, task.dtype), out / task.vq_file)
+
+
+@main.command("slim")
+@out_option
+@click.pass_obj
+def slim(task: Task, out: Path) -> None:
+    """Leave the encoder out of the tokenizer's file: drawing needs the decoder alone."""
+    path = out / task.vq_file
+    state = torch.load(path, weights_only=True)["model"]
+    save({"model": {k: v for k, v in state.items() if not k.startswith(vq.ENCODER_PREFIXES)}}, path)
 
 
 def encode(model: vq.VQModel, pixels: Tensor) -> Tensor:
@@ -164,7 +247,7 @@ def encode(model: vq.VQModel, pixels: Tensor) -> Tensor:
 
 
 def load_vq(path: Path) -> vq.VQModel:
-    state = torch.load(path, weights_only=True)["model"]
+    state = {name: tensor.float() for name, tensor in torch.load(path, weights_only=True)["model"].items()}
     model = vq.VQModel(vq.infer_config({k: tuple(v.shape) for k, v in state.items()}), encoder=True)
     model.load_state_dict(state)
     return model.eval()
@@ -178,22 +261,23 @@ def load_vq(path: Path) -> vq.VQModel:
 @click.option("--rate", default=3e-3, show_default=True)
 @click.option("--drop-class", default=0.15, show_default=True, help="Share of null-class rows.")
 @click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
+@click.pass_obj
 def train_ar(
-    out: Path, epochs: int, views: int, batch: int, rate: float, drop_class: float, ema: float
+    task: Task, out: Path, epochs: int, views: int, batch: int, rate: float, drop_class: float, ema: float
 ) -> None:
     """Train the transformer on the tokenizer's tokens."""
-    log = Log(out / "c2i_demo.log")
+    log = Log(out / f"c2i_{task.name}.log")
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    tokenizer = load_vq(out / "vq_demo.pt")
-    scans, labels = digits("train")
-    sets = [encode(tokenizer, upscale(scans, generator if view else None)) for view in range(views)]
-    tokens, classes = torch.cat(sets), labels.repeat(views)
-    test_scans, test_labels = digits("test")
-    test_tokens = encode(tokenizer, upscale(test_scans))
+    tokenizer = load_vq(out / task.vq_file)
+    sets = [task.images("train", generator if view else None) for view in range(views)]
+    tokens = torch.cat([encode(tokenizer, pixels) for pixels, _ in sets])
+    classes = torch.cat([labels for _, labels in sets])
+    test_pixels, test_labels = task.images("test", None)
+    test_tokens = encode(tokenizer, test_pixels)
     log(grids=len(tokens), distinct_tokens=int(tokens.unique().numel()))
 
-    model = llamagen.LlamaGen(AR_CONFIG)
+    model = llamagen.LlamaGen(task.ar)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
@@ -209,7 +293,7 @@ def train_ar(
         lr=rate,
         betas=(0.9, 0.95),
     )
-    per_epoch = len(scans) // batch
+    per_epoch = len(sets[0][0]) // batch
     steps, losses = epochs * per_epoch, []
 
     def loss_of(net: nn.Module, ids: Tensor, grids: Tensor) -> Tensor:
@@ -222,7 +306,7 @@ def train_ar(
             group["lr"] = learning_rate(step, steps, rate)
         rows = torch.randint(len(tokens), (batch,), generator=generator)
         dropped = torch.rand(batch, generator=generator) < drop_class
-        ids = torch.where(dropped, AR_CONFIG.num_classes, classes[rows])
+        ids = torch.where(dropped, task.ar.num_classes, classes[rows])
         loss = loss_of(model, ids, tokens[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -246,7 +330,7 @@ def train_ar(
                 train_loss=round(float(np.mean(losses[-per_epoch:])), 4),
                 held_out_loss=round(float(held), 4),
             )
-            save({"model": average.state_dict()}, out / "c2i_demo.pt")
+            save(saved(average, task.dtype), out / task.ar_file)
 
 
 if __name__ == "__main__":

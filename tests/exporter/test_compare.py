@@ -1,0 +1,305 @@
+"""``linert compare``: the grid, what it measures, its report, and resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from exporter.compare import Grid, budget_lines, decode_backend, forced_logits
+from runtime import Generator
+from runtime.bundle import open_bundle
+from runtime.errors import RequestError
+from runtime.generator import Sample, make_batch
+from tests.conftest import ROOT, TINY, Result
+
+Linert = Callable[..., Result]
+METRICS = """
+import numpy as np
+from runtime.metrics import ClassAccuracy, FrechetDistance
+
+def metrics():
+    real = np.random.default_rng(0).normal(size=(50, 3))
+    return [
+        ClassAccuracy(lambda pixels: (pixels.mean((1, 2, 3)) > 0).astype(int)),
+        FrechetDistance(lambda pixels: pixels.mean((2, 3)), real),
+    ]
+"""
+
+
+@pytest.fixture(scope="module")
+def metric_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("metrics") / "tiny_metrics.py"
+    path.write_text(METRICS)
+    return path
+
+
+@pytest.fixture(scope="module")
+def request_options(metric_file: Path) -> tuple[object, ...]:
+    policies = ("--policies", "linear,streaming,rkv", "--budgets", "1/2,1/3,1", "--samples", 7)
+    return (*policies, "--mode", "strict,lazy", "--metrics", metric_file, "--forced-images", 3)
+
+
+@pytest.fixture(scope="module")
+def compared(
+    linert: Linert,
+    many_bundle: Path,
+    request_options: tuple[object, ...],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("compared") / "out"
+    result = linert("compare", many_bundle, "--out", out, *request_options)
+    assert result.code == 0, result.err
+    return out, result.out
+
+
+def cells_of(out: Path) -> list[dict]:  # type: ignore[type-arg]
+    return json.loads((out / "compare.json").read_text())["cells"]
+
+
+def test_every_cell_is_measured(compared: tuple[Path, str], many_bundle: Path) -> None:
+    out, printed = compared
+    cells = cells_of(out)
+    # Half and a third of 6 lines; "1" is one line, which holds neither anchors nor a recent line but itself.
+    assert len(cells) == 1 + 3 * 3 * 2
+    manifest = open_bundle(many_bundle).manifest
+    for cell in cells:
+        assert cell["state_bytes"] == manifest.state_bytes_at(cell["cache"]["budget_lines"])
+        assert set(cell["metrics"]) == {"class accuracy", "Fréchet distance"}
+        for kind in ("metrics", "metrics_minus_full"):
+            for interval in cell[kind].values():
+                assert interval["low"] <= interval["value"] <= interval["high"]
+        assert cell["decode_ms"] > 0
+        assert cell["line_end_ms"] > 0
+        assert len(cell["kl_by_line"]) == TINY.lines
+        assert cell["label"].split(",")[0] in printed
+    full, *evicting = cells
+    assert full["token_agreement"] == full["top1_agreement"] == 1
+    assert full["kl_mean"] == 0
+    assert full["first_divergence"] is None
+    for cell in evicting:
+        assert cell["kl_mean"] > 0.001
+        # Nothing is evicted before the buffer is full.
+        budget = cell["cache"]["budget_lines"][0]
+        assert max(cell["kl_by_line"][: budget - 1 or 1]) < 1e-9 or budget == 1
+        assert cell["first_divergence"] >= (budget - 1) * TINY.line_width
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to and the tags left open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data")]
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+def test_the_page_needs_nothing_beside_it(compared: tuple[Path, str]) -> None:
+    out, _ = compared
+    text = (out / "compare.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert not page.open
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert not re.search(r"url\((?!#)|@import", text)
+    cells = len(cells_of(out))
+    assert page.tags.count("img") == cells
+    assert page.tags.count("tr") == cells + 1
+    # Two metrics, KL by budget and by line, time by state.
+    assert page.tags.count("svg") == 5
+
+
+SLOW = """
+import sys, time
+from exporter.compare import Comparison
+original = getattr(Comparison, {phase!r})
+def slow(self, *arguments):
+    time.sleep(0.5)
+    return original(self, *arguments)
+setattr(Comparison, {phase!r}, slow)
+from runtime.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize(("phase", "pattern"), [("_tokens", "tokens.npz"), ("_log_probs", "forced_*.npz")])
+def test_an_interrupted_comparison_goes_on(
+    phase: str,
+    pattern: str,
+    compared: tuple[Path, str],
+    request_options: tuple[object, ...],
+    linert: Linert,
+    many_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["compare", str(many_bundle), "--out", str(out), *map(str, request_options)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(phase=phase), *arguments], cwd=ROOT, stderr=subprocess.PIPE
+    )
+    while len(list(out.glob(f"cells/*/{pattern}"))) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert not (out / "compare.json").exists()
+    assert not [path for path in out.rglob("*") if "partial" in path.name]
+    written = sorted((os.stat(path).st_mtime_ns, path) for path in out.glob(f"cells/*/{pattern}"))
+    # The last cell may have been under way.
+    before = {path: moment for moment, path in written[:-1]}
+    assert before
+
+    assert linert(*arguments).code == 2
+    result = linert(*arguments, "--resume", "--no-timing")
+    assert result.code == 0, result.err
+    assert {path: os.stat(path).st_mtime_ns for path in before} == before
+    timed = ("decode_ms", "line_end_ms")
+    found, wanted = (
+        [{name: value for name, value in cell.items() if name not in timed} for cell in cells_of(folder)]
+        for folder in (out, compared[0])
+    )
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--samples", 8, "--resume"), "other samples"),
+        (("--budgets", "1/4", "--resume"), "other caches"),
+        ((), "--resume to continue"),
+    ],
+)
+def test_another_request_is_refused(
+    options: tuple[object, ...],
+    message: str,
+    compared: tuple[Path, str],
+    request_options: tuple[object, ...],
+    linert: Linert,
+    many_bundle: Path,
+) -> None:
+    result = linert("compare", many_bundle, "--out", compared[0], *request_options, *options)
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policies", "nonsense"), "holds no policy nonsense"),
+        (("--budgets", "0"), "budget 0"),
+        (("--budgets", "3/2"), "budget 3/2"),
+        (("--budgets", "many"), "budget 'many'"),
+        (("--budgets", "7"), "no cell of the grid fits"),
+        (("--mode", "eager"), "give some of strict, lazy"),
+        (("--metrics", "missing.py"), "no file missing.py"),
+        (("--forced-images", 0), "at least 1"),
+        (("--samples", 0), "0 images asked for"),
+    ],
+)
+def test_bad_grids_are_refused_and_write_nothing(
+    options: tuple[object, ...], message: str, linert: Linert, many_bundle: Path, tmp_path: Path
+) -> None:
+    result = linert("compare", many_bundle, "--out", tmp_path / "out", *options)
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bundle_without_the_full_cache_is_refused(
+    linert: Linert, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    result = linert("compare", tiny_bundle, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "--policy linear,full" in result.err
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "wanted"),
+    [
+        ("1/4", 16, 4),
+        ("1/6", 16, 3),
+        ("1/8", 6, 1),
+        ("1/4", 6, 2),
+        ("5", 16, 5),
+        ("0.5", 24, 12),
+        ("1/99", 4, 1),
+    ],
+)
+def test_budgets_are_whole_lines(text: str, lines: int, wanted: int) -> None:
+    assert budget_lines(text, lines) == wanted
+
+
+def test_cells_that_do_not_fit_are_left_out(many_bundle: Path) -> None:
+    manifest = open_bundle(many_bundle).manifest
+    cells, refused = Grid(("linear", "full"), ("3", "2"), recent_lines=(1, 2)).cells(manifest)
+    assert [(cell.cache.policy, cell.cache.budget_lines[0]) for cell in cells] == [
+        ("full", 6),
+        ("linear", 3),
+        ("linear", 3),
+        ("linear", 2),
+    ]
+    assert len(refused) == 1
+    with pytest.raises(RequestError, match="holds no policy"):
+        Grid(("absent",), ("3",)).cells(manifest)
+
+
+def test_a_resized_decode_graph_is_that_of_a_smaller_bundle(
+    export: Callable[..., Path], tiny_files: tuple[Path, Path], many_bundle: Path
+) -> None:
+    options = ("--grid", 6, "--heads", 4, "--batch", 2, "--layer-budgets", "3,2", "--anchor-tokens", 0)
+    small = Generator(export(*tiny_files, *options))
+    backend = small.backend
+    batch = make_batch(
+        small.manifest, [Sample(1, 2), Sample(3, 4)], small.manifest.sampling, small.manifest.cache
+    )
+    tokens = small.draw([Sample(1, 2), Sample(3, 4)])
+    for _ in zip(range(20), forced_logits(backend, batch, tokens), strict=False):
+        pass
+    with decode_backend(open_bundle(many_bundle), "decode.unfiltered", (3, 2), 1) as resized:
+        for name in resized.specs:
+            if not name.startswith("logits"):
+                resized.write(name, backend.read(name))
+        resized.run("decode.unfiltered")
+        backend.run("decode.unfiltered")
+        for name in resized.specs:
+            np.testing.assert_allclose(
+                resized.read(name), backend.read(name), atol=1e-5, rtol=0, err_msg=name
+            )
+
+
+def test_labels_say_what_differs(many_bundle: Path) -> None:
+    from exporter.compare import labels_of
+
+    manifest = open_bundle(many_bundle).manifest
+    cells, _ = Grid(("linear",), ("3",), aggregation=("mean", "max"), layer_budgets=("uniform",)).cells(
+        manifest
+    )
+    assert labels_of(cells) == ["full", "linear, mean", "linear, max"]
+    keys = {cell.key for cell in cells}
+    assert len(keys) == 3
+    assert all(msgspec.json.encode(cell.cache) for cell in cells)
