@@ -62,7 +62,7 @@ class Grid:
     budgets: tuple[str, ...]
     layer_budgets: tuple[str, ...] = ()
     mode: tuple[str, ...] = ()
-    recent_lines: tuple[int, ...] = ()
+    recent_lines: tuple[float, ...] = ()
     anchor_tokens: tuple[int, ...] = ()
     aggregation: tuple[str, ...] = ()
     head_scores: tuple[str, ...] = ()
@@ -345,7 +345,7 @@ def labels_of(cells: Sequence[Cell]) -> list[str]:
     ]
     words = {
         "mode": lambda cache: str(cache.mode),
-        "recent_lines": lambda cache: f"{cache.recent_lines} recent",
+        "recent_lines": lambda cache: f"{cache.recent_lines:g} recent",
         "anchor_tokens": lambda cache: f"{cache.anchor_tokens} anchors",
         "aggregation": lambda cache: str(cache.aggregation),
         "head_scores": lambda cache: f"heads {cache.head_scores}",

@@ -76,14 +76,15 @@ class Raster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the cache keeps.
 
-    ``budget_lines``: lines of each layer, the one in progress counted. ``share_guidance``: the conditional and the
+    ``budget_lines``: lines of each layer, the one in progress counted. ``recent_lines``: newest lines that stay, cut to
+    whole tokens. ``share_guidance``: the conditional and the
     unconditional row of an image evict alike.
     """
 
     policy: str
     mode: Mode
     budget_lines: tuple[int, ...]
-    recent_lines: int
+    recent_lines: float
     anchor_tokens: int
     aggregation: Aggregation
     head_scores: HeadScores
@@ -98,7 +99,7 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """One line for people."""
         parts = [f"{self.policy} ({self.mode})", f"{lines_text(self.budget_lines)} lines"]
         if self.policy != "full":
-            parts += [f"{self.recent_lines} recent lines", f"{self.anchor_tokens} anchor tokens"]
+            parts += [f"{self.recent_lines:g} recent lines", f"{self.anchor_tokens} anchor tokens"]
             parts += ["max attention"] * (self.aggregation is Aggregation.MAX)
             parts += ["heads averaged"] * (self.head_scores is HeadScores.AVERAGED)
             parts += ["guidance shared"] * self.share_guidance
@@ -151,15 +152,21 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             width = raster.line_width
             return [
                 f"a budget of {least} lines ({least * width} tokens) cannot hold {self.anchor_tokens} anchor "
-                f"tokens, {self.recent_lines} recent lines and the line in progress: give at least {needed} "
+                f"tokens, {self.recent_lines:g} recent lines and the line in progress: give at least {needed} "
                 "lines, or protect less"
             ]
         return []
 
 
-def least_budget(raster: Raster, recent_lines: int, anchor_tokens: int) -> int:
+def recent_tokens(raster: Raster, recent_lines: float) -> int:
+    """Whole tokens of ``recent_lines``."""
+    return math.floor(recent_lines * raster.line_width + 1e-9)
+
+
+def least_budget(raster: Raster, recent_lines: float, anchor_tokens: int) -> int:
     """Lines that hold what is protected and the line in progress."""
-    return recent_lines + 1 + math.ceil(anchor_tokens / raster.line_width)
+    protected = recent_tokens(raster, recent_lines) + anchor_tokens
+    return 1 + math.ceil(protected / raster.line_width)
 
 
 def pyramid(mean: int, layers: int, least: int, most: int) -> tuple[int, ...]:

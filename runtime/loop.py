@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.backend import Backend
 from runtime.errors import RequestError
-from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Step
+from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Step, recent_tokens
 from runtime.manifest import Manifest, SamplingSettings
 
 UNIFORM_BITS = 23
@@ -64,7 +64,7 @@ def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.ge
         "top_p": np.asarray(sampling.top_p, np.float32),
         "greedy": np.asarray(sampling.greedy, np.int64),
         "capacity": np.asarray(cache.capacity(manifest.raster), np.int64),
-        "recent_lines": np.asarray(cache.recent_lines, np.int64),
+        "recent_tokens": np.asarray(recent_tokens(manifest.raster, cache.recent_lines), np.int64),
         "anchor_tokens": np.asarray(cache.anchor_tokens, np.int64),
         "strict": np.asarray(cache.mode is Mode.STRICT, np.int64),
         "score_window": np.asarray(manifest.policies[cache.policy].score_window, np.int64),

@@ -89,7 +89,7 @@ def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple
     help="Images whose logits are compared with the full cache's, both fed the same tokens. Default: a batch.",
 )
 @grid_option("--mode", str, "Eviction modes", tuple(str(m) for m in Mode))
-@grid_option("--recent-lines", int, "Newest lines that stay")
+@grid_option("--recent-lines", float, "Newest lines that stay")
 @grid_option("--anchor-tokens", int, "First image tokens that stay")
 @grid_option("--aggregation", str, "Score aggregations", tuple(str(a) for a in Aggregation))
 @grid_option("--head-scores", str, "Whose scores a head evicts by", tuple(str(h) for h in HeadScores))

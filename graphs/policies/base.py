@@ -18,7 +18,7 @@ from torch import Tensor
 class LineEndParams(NamedTuple):
     """Run-time settings of the cache, int64, of shape ``[]`` unless said otherwise.
 
-    ``capacity`` ``[layers]``: slots in use, of those that the buffer has. ``recent_lines``: newest lines that
+    ``capacity`` ``[layers]``: slots in use, of those that the buffer has. ``recent_tokens``: newest tokens that
     stay. ``anchor_tokens``: first image tokens that stay. ``strict``: nonzero empties a chosen slot at
     once, zero leaves it visible until it is overwritten. ``score_max``: nonzero says that a slot's score is the
     largest attention probability it received, zero that it is the sum. ``average_heads``: nonzero makes the
@@ -27,7 +27,7 @@ class LineEndParams(NamedTuple):
     """
 
     capacity: Tensor
-    recent_lines: Tensor
+    recent_tokens: Tensor
     anchor_tokens: Tensor
     strict: Tensor
     score_max: Tensor
@@ -89,7 +89,7 @@ def protected_slots(line: FinishedLine, capacity: Tensor, params: LineEndParams)
     image_index = line.slot_pos - line.prefix_len
     anchor = (image_index >= 0) & (image_index < params.anchor_tokens)
     # Not below 0: an empty slot (-1) is never recent.
-    recent = line.slot_pos >= (line.position - params.recent_lines * line.line_width).clamp(min=0)
+    recent = line.slot_pos >= (line.position - params.recent_tokens).clamp(min=0)
     return (slot < line.prefix_len) | (slot >= capacity) | anchor | recent
 
 

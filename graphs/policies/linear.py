@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from graphs.policies.base import FinishedLine, LineEndParams, Policy
@@ -10,11 +11,13 @@ from graphs.policies.base import FinishedLine, LineEndParams, Policy
 class Linear(Policy):
     """Keep what the line just finished attended to: adjacent lines attend to nearly the same tokens.
 
-    The importance of a slot is the attention that it received from the W queries of the finished line. (The paper
-    does not publish how it aggregates over queries and heads; both are options here.)
+    The importance of a slot is the mean attention over those queries of the finished line that could see it: all W,
+    or for a token of the line itself those that came after it and its own. (The paper does not publish how it
+    aggregates over queries and heads; both are options here.)
     """
 
     name = "linear"
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
-        return line.scores
+        seen_by = (line.position - line.slot_pos).clamp(max=line.line_width)
+        return torch.where(params.score_max != 0, line.scores, line.scores / seen_by)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import wraps
@@ -10,7 +11,16 @@ from typing import Any
 import click
 
 from runtime.errors import RequestError
-from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, least_budget, pyramid
+from runtime.geometry import (
+    Aggregation,
+    CacheSettings,
+    HeadScores,
+    Mode,
+    Raster,
+    least_budget,
+    pyramid,
+    recent_tokens,
+)
 
 PYRAMID = "pyramid"
 UNIFORM = "uniform"
@@ -24,7 +34,7 @@ class CacheRequest:
     budget_lines: int | None = None
     layer_budgets: str | None = None
     mode: str | None = None
-    recent_lines: int | None = None
+    recent_lines: float | None = None
     anchor_tokens: int | None = None
     aggregation: str | None = None
     head_scores: str | None = None
@@ -103,18 +113,21 @@ def quarter(raster: Raster) -> int:
 def protection(
     raster: Raster,
     budget: int,
-    recent: int | None,
+    recent: float | None,
     anchors: int | None,
-    usual_recent: int,
+    usual_recent: float,
     usual_anchors: int,
-) -> tuple[int, int]:
-    """Recent lines and anchor tokens: as given, else the usual ones as far as ``budget`` lines hold them."""
-    width = raster.line_width
-    if recent is None:
-        room = (budget - 1) * width - (anchors or 0)
-        recent = max(0, min(usual_recent, room // width))
+) -> tuple[float, int]:
+    """Recent lines and anchor tokens: as given, else the usual ones as far as ``budget`` lines hold them.
+
+    Anchors may take a third of what the line in progress leaves, and recent lines the rest.
+    """
+    room = (budget - 1) * raster.line_width
     if anchors is None:
-        anchors = max(0, min(usual_anchors, (budget - 1 - recent) * width))
+        given = 0 if recent is None else recent_tokens(raster, recent)
+        anchors = max(0, min(usual_anchors, math.ceil(room / 3), room - given))
+    if recent is None:
+        recent = max(0.0, min(float(usual_recent), (room - anchors) / raster.line_width))
     return recent, anchors
 
 
@@ -136,7 +149,7 @@ def cache_options(policy: bool = True) -> Callable[[Callable[..., Any]], Callabl
             type=click.Choice([str(m) for m in Mode]),
             help="Whether an evicted slot empties at once or stays visible until it is overwritten.",
         ),
-        click.option("--recent-lines", type=int, help="Newest lines that stay."),
+        click.option("--recent-lines", type=float, help="Newest lines that stay; 0.5 is half a line."),
         click.option("--anchor-tokens", type=int, help="First image tokens that stay."),
         click.option(
             "--aggregation",

@@ -30,7 +30,10 @@ def full(row: Row) -> np.ndarray:
 
 
 def linear(row: Row) -> np.ndarray:
-    return row.scores
+    if row.score_max:
+        return row.scores
+    queries = [min(row.line_width, row.position - int(position)) for position in row.slot_pos]
+    return row.scores.astype(float) / queries
 
 
 def streaming(row: Row) -> np.ndarray:
@@ -82,25 +85,25 @@ IMPORTANCE: dict[str, Callable[[Row], np.ndarray]] = {
 }
 
 
-def protected(row: Row, slot: int, capacity: int, recent_lines: int, anchor_tokens: int) -> bool:
+def protected(row: Row, slot: int, capacity: int, recent_tokens: int, anchor_tokens: int) -> bool:
     position = row.slot_pos[slot]
     index = position - row.prefix_len
     return bool(
         slot < row.prefix_len
         or slot >= capacity
         or 0 <= index < anchor_tokens
-        or position >= max(0, row.position - recent_lines * row.line_width)
+        or position >= max(0, row.position - recent_tokens)
     )
 
 
 def choose(
-    row: Row, importance: np.ndarray, capacity: int, recent_lines: int, anchor_tokens: int
+    row: Row, importance: np.ndarray, capacity: int, recent_tokens: int, anchor_tokens: int
 ) -> list[int]:
     """The slots of the next line in order: empty ones by index, then the least important, then by position."""
     candidates = []
     for slot, position in enumerate(row.slot_pos):
         if position < 0 and row.prefix_len <= slot < capacity:
             candidates.append((0, 0.0, slot, slot))
-        elif position >= 0 and not protected(row, slot, capacity, recent_lines, anchor_tokens):
+        elif position >= 0 and not protected(row, slot, capacity, recent_tokens, anchor_tokens):
             candidates.append((1, float(importance[slot]), int(position), slot))
     return [slot for *_, slot in sorted(candidates)[: row.line_width]]

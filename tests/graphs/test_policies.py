@@ -54,12 +54,12 @@ class Setting:
 @st.composite
 def a_setting(draw: st.DrawFn) -> Setting:
     budget = draw(st.integers(1, LINES))
-    recent = draw(st.integers(0, budget - 1))
+    recent = draw(st.integers(0, (budget - 1) * WIDTH))
     return Setting(
         budget,
         draw(st.integers(0, 5)),
         recent,
-        draw(st.integers(0, (budget - 1 - recent) * WIDTH)),
+        draw(st.integers(0, (budget - 1) * WIDTH - recent)),
         *(draw(st.booleans()) for _ in range(4)),
         branches=draw(st.integers(1, 2)),
         seed=draw(st.integers(0, 10_000)),
@@ -146,7 +146,7 @@ def test_a_whole_image_against_the_reference(setting: Setting, name: str) -> Non
         for row in range(setting.rows):
             at_hand = buffer.row(row)
             # Two implementations round quotients differently: there, choose by the graph's importance.
-            ranked = importance if name in ("rkv", "snapkv") else wanted_importance
+            ranked = importance if name in ("linear", "rkv", "snapkv") else wanted_importance
             wanted = reference.choose(at_hand, ranked[row], setting.capacity, setting.recent, setting.anchors)
             assert chosen[row].tolist() == wanted
             assert len(set(wanted)) == WIDTH

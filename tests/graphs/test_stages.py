@@ -63,7 +63,7 @@ def geometry(lines: int, *, guided: bool = True) -> stages.Geometry:
 def test_with_room_for_the_image_the_stages_equal_the_parallel_model(guided: bool) -> None:
     net = model()
     sizes = geometry(TINY.lines, guided=guided)
-    eager = Eager(net, sizes, "full", recent_lines=1, anchor_tokens=0, strict=1)
+    eager = Eager(net, sizes, "full", recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
     eager.run("prefill")
     logits = [eager.tensors["logits"]]
     for step in range(TINY.image_tokens - 1):
@@ -93,7 +93,15 @@ def test_the_line_buffer_equals_a_masked_history(
 ) -> None:
     net = model()
     sizes = geometry(lines)
-    eager = Eager(net, sizes, policy, recent_lines=recent, anchor_tokens=anchors, strict=strict, **options)
+    eager = Eager(
+        net,
+        sizes,
+        policy,
+        recent_tokens=recent * TINY.line_width,
+        anchor_tokens=anchors,
+        strict=strict,
+        **options,
+    )
     params = LineEndParams(*(eager.tensors[name] for name in LineEndParams._fields))
     history = HistoryModel(net, sizes, POLICIES[policy](), params)
     eager.run("prefill")
@@ -121,7 +129,9 @@ def test_the_line_buffer_equals_a_masked_history(
 
 def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
     for strict, empty in ((1, TINY.line_width), (0, 0)):
-        eager = Eager(model(), geometry(2), "linear", recent_lines=1, anchor_tokens=0, strict=strict)
+        eager = Eager(
+            model(), geometry(2), "linear", recent_tokens=TINY.line_width, anchor_tokens=0, strict=strict
+        )
         eager.run("prefill")
         for _ in range(2):
             for _ in range(TINY.line_width):
@@ -132,7 +142,7 @@ def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
 
 def test_state_bytes_are_the_sum_of_what_is_allocated() -> None:
     sizes = geometry(3)
-    eager = Eager(model(), sizes, "linear", recent_lines=1, anchor_tokens=0, strict=1)
+    eager = Eager(model(), sizes, "linear", recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
     eager.run("prefill")
     held = sum(eager.tensors[spec.name].nbytes for spec in sizes.state())
     assert held == sum(spec.nbytes for spec in sizes.state())
