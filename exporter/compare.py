@@ -31,7 +31,7 @@ from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, begin, run_step, stage_names
 from runtime.manifest import Manifest, Record, SamplingSettings, TensorSpec
-from runtime.metrics import Interval, Metric, bootstrap
+from runtime.metrics import Bootstrap, Interval, Metric
 from runtime.ort import OrtBackend
 from runtime.output import RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
 
@@ -184,10 +184,13 @@ class Comparison:
         tokens = {cell.key: self._tokens(cell, number) for number, cell in enumerate(self.cells)}
         rows = {cell.key: self._metric_rows(cell, tokens[cell.key]) for cell in self.cells}
         forced = self._forced(tokens[self.cells[0].key])
-        labels = labels_of(self.cells)
+        quality = {}
+        for number, cell in enumerate(self.cells):
+            self.progress("resampling", number, len(self.cells))
+            quality[cell.key] = {m.name: Bootstrap.of(m, rows[cell.key][m.name]) for m in self.metrics}
         results = [
-            self._result(cell, label, tokens, rows, forced[cell.key])
-            for cell, label in zip(self.cells, labels, strict=True)
+            self._result(cell, label, tokens, quality, forced[cell.key])
+            for cell, label in zip(self.cells, labels_of(self.cells), strict=True)
         ]
         if timing:
             decode_ms, line_end_ms = self._timings()
@@ -223,7 +226,8 @@ class Comparison:
         path = self.folder / CELLS / cell.key / "metrics.npz"
         if self.resume and path.exists():
             kept = read_arrays(path)
-            return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
+            if all(metric.name in kept for metric in self.metrics):
+                return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
         classes = np.array([sample.class_id for sample in self.request.samples], np.int64)
         parts: dict[str, list[NDArray[np.float64]]] = {metric.name: [] for metric in self.metrics}
         for start in range(0, len(tokens), METRIC_BATCH):
@@ -280,7 +284,7 @@ class Comparison:
         cell: Cell,
         label: str,
         tokens: dict[str, NDArray[np.int64]],
-        rows: dict[str, dict[str, NDArray[np.float64]]],
+        quality: dict[str, dict[str, Bootstrap]],
         forced: dict[str, NDArray[np.float64]],
     ) -> CellResult:
         full = self.cells[0].key
@@ -293,11 +297,8 @@ class Comparison:
             cell.budget,
             cell.cache,
             self.manifest.state_bytes_at(cell.cache.budget_lines),
-            {metric.name: bootstrap(metric, rows[cell.key][metric.name]) for metric in self.metrics},
-            {
-                metric.name: bootstrap(metric, rows[cell.key][metric.name], rows[full][metric.name])
-                for metric in self.metrics
-            },
+            {name: found.interval() for name, found in quality[cell.key].items()},
+            {name: (found - quality[full][name]).interval() for name, found in quality[cell.key].items()},
             float(1 - differs.mean()),
             first,
             float(forced["kl"].mean()),

@@ -130,23 +130,35 @@ class Interval:
     high: float
 
 
-def bootstrap(metric: Metric, rows: Rows, base: Rows | None = None, *, rounds: int = 300) -> Interval:
-    """The score of ``rows``, or its difference from that of ``base``, with a 95 % bootstrap interval.
+@dataclass(frozen=True)
+class Bootstrap:
+    """A metric's ``score`` of a set of images, and its scores ``resampled [rounds]`` on images drawn with replacement.
 
-    Images are resampled; ``base`` holds the same conditions and seeds in the same order and is resampled alike, so
-    that what both sets share cancels. The spread of the resampled scores is laid around the score itself: resampling
-    adds to a Fréchet distance, which already grows as images get fewer. So compare values at equal numbers of images.
+    Every set of equal size is resampled alike. So when two sets hold the same conditions and seeds in the same order,
+    what they share cancels in their difference.
     """
 
-    def value(images: NDArray[np.int64] | slice) -> float:
-        score = metric.score(rows[images])
-        return score if base is None else score - metric.score(base[images])
+    score: float
+    resampled: Rows
 
-    rng = np.random.default_rng(0)
-    measured = value(slice(None))
-    drawn = [value(rng.integers(0, len(rows), len(rows))) for _ in range(rounds)]
-    low, high = np.quantile(drawn, [0.025, 0.975]) - np.mean(drawn)
-    return Interval(measured, measured + float(low), measured + float(high))
+    @staticmethod
+    def of(metric: Metric, rows: Rows, *, rounds: int = 300) -> Bootstrap:
+        """Of the ``rows [n, k]`` that ``metric`` measured."""
+        rng = np.random.default_rng(0)
+        drawn = [metric.score(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(rounds)]
+        return Bootstrap(metric.score(rows), np.array(drawn))
+
+    def __sub__(self, other: Bootstrap) -> Bootstrap:
+        return Bootstrap(self.score - other.score, self.resampled - other.resampled)
+
+    def interval(self) -> Interval:
+        """The 95 % interval: the spread of the resampled scores, laid around the score itself.
+
+        (Resampling adds to a Fréchet distance, which already grows as images get fewer. So compare values at equal
+        numbers of images.)
+        """
+        low, high = np.quantile(self.resampled, [0.025, 0.975]) - self.resampled.mean()
+        return Interval(self.score, self.score + float(low), self.score + float(high))
 
 
 def load_metrics(source: str) -> Sequence[Metric]:

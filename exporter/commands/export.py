@@ -17,7 +17,7 @@ from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raste
 from runtime.manifest import SamplingSettings
 from runtime.text import lines_text, size_text
 
-DEFAULT_MODE = Mode.STRICT
+DEFAULT_MODE = Mode.LAZY
 DEFAULT_RECENT_LINES = 1
 DEFAULT_ANCHOR_TOKENS = 16
 DEFAULT_AGGREGATION = Aggregation.MEAN

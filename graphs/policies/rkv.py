@@ -44,10 +44,13 @@ def redundancy(line: FinishedLine) -> Tensor:
     # Not `+ 1e-8`: the ONNX optimizer drops an addition that small.
     directions = keys / keys.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-8)
     similarity = directions @ directions.mT
-    others = ~torch.eye(keys.shape[1], dtype=torch.bool)
-    near = (similarity > NEAR_DUPLICATE) & others
-    duplicate_pos = torch.where(near, line.slot_pos[:, None], -1)
-    exempt = near & (duplicate_pos == duplicate_pos.amax(2, keepdim=True))
-    counted = torch.where(others & ~exempt, similarity, 0.0)
-    mean = counted.sum(1) / visible.sum(1, keepdim=True)
+    # A key is not its own duplicate: no similarity is above 2.
+    bound = torch.where(torch.eye(keys.shape[1], dtype=torch.bool), 2.0, NEAR_DUPLICATE)
+    duplicate_pos = torch.where(similarity > bound, line.slot_pos[:, None].float(), -1.0)
+    latest = duplicate_pos.argmax(2, keepdim=True)
+    exempt = torch.where(duplicate_pos.gather(2, latest) >= 0, similarity.gather(2, latest), 0.0)
+    # The column sums of the similarities, without the big matrix: its own, and those exempt, do not count.
+    totals = (directions * directions.sum(1, keepdim=True)).sum(-1) - directions.square().sum(-1)
+    counted = totals.scatter_add(1, latest.squeeze(2), -exempt.squeeze(2))
+    mean = counted / visible.sum(1, keepdim=True)
     return torch.where(visible, mean, float("-inf")).softmax(-1)

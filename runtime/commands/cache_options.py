@@ -120,14 +120,15 @@ def protection(
 ) -> tuple[float, int]:
     """Recent lines and anchor tokens: as given, else the usual ones as far as ``budget`` lines hold them.
 
-    Anchors may take a third of what the line in progress leaves, and recent lines the rest.
+    Recent lines come first, but for a quarter of what the line in progress leaves: a few anchors are worth more than
+    the last recent tokens.
     """
     room = (budget - 1) * raster.line_width
-    if anchors is None:
-        given = 0 if recent is None else recent_tokens(raster, recent)
-        anchors = max(0, min(usual_anchors, math.ceil(room / 3), room - given))
+    least = min(usual_anchors, math.ceil(room / 4)) if anchors is None else anchors
     if recent is None:
-        recent = max(0.0, min(float(usual_recent), (room - anchors) / raster.line_width))
+        recent = max(0.0, min(float(usual_recent), (room - least) / raster.line_width))
+    if anchors is None:
+        anchors = max(0, min(usual_anchors, room - recent_tokens(raster, recent)))
     return recent, anchors
 
 

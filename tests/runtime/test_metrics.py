@@ -9,10 +9,10 @@ import pytest
 
 from runtime.errors import RequestError
 from runtime.metrics import (
+    Bootstrap,
     ClassAccuracy,
     FrechetDistance,
     Gaussian,
-    bootstrap,
     frechet_distance,
     load_metrics,
 )
@@ -45,15 +45,16 @@ def test_frechet_distance_equals_the_matrix_square_root_in_general() -> None:
 def test_intervals_cover_and_pairing_cancels() -> None:
     metric = ClassAccuracy(lambda pixels: pixels)
     rows = (RNG.random((400, 1)) < 0.9).astype(float)
-    interval = bootstrap(metric, rows)
+    whole = Bootstrap.of(metric, rows)
+    interval = whole.interval()
     assert interval.value == rows.mean()
     assert interval.low < 0.9 < interval.high
     assert interval.high - interval.low == pytest.approx(4 * np.sqrt(0.09 / 400), rel=0.25)
-    same = bootstrap(metric, rows, rows)
+    same = (whole - Bootstrap.of(metric, rows)).interval()
     assert (same.value, same.low, same.high) == (0, 0, 0)
     worse = rows.copy()
     worse[:40] = 0
-    difference = bootstrap(metric, worse, rows)
+    difference = (Bootstrap.of(metric, worse) - whole).interval()
     assert difference.high < 0
     assert difference.high - difference.low < 1.5 * (interval.high - interval.low)
 
@@ -61,16 +62,16 @@ def test_intervals_cover_and_pairing_cancels() -> None:
 def test_a_distance_tells_shifted_images_apart() -> None:
     pixels = RNG.normal(size=(300, 3, 2, 2)).astype(np.float32)
     metric = FrechetDistance(lambda images: images.reshape(len(images), -1), pixels.reshape(300, -1))
-    near = bootstrap(metric, metric.measure(pixels, np.zeros(300, np.int64)))
-    far = bootstrap(metric, metric.measure(pixels + 0.5, np.zeros(300, np.int64)))
-    assert near.value == pytest.approx(0, abs=1e-5)
-    assert far.value == pytest.approx(12 * 0.25, rel=1e-3)
+    near = metric.score(metric.measure(pixels, np.zeros(300, np.int64)))
+    far = metric.score(metric.measure(pixels + 0.5, np.zeros(300, np.int64)))
+    assert near == pytest.approx(0, abs=1e-5)
+    assert far == pytest.approx(12 * 0.25, rel=1e-3)
 
 
 METRICS = """
 import numpy as np
 from helper import SHIFT
-from runtime.metrics import ClassAccuracy, Metric
+from runtime.metrics import Metric
 
 class Brightness(Metric):
     name, higher_is_better = "brightness", True
