@@ -33,7 +33,7 @@ from runtime.loop import Batch, begin, run_step, stage_names
 from runtime.manifest import Manifest, Record, SamplingSettings, TensorSpec
 from runtime.metrics import Bootstrap, Interval, Metric
 from runtime.ort import OrtBackend
-from runtime.output import RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
+from runtime.output import RUN_NAME, RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
 
 CELLS = "cells"
 METRIC_BATCH = 50
@@ -125,12 +125,18 @@ class CompareRequest(Record, frozen=True):
     samples: tuple[Sample, ...]
     sampling: SamplingSettings
     metrics: str
+    metrics_sha256: str
     forced_images: int
 
 
 @dataclass
 class CellResult:
-    """What was measured of a cell. KL in nats, of the cell's distribution from the full cache's."""
+    """What was measured of a cell.
+
+    ``first_divergence``: median, over the images that differ from the full cache's, of the first token that does.
+    ``kl_mean``, ``kl_by_line``: of the cell's next-token distributions from the full cache's, nats a token.
+    ``top1_agreement``: share of tokens for which both have the same most likely one.
+    """
 
     label: str
     budget: str
@@ -209,7 +215,8 @@ class Comparison:
         path = self.folder / CELLS / cell.key
         request = self.request
         run = RunRequest(request.samples, request.sampling, cell.cache, request.bundle_sha256)
-        store = RunFolder(path, run, resume=self.resume and path.exists(), force=False)
+        begun = self.resume and (path / RUN_NAME).exists()
+        store = RunFolder(path, run, resume=begun, force=not begun)
         groups = list(self.generator.batches(request.samples))
         first = 0
         for index, group in enumerate(groups):
@@ -271,7 +278,7 @@ class Comparison:
 
     def _log_probs(
         self, cell: Cell, group: Sequence[Sample], fed: NDArray[np.int64]
-    ) -> Iterator[NDArray[np.float64]]:
+    ) -> Iterator[NDArray[np.float32]]:
         """Log-probabilities ``[branches * n, V]`` before each of the tokens ``fed [n, N]``."""
         manifest = self.manifest
         batch = make_batch(manifest, group, self.request.sampling, cell.cache)
@@ -363,19 +370,19 @@ def labels_of(cells: Sequence[Cell]) -> list[str]:
     return labels
 
 
-def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
-    """Over the last axis, in float64."""
+def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
+    """Over the last axis, summed in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))).astype(np.float32)
 
 
 def distances(
-    reference: Iterable[NDArray[np.float64]], other: Iterable[NDArray[np.float64]]
+    reference: Iterable[NDArray[np.float32]], other: Iterable[NDArray[np.float32]]
 ) -> dict[str, NDArray[np.float64]]:
     """Step by step ``kl`` (nats) of ``other`` from ``reference`` and share of equal arg-maxima ``top1``: ``[N]`` each."""
     kl, top1 = [], []
     for wanted, found in zip(reference, other, strict=True):
-        kl.append((np.exp(wanted) * (wanted - found)).sum(-1).mean())
+        kl.append((np.exp(wanted) * (wanted - found)).sum(-1, dtype=np.float64).mean())
         top1.append((wanted.argmax(-1) == found.argmax(-1)).mean())
     return {"kl": np.array(kl), "top1": np.array(top1)}
 

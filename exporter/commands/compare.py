@@ -18,6 +18,7 @@ from rich.table import Table
 
 from exporter.compare import CellResult, CompareRequest, Comparison, Grid
 from exporter.report import header, render_page, row_of
+from runtime.bundle import file_sha256
 from runtime.commands.cache_options import PYRAMID, UNIFORM
 from runtime.commands.run import parse_classes
 from runtime.errors import OutputError, RequestError
@@ -123,6 +124,7 @@ def command(
         raise OutputError(f"{out} exists; give another --out, or --resume to continue the comparison in it")
     generator = Generator(bundle, threads=threads)
     manifest = generator.manifest
+    metric_file = metric_source.partition(":")[0]
     listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
     cells, refused = listed.cells(manifest)
     planned = plan(manifest, classes or range(manifest.model.num_classes), samples, seed)
@@ -132,6 +134,7 @@ def command(
         tuple(planned),
         manifest.sampling,
         metric_source,
+        file_sha256(Path(metric_file)) if Path(metric_file).is_file() else "",
         min(len(planned), manifest.images if forced_images is None else forced_images),
     )
     if request.forced_images < 1:
