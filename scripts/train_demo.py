@@ -10,6 +10,7 @@ the left one only, so that the right one below can only be known from the tokens
 
     python scripts/train_demo.py --task demo vq     # writes demo/vq_demo.pt
     python scripts/train_demo.py --task demo ar     # reads demo/vq_demo.pt, writes demo/c2i_demo.pt
+    python scripts/train_demo.py --task demo slim   # leaves the encoder out of demo/vq_demo.pt
 """
 
 from __future__ import annotations
@@ -248,6 +249,10 @@ def encode(model: vq.VQModel, pixels: Tensor) -> Tensor:
 
 def load_vq(path: Path) -> vq.VQModel:
     state = {name: tensor.float() for name, tensor in torch.load(path, weights_only=True)["model"].items()}
+    if not any(name.startswith(vq.ENCODER_PREFIXES) for name in state):
+        raise click.ClickException(
+            f"{path} has lost its encoder to `slim`: train the tokenizer again with `vq`"
+        )
     model = vq.VQModel(vq.infer_config({k: tuple(v.shape) for k, v in state.items()}), encoder=True)
     model.load_state_dict(state)
     return model.eval()
