@@ -25,7 +25,7 @@ import onnx
 from numpy.typing import NDArray
 
 from runtime.bundle import Bundle
-from runtime.commands.cache_options import CacheRequest
+from runtime.cache_request import CacheRequest
 from runtime.errors import GeometryError, RequestError
 from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings

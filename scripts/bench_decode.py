@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from exporter.models import load_transformer
 from graphs.families.llamagen import LlamaGen
 from runtime.bundle import Bundle
-from runtime.commands.cache_options import CacheRequest
+from runtime.cache_request import CacheRequest
 from runtime.loop import Batch, begin, stage_names, uniform_row
 from runtime.ort import OrtBackend
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from random_checkpoint import SIZES, random_bundle
 
 from exporter.compare import decode_backend, step_times
-from runtime.commands.cache_options import CacheRequest
+from runtime.cache_request import CacheRequest
 
 
 @click.command(help=__doc__)

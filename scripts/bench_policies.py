@@ -20,7 +20,7 @@ import click
 from random_checkpoint import SIZES, random_bundle
 
 from graphs.policies import POLICIES
-from runtime.commands.cache_options import CacheRequest
+from runtime.cache_request import CacheRequest
 from runtime.generator import make_batch
 from runtime.loop import begin, run_step
 from runtime.ort import OrtBackend

@@ -17,7 +17,7 @@ from exporter.commands.export import cache_plan
 from exporter.models import load_image_decoder, load_transformer
 from graphs.families import llamagen, vq
 from runtime.bundle import Bundle, open_bundle
-from runtime.commands.cache_options import CacheRequest
+from runtime.cache_request import CacheRequest
 from runtime.geometry import Raster
 from runtime.manifest import SamplingSettings
 

@@ -47,7 +47,7 @@ def test_pairs_are_repeated_from_far_above(export: Callable[..., Path]) -> None:
     from pair_metrics import RepeatAccuracy
 
     from runtime import Generator
-    from runtime.commands.cache_options import CacheRequest
+    from runtime.cache_request import CacheRequest
 
     generator = Generator(export(*PAIRS, *OPTIONS, "--policy", "streaming,full", "--batch", 25))
     manifest, metric = generator.manifest, RepeatAccuracy(DigitClassifier())

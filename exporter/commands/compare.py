@@ -19,7 +19,7 @@ from rich.table import Table
 from exporter.compare import CellResult, CompareRequest, Comparison, Grid
 from exporter.report import header, render_page, row_of
 from runtime.bundle import file_sha256
-from runtime.commands.cache_options import PYRAMID, UNIFORM
+from runtime.cache_request import PYRAMID, UNIFORM
 from runtime.commands.run import parse_classes
 from runtime.errors import OutputError, RequestError
 from runtime.generator import Generator, plan

@@ -11,7 +11,8 @@ from rich.console import Console
 from exporter.bundle_export import ExportPlan, export_bundle
 from exporter.models import load_image_decoder, load_transformer
 from graphs.policies import POLICIES
-from runtime.commands.cache_options import CacheRequest, cache_options, quarter
+from runtime.cache_request import CacheRequest, quarter
+from runtime.commands.cache_options import cache_options
 from runtime.errors import OutputError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster
 from runtime.manifest import SamplingSettings

@@ -16,7 +16,8 @@ from rich.table import Table
 from exporter.models import Loaded, load_image_decoder, load_transformer
 from exporter.parity import Bounds, Choices, Report, validate
 from runtime.bundle import Bundle, file_sha256, open_bundle
-from runtime.commands.cache_options import CacheRequest, cache_options
+from runtime.cache_request import CacheRequest
+from runtime.commands.cache_options import cache_options
 from runtime.commands.run import parse_classes
 from runtime.errors import CheckpointError, RequestError
 from runtime.generator import PixelDecoder, make_batch, plan

@@ -123,8 +123,9 @@ def shared_importance(importance: Tensor, line: FinishedLine, params: LineEndPar
 def choose_slots(importance: Tensor, slot_pos: Tensor, protected: Tensor, width: int) -> Tensor:
     """Choose the ``width`` slots that the next line overwrites, in the order in which it overwrites them.
 
-    Empty slots come first (lowest index first), then the least important; equal importance goes by lowest
-    position, so that every backend agrees.
+    Empty slots are chosen first (lowest index first), then the least important; equal importance goes by lowest
+    position, so that every backend agrees. They are overwritten in the order of the positions held: a token that is
+    evicted lazily then stays about as long as the next line is to its left.
 
     Args:
         importance: ``[R, C]`` float32.
@@ -139,7 +140,7 @@ def choose_slots(importance: Tensor, slot_pos: Tensor, protected: Tensor, width:
     slots = slot_pos.shape[1]
     by_position = _ascending(slot_pos, slots)
     least = _ascending(key.gather(1, by_position), width)
-    return by_position.gather(1, least)
+    return by_position.gather(1, least.gather(1, _ascending(least, width)))
 
 
 def _ascending(values: Tensor, count: int) -> Tensor:

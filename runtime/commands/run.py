@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from runtime.backend import Array, Backend
-from runtime.commands.cache_options import CacheRequest, cache_options
+from runtime.cache_request import CacheRequest
+from runtime.commands.cache_options import cache_options
 from runtime.errors import RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
 from runtime.generator import Generator, Replay, Tokens, picture, plan

@@ -25,7 +25,7 @@ from exporter.onnx_export import WeightsFile
 from graphs.families import llamagen
 from graphs.line_attention import DOMAIN, OP_TYPE
 from runtime.bundle import open_bundle
-from runtime.commands.cache_options import CacheRequest
+from runtime.cache_request import CacheRequest
 from runtime.errors import ExportError, GeometryError, OutputError
 from runtime.geometry import Raster
 from runtime.manifest import SamplingSettings

@@ -99,11 +99,12 @@ def protected(row: Row, slot: int, capacity: int, recent_tokens: int, anchor_tok
 def choose(
     row: Row, importance: np.ndarray, capacity: int, recent_tokens: int, anchor_tokens: int
 ) -> list[int]:
-    """The slots of the next line in order: empty ones by index, then the least important, then by position."""
+    """The slots of the next line: empty ones, then the least important, ties by position; in the order of positions."""
     candidates = []
     for slot, position in enumerate(row.slot_pos):
         if position < 0 and row.prefix_len <= slot < capacity:
             candidates.append((0, 0.0, slot, slot))
         elif position >= 0 and not protected(row, slot, capacity, recent_tokens, anchor_tokens):
             candidates.append((1, float(importance[slot]), int(position), slot))
-    return [slot for *_, slot in sorted(candidates)[: row.line_width]]
+    chosen = [slot for *_, slot in sorted(candidates)[: row.line_width]]
+    return sorted(chosen, key=lambda slot: (row.slot_pos[slot], slot))

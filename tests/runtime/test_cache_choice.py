@@ -13,7 +13,7 @@ import pytest
 from exporter.commands.export import cache_plan
 from runtime import Generator
 from runtime.bundle import open_bundle
-from runtime.commands.cache_options import CacheRequest
+from runtime.cache_request import CacheRequest
 from runtime.errors import GeometryError, RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
 from runtime.generator import Sample

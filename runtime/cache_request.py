@@ -1,0 +1,128 @@
+"""Cache settings as people ask for them: what is not given follows from the budget and from defaults."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from runtime.errors import RequestError
+from runtime.geometry import (
+    Aggregation,
+    CacheSettings,
+    HeadScores,
+    Mode,
+    Raster,
+    least_budget,
+    pyramid,
+    recent_tokens,
+)
+
+PYRAMID = "pyramid"
+UNIFORM = "uniform"
+
+
+@dataclass(frozen=True)
+class CacheRequest:
+    """Cache settings as asked for; None was not given."""
+
+    policy: str | None = None
+    budget_lines: int | None = None
+    layer_budgets: str | None = None
+    mode: str | None = None
+    recent_lines: float | None = None
+    anchor_tokens: int | None = None
+    aggregation: str | None = None
+    head_scores: str | None = None
+    share_guidance: bool | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self == CacheRequest()
+
+    def settle(self, raster: Raster, capacity_lines: Sequence[int], defaults: CacheSettings) -> CacheSettings:
+        """Fill in what was not given.
+
+        The defaults' recent lines and anchor tokens are cut to what the budget holds; numbers that were given are
+        left for :meth:`CacheSettings.check`.
+
+        Args:
+            raster: the image.
+            capacity_lines: lines of each layer's buffer.
+            defaults: what was not asked for.
+
+        Raises:
+            RequestError: ``layer_budgets`` is neither a shape nor a list of numbers.
+            GeometryError: a pyramid does not fit.
+        """
+        policy = self.policy or defaults.policy
+        budgets = self._budgets(raster, len(capacity_lines), policy, defaults)
+        recent, anchors = protection(
+            raster,
+            min(budgets),
+            self.recent_lines,
+            self.anchor_tokens,
+            defaults.recent_lines,
+            defaults.anchor_tokens,
+        )
+        if self.layer_budgets == PYRAMID and policy != "full":
+            least = least_budget(raster, recent, anchors)
+            budgets = pyramid(budgets[0], len(budgets), least, min(capacity_lines))
+        return CacheSettings(
+            policy,
+            Mode(self.mode or defaults.mode),
+            budgets,
+            recent,
+            anchors,
+            Aggregation(self.aggregation or defaults.aggregation),
+            HeadScores(self.head_scores or defaults.head_scores),
+            defaults.share_guidance if self.share_guidance is None else self.share_guidance,
+        )
+
+    def _budgets(self, raster: Raster, layers: int, policy: str, defaults: CacheSettings) -> tuple[int, ...]:
+        """Lines of each layer; for a pyramid the mean in every one."""
+        if self.layer_budgets not in (None, PYRAMID, UNIFORM):
+            if self.budget_lines is not None:
+                raise RequestError("--layer-budgets lists every layer's lines: leave --budget-lines out")
+            try:
+                return tuple(int(part) for part in str(self.layer_budgets).split(","))
+            except ValueError:
+                raise RequestError(
+                    f"--layer-budgets {self.layer_budgets}: give {UNIFORM}, {PYRAMID}, or one number of lines a layer"
+                ) from None
+        if self.budget_lines is not None:
+            return (self.budget_lines,) * layers
+        if policy == "full":
+            return (raster.lines,) * layers
+        if defaults.policy == "full":
+            return (quarter(raster),) * layers
+        if self.layer_budgets is None:
+            return defaults.budget_lines
+        return (round(sum(defaults.budget_lines) / layers),) * layers
+
+
+def quarter(raster: Raster) -> int:
+    """The default budget: a quarter of the image's lines, at least one."""
+    return max(1, raster.lines // 4)
+
+
+def protection(
+    raster: Raster,
+    budget: int,
+    recent: float | None,
+    anchors: int | None,
+    usual_recent: float,
+    usual_anchors: int,
+) -> tuple[float, int]:
+    """Recent lines and anchor tokens: as given, else the usual ones as far as ``budget`` lines hold them.
+
+    Recent lines come first, but for a quarter of what the line in progress leaves: a few anchors are worth more than
+    the last recent tokens.
+    """
+    room = (budget - 1) * raster.line_width
+    least = min(usual_anchors, math.ceil(room / 4)) if anchors is None else anchors
+    if recent is None:
+        recent = max(0.0, min(float(usual_recent), (room - least) / raster.line_width))
+    if anchors is None:
+        anchors = max(0, min(usual_anchors, room - recent_tokens(raster, recent)))
+    return recent, anchors
