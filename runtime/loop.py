@@ -56,6 +56,7 @@ def stage_names(batch: Batch) -> dict[str, str]:
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
     """The stages' inputs that sampling and cache settings decide."""
     sampling, cache = batch.sampling, batch.cache
+    policy = manifest.policies.get(cache.policy)
     return {
         "guidance": np.asarray(sampling.guidance, np.float32),
         "guidance_interval": np.asarray(sampling.guidance_interval, np.int64),
@@ -67,7 +68,7 @@ def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.ge
         "recent_tokens": np.asarray(recent_tokens(manifest.raster, cache.recent_lines), np.int64),
         "anchor_tokens": np.asarray(cache.anchor_tokens, np.int64),
         "strict": np.asarray(cache.mode is Mode.STRICT, np.int64),
-        "score_window": np.asarray(manifest.policies[cache.policy].score_window, np.int64),
+        "score_window": np.asarray(policy.score_window if policy else 0, np.int64),
         "score_max": np.asarray(cache.aggregation is Aggregation.MAX, np.int64),
         "average_heads": np.asarray(cache.head_scores is HeadScores.AVERAGED, np.int64),
         "share_guidance": np.asarray(cache.share_guidance, np.int64),
@@ -84,7 +85,7 @@ def begin(backend: Backend, batch: Batch) -> None:
     manifest = backend.bundle.manifest
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
-    manifest.check_cache(batch.cache)
+    manifest.check_cache(batch.cache, replayed=batch.replay is not None)
     for name, values in batch.conditions.items():
         backend.write(name, values)
     backend.write("uniforms", batch.uniforms)

@@ -189,9 +189,12 @@ class Manifest(Record, frozen=True):
         """Rows an image: 2 with an unconditional one."""
         return 2 if self.guided else 1
 
-    def check_cache(self, cache: CacheSettings) -> None:
-        """Raise :class:`RequestError` or :class:`GeometryError` for settings that this bundle cannot run with."""
-        if cache.policy not in self.policies:
+    def check_cache(self, cache: CacheSettings, *, replayed: bool = False) -> None:
+        """Raise :class:`RequestError` or :class:`GeometryError` for settings that this bundle cannot run with.
+
+        A ``replayed`` run asks no policy: the bundle need not hold it.
+        """
+        if cache.policy not in self.policies and not replayed:
             held = ", ".join(self.policies)
             raise RequestError(
                 f"the bundle holds no policy {cache.policy}, only {held}: export it with --policy "

@@ -107,7 +107,7 @@ def command(
         batch, recorded = make_batch(manifest, samples, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
-    manifest.check_cache(batch.cache)
+    manifest.check_cache(batch.cache, replayed=trace is not None)
     stages = stage_names(batch).values()
     console = Console(stderr=True)
     with Progress(

@@ -154,7 +154,7 @@ def command(
         settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
     if faults := sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
-    manifest.check_cache(settings)
+    manifest.check_cache(settings, replayed=trace is not None)
     request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
     folder = RunFolder(out, request, resume=resume, force=force)
     console = Console(stderr=True, highlight=False)

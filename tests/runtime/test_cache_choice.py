@@ -207,6 +207,19 @@ def test_a_replay_follows_the_trace_and_not_the_scores(
     assert (by_image[:, :, :, 1] == recorded.write_slots[1]).all()
 
 
+def test_a_bundle_replays_a_policy_that_it_does_not_hold(
+    linert: Linert, many_bundle: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """The other bundle has a smaller buffer and the linear policy alone; the trace needs neither."""
+    trace = tmp_path / "trace.npz"
+    request = ("--classes", "2,4", "--policy", "streaming", "--budget-lines", 3)
+    linert("run", many_bundle, *request, "--record-trace", trace, "--out", tmp_path / "out")
+    result = linert("run", tiny_bundle, "--replay-trace", trace, "--out", tmp_path / "again")
+    assert result.code == 0, result.err
+    assert "tokens equal to the trace's: 100.00%" in result.err
+    assert linert("validate", tiny_bundle, "--trace", trace).code == 0
+
+
 def test_a_trace_of_another_model_is_refused(
     linert: Linert, many_bundle: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
