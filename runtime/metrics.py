@@ -142,7 +142,7 @@ class Bootstrap:
     resampled: Rows
 
     @staticmethod
-    def of(metric: Metric, rows: Rows, *, rounds: int = 300) -> Bootstrap:
+    def of(metric: Metric, rows: Rows, *, rounds: int = 200) -> Bootstrap:
         """Of the ``rows [n, k]`` that ``metric`` measured."""
         rng = np.random.default_rng(0)
         drawn = [metric.score(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(rounds)]

@@ -134,7 +134,9 @@ def test_the_page_needs_nothing_beside_it(compared: tuple[Path, str]) -> None:
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+# A shell may have started the tests with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from exporter.compare import Comparison
 original = getattr(Comparison, {phase!r})
 def slow(self, *arguments):

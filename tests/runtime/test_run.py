@@ -141,7 +141,9 @@ def test_top_k_of_one_is_greedy(tiny_bundle: Path) -> None:
 
 
 SLOW_RUN = """
-import sys, time
+import signal, sys, time
+# A shell may have started the tests with the signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from runtime.generator import Generator
 draw = Generator.draw
 def slow(*arguments, **named):
