@@ -6,31 +6,23 @@ comparison's folder as they come, so that an interrupted comparison goes on wher
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import itertools
-import shutil
 import statistics
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
-from runtime.bundle import Bundle
-from runtime.cache_request import CacheRequest
-from runtime.errors import GeometryError, RequestError
+from exporter.compare_grid import Cell, labels_of
+from exporter.timing import decode_backend, milliseconds, step_times
 from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings
-from runtime.loop import Batch, begin, run_step, stage_names
-from runtime.manifest import Manifest, Record, SamplingSettings, TensorSpec
+from runtime.loop import Batch, begin, run_step
+from runtime.manifest import Record, SamplingSettings
 from runtime.metrics import Bootstrap, Interval, Metric
 from runtime.ort import OrtBackend
 from runtime.output import RUN_NAME, RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
@@ -38,83 +30,6 @@ from runtime.output import RUN_NAME, RunFolder, RunRequest, Sample, make_folder,
 CELLS = "cells"
 METRIC_BATCH = 50
 TIMING_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One configuration. ``budget``: as it was asked for, like ``1/6``."""
-
-    cache: CacheSettings
-    budget: str
-
-    @property
-    def key(self) -> str:
-        """A folder name."""
-        digest = hashlib.sha256(msgspec.json.encode(self.cache)).hexdigest()
-        return f"{self.cache.policy}-{digest[:12]}"
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What is to be combined with what; an empty tuple leaves a setting at the bundle's default."""
-
-    policies: tuple[str, ...]
-    budgets: tuple[str, ...]
-    layer_budgets: tuple[str, ...] = ()
-    mode: tuple[str, ...] = ()
-    recent_lines: tuple[float, ...] = ()
-    anchor_tokens: tuple[int, ...] = ()
-    aggregation: tuple[str, ...] = ()
-    head_scores: tuple[str, ...] = ()
-    share_guidance: tuple[bool, ...] = ()
-
-    def cells(self, manifest: Manifest) -> tuple[list[Cell], list[str]]:
-        """The full cache first, then every combination that fits once, and why others do not.
-
-        Raises:
-            RequestError: the bundle lacks a policy, full or room, or nothing fits.
-        """
-        lines = manifest.raster.lines
-        full = Cell(
-            CacheRequest(policy="full").settle(manifest.raster, manifest.capacity_lines, manifest.cache),
-            "1",
-        )
-        if "full" not in manifest.policies:
-            raise RequestError(
-                "compare measures against the full cache and the bundle does not hold it: export it with "
-                f"--policy {','.join([*manifest.policies, 'full'])}"
-            )
-        cells, refused = {full.cache: full}, []
-        names = [name for name in CacheRequest.__dataclass_fields__ if getattr(self, name, ())]
-        values = [getattr(self, name) for name in names]
-        policies = [policy for policy in self.policies if policy != "full"]
-        for budget, policy, *chosen in itertools.product(self.budgets, policies, *values):
-            request = CacheRequest(
-                policy=policy,
-                budget_lines=budget_lines(budget, lines),
-                **dict(zip(names, chosen, strict=True)),
-            )
-            try:
-                cache = request.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
-                manifest.check_cache(cache)
-            except GeometryError as error:
-                refused.append(f"{policy}, {budget}: {error}")
-                continue
-            cells.setdefault(cache, Cell(cache, budget))
-        if len(cells) == 1 and refused:
-            raise RequestError(f"no cell of the grid fits: {refused[0]}")
-        return list(cells.values()), refused
-
-
-def budget_lines(text: str, lines: int) -> int:
-    """Whole lines of a budget like ``4`` or ``1/6`` (of the image, rounded to the nearest, at least 1)."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise RequestError(f"budget {text!r} is neither a number of lines nor a fraction like 1/4") from None
-    if value <= 0 or (value >= 1 and value.denominator != 1):
-        raise RequestError(f"budget {text} is neither a number of lines nor a fraction like 1/4")
-    return max(1, int(value * lines + Fraction(1, 2))) if value < 1 else int(value)
 
 
 class CompareRequest(Record, frozen=True):
@@ -319,7 +234,7 @@ class Comparison:
         A budget is timed on the bundle's own decode graph with a buffer of that size, which is what a bundle
         exported at that budget runs.
         """
-        stage = stage_names(self._any_batch(self.cells[0]))["decode"]
+        stage = self._any_batch(self.cells[0]).stages["decode"]
         budgets = list(dict.fromkeys(cell.cache.budget_lines for cell in self.cells))
         decode: dict[tuple[int, ...], list[float]] = {budget: [] for budget in budgets}
         turns = list(itertools.product(range(TIMING_ROUNDS), budgets))
@@ -335,39 +250,12 @@ class Comparison:
             if policy not in line_ends:
                 begin(self.generator.backend, self._any_batch(cell))
                 name = f"line_end.{policy}"
-                times = [_milliseconds(lambda name=name: self.generator.backend.run(name)) for _ in range(12)]
+                times = [milliseconds(lambda name=name: self.generator.backend.run(name)) for _ in range(12)]
                 line_ends[policy] = statistics.median(times[2:])
         return {budget: statistics.median(times) for budget, times in decode.items()}, line_ends
 
     def _any_batch(self, cell: Cell) -> Batch:
         return make_batch(self.manifest, self.request.samples[:1], self.request.sampling, cell.cache)
-
-
-def labels_of(cells: Sequence[Cell]) -> list[str]:
-    """The policy of each cell, and whatever else differs between the cells that evict."""
-    evicting = [cell.cache for cell in cells if cell.cache.policy != "full"]
-    varying = [
-        name
-        for name in ("mode", "recent_lines", "anchor_tokens", "aggregation", "head_scores", "share_guidance")
-        if len({getattr(cache, name) for cache in evicting}) > 1
-    ]
-    words = {
-        "mode": lambda cache: str(cache.mode),
-        "recent_lines": lambda cache: f"{cache.recent_lines:g} recent",
-        "anchor_tokens": lambda cache: f"{cache.anchor_tokens} anchors",
-        "aggregation": lambda cache: str(cache.aggregation),
-        "head_scores": lambda cache: f"heads {cache.head_scores}",
-        "share_guidance": lambda cache: "shared" if cache.share_guidance else "apart",
-    }
-    labels = []
-    for cell in cells:
-        cache = cell.cache
-        parts = [cache.policy]
-        if cache.policy != "full":
-            parts += [words[name](cache) for name in varying]
-            parts += ["layers differ"] * (len(set(cache.budget_lines)) > 1)
-        labels.append(", ".join(parts))
-    return labels
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:
@@ -400,60 +288,3 @@ def forced_logits(backend: OrtBackend, batch: Batch, tokens: NDArray[np.int64]) 
         run_step(backend, batch, step)
         if step.stage == "decode":
             yield backend.read("logits")
-
-
-@contextlib.contextmanager
-def decode_backend(bundle: Bundle, stage: str, lines: Sequence[int], threads: int) -> Iterator[OrtBackend]:
-    """A backend for the bundle's decode ``stage`` with buffers of so many ``lines`` a layer.
-
-    The decode graph does not depend on the number of slots but in the shapes that it declares.
-    """
-    manifest = bundle.manifest
-    spec = manifest.stages[stage]
-    resized = {state.name: state for state in manifest.state_at(lines)}
-
-    def fit(tensor: TensorSpec) -> TensorSpec:
-        state = spec.updates.get(tensor.name, tensor.name)
-        return msgspec.structs.replace(tensor, shape=resized[state].shape) if state in resized else tensor
-
-    fitted = msgspec.structs.replace(
-        spec, inputs=tuple(map(fit, spec.inputs)), outputs=tuple(map(fit, spec.outputs))
-    )
-    model = onnx.load(bundle.stage_path(stage), load_external_data=False)
-    shapes = {tensor.name: tensor.shape for tensor in (*fitted.inputs, *fitted.outputs)}
-    for value in (*model.graph.input, *model.graph.output):
-        for dimension, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-            dimension.dim_value = size
-    timed = msgspec.structs.replace(manifest, stages={stage: fitted}, state=tuple(resized.values()))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        onnx.save(model, folder / spec.file)
-        for file in manifest.files:
-            if not file.endswith(".onnx"):
-                link(bundle.file(file), folder / file)
-        yield OrtBackend(Bundle(folder, timed), [stage], threads=threads)
-
-
-def link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has none."""
-    try:
-        target.hardlink_to(source.resolve())
-    except OSError:
-        shutil.copyfile(source, target)
-
-
-def step_times(backend: OrtBackend, stage: str, manifest: Manifest) -> list[float]:
-    """Milliseconds of a line's decode steps with every slot filled, after a few to warm up."""
-    for name, spec in backend.specs.items():
-        if name.startswith("slot_pos."):
-            backend.write(name, np.broadcast_to(np.arange(spec.shape[1], dtype=np.int32), spec.shape))
-    position = backend.specs["position"]
-    backend.write("position", np.full(position.shape, manifest.raster.prefix_len, np.int64))
-    times = [_milliseconds(lambda: backend.run(stage)) for _ in range(manifest.raster.line_width + 4)]
-    return times[4:]
-
-
-def _milliseconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return (time.perf_counter() - start) * 1e3

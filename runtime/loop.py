@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -32,6 +33,15 @@ class Batch:
     cache: CacheSettings
     replay: NDArray[np.int64] | None = None
 
+    @cached_property
+    def stages(self) -> dict[str, str]:
+        """The bundle's stage for every stage of the schedule that the batch runs through."""
+        return {
+            "prefill": "prefill",
+            "decode": "decode" if self.sampling.filtered else "decode.unfiltered",
+            "line_end": f"line_end.{self.cache.policy if self.replay is None else 'replay'}",
+        }
+
 
 def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
     """The uniform numbers ``[tokens]`` float32 in [0, 1 - 2^-23] of the image with this ``seed``.
@@ -42,15 +52,6 @@ def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
         0, 1 << UNIFORM_BITS, size=tokens, dtype=np.uint32
     )
     return bits.astype(np.float32) * np.float32(2.0**-UNIFORM_BITS)
-
-
-def stage_names(batch: Batch) -> dict[str, str]:
-    """The bundle's stage for every stage of the schedule that ``batch`` runs through."""
-    return {
-        "prefill": "prefill",
-        "decode": "decode" if batch.sampling.filtered else "decode.unfiltered",
-        "line_end": f"line_end.{batch.cache.policy if batch.replay is None else 'replay'}",
-    }
 
 
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
@@ -100,7 +101,7 @@ def run_step(backend: Backend, batch: Batch, step: Step) -> None:
     """Run one entry of the raster schedule."""
     if step.stage == "line_end" and batch.replay is not None:
         backend.write("replay_slots", batch.replay[step.line])
-    backend.run(stage_names(batch)[step.stage])
+    backend.run(batch.stages[step.stage])
 
 
 def generate(
@@ -112,7 +113,7 @@ def generate(
     """Draw a batch's tokens.
 
     Args:
-        backend: holds the stages of :func:`stage_names`.
+        backend: holds the stages of :attr:`Batch.stages`.
         batch: conditions, uniforms and settings.
         on_line: called with the number of lines whose tokens are all drawn, after each line.
         on_line_end: called with a line's number after its end: write slots are chosen, nothing is overwritten yet.

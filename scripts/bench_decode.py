@@ -27,7 +27,7 @@ from exporter.models import load_transformer
 from graphs.families.llamagen import LlamaGen
 from runtime.bundle import Bundle
 from runtime.cache_request import CacheRequest
-from runtime.loop import Batch, begin, stage_names, uniform_row
+from runtime.loop import Batch, begin, uniform_row
 from runtime.ort import OrtBackend
 
 BANDWIDTH_BYTES = 1 << 29
@@ -109,7 +109,7 @@ def measure(bundle: Bundle, peer: EagerPeer, threads: int, rounds: int) -> dict[
     state = sum(spec.nbytes for spec in manifest.state)
     buffer = torch.ones(BANDWIDTH_BYTES // 4)
 
-    stages = stage_names(batch)
+    stages = batch.stages
     begin(backend, batch)
     for stage in stages.values():
         backend.load(stage)

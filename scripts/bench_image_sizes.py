@@ -18,7 +18,7 @@ import click
 from matplotlib.figure import Figure
 from random_checkpoint import SIZES, random_bundle
 
-from exporter.compare import decode_backend, step_times
+from exporter.timing import decode_backend, step_times
 from runtime.cache_request import CacheRequest
 
 

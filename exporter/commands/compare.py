@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from exporter.compare import CellResult, CompareRequest, Comparison, Grid
+from exporter.compare import CellResult, CompareRequest, Comparison
+from exporter.compare_grid import Grid
 from exporter.report import header, render_page, row_of
 from runtime.bundle import file_sha256
 from runtime.cache_request import PYRAMID, UNIFORM

@@ -21,7 +21,7 @@ from runtime.commands.cache_options import cache_options
 from runtime.commands.run import parse_classes
 from runtime.errors import CheckpointError, RequestError
 from runtime.generator import PixelDecoder, make_batch, plan
-from runtime.loop import Batch, stage_names
+from runtime.loop import Batch
 from runtime.manifest import Manifest, Source
 from runtime.ort import OrtBackend
 from runtime.trace import Trace, read_trace
@@ -108,14 +108,13 @@ def command(
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=trace is not None)
-    stages = stage_names(batch).values()
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
     ) as bar:
         task = bar.add_task("loading", total=manifest.raster.lines)
         report = validate(
-            OrtBackend(opened, stages, threads=threads),
+            OrtBackend(opened, batch.stages.values(), threads=threads),
             PixelDecoder(opened, threads=threads),
             transformer,
             image_decoder,

@@ -159,7 +159,8 @@ def command(
     folder = RunFolder(out, request, resume=resume, force=force)
     console = Console(stderr=True, highlight=False)
     console.print(f"cache: {settings.text}")
-    run = _Run(generator, request, folder, trace, MapKind(eviction_map) if eviction_map else None, preview)
+    map_kind = MapKind(eviction_map) if eviction_map else None
+    run = _Run(generator, request, folder, trace, map_kind, record_trace is not None, preview)
     run.draw(console)
     if trace is not None:
         drawn = folder.arrays()["tokens"]
@@ -179,6 +180,7 @@ class _Run:
     folder: RunFolder
     replay: Trace | None
     map_kind: MapKind | None
+    recording: bool
     preview: bool
     recorded: list[NDArray[np.int32]] = field(default_factory=list)
 
@@ -228,7 +230,8 @@ class _Run:
         written: list[Array] = []
 
         def watch(backend: Backend, line: int) -> None:
-            written.append(backend.read("write_slots"))
+            if self.recording:
+                written.append(backend.read("write_slots"))
             if residency is not None:
                 residency(backend, line)
 
@@ -240,7 +243,8 @@ class _Run:
             watcher=watch,
             on_line=on_line,
         )
-        self.recorded.append(per_image(written, manifest.images, manifest.branches)[: len(group)])
+        if self.recording:
+            self.recorded.append(per_image(written, manifest.images, manifest.branches)[: len(group)])
         self._write_pictures(group, tokens)
         if self.map_kind is not None and residency is not None:
             for number, sample in enumerate(group):

@@ -17,7 +17,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from exporter.compare import Grid, budget_lines, decode_backend, forced_logits
+from exporter.compare import forced_logits
+from exporter.compare_grid import Grid, budget_lines, labels_of
+from exporter.timing import decode_backend
 from runtime import Generator
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
@@ -295,7 +297,6 @@ def test_a_resized_decode_graph_is_that_of_a_smaller_bundle(
 
 
 def test_labels_say_what_differs(many_bundle: Path) -> None:
-    from exporter.compare import labels_of
 
     manifest = open_bundle(many_bundle).manifest
     cells, _ = Grid(("linear",), ("3",), aggregation=("mean", "max"), layer_budgets=("uniform",)).cells(

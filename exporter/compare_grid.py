@@ -1,0 +1,120 @@
+"""What a comparison compares: cells, the grid that makes them, and their names."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import msgspec
+
+from runtime.cache_request import CacheRequest
+from runtime.errors import GeometryError, RequestError
+from runtime.geometry import CacheSettings
+from runtime.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration. ``budget``: as it was asked for, like ``1/6``."""
+
+    cache: CacheSettings
+    budget: str
+
+    @property
+    def key(self) -> str:
+        """A folder name."""
+        digest = hashlib.sha256(msgspec.json.encode(self.cache)).hexdigest()
+        return f"{self.cache.policy}-{digest[:12]}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be combined with what; an empty tuple leaves a setting at the bundle's default."""
+
+    policies: tuple[str, ...]
+    budgets: tuple[str, ...]
+    layer_budgets: tuple[str, ...] = ()
+    mode: tuple[str, ...] = ()
+    recent_lines: tuple[float, ...] = ()
+    anchor_tokens: tuple[int, ...] = ()
+    aggregation: tuple[str, ...] = ()
+    head_scores: tuple[str, ...] = ()
+    share_guidance: tuple[bool, ...] = ()
+
+    def cells(self, manifest: Manifest) -> tuple[list[Cell], list[str]]:
+        """The full cache first, then every combination that fits once, and why others do not.
+
+        Raises:
+            RequestError: the bundle lacks a policy, full or room, or nothing fits.
+        """
+        lines = manifest.raster.lines
+        full = Cell(
+            CacheRequest(policy="full").settle(manifest.raster, manifest.capacity_lines, manifest.cache),
+            "1",
+        )
+        if "full" not in manifest.policies:
+            raise RequestError(
+                "compare measures against the full cache and the bundle does not hold it: export it with "
+                f"--policy {','.join([*manifest.policies, 'full'])}"
+            )
+        cells, refused = {full.cache: full}, []
+        names = [name for name in CacheRequest.__dataclass_fields__ if getattr(self, name, ())]
+        values = [getattr(self, name) for name in names]
+        policies = [policy for policy in self.policies if policy != "full"]
+        for budget, policy, *chosen in itertools.product(self.budgets, policies, *values):
+            request = CacheRequest(
+                policy=policy,
+                budget_lines=budget_lines(budget, lines),
+                **dict(zip(names, chosen, strict=True)),
+            )
+            try:
+                cache = request.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
+                manifest.check_cache(cache)
+            except GeometryError as error:
+                refused.append(f"{policy}, {budget}: {error}")
+                continue
+            cells.setdefault(cache, Cell(cache, budget))
+        if len(cells) == 1 and refused:
+            raise RequestError(f"no cell of the grid fits: {refused[0]}")
+        return list(cells.values()), refused
+
+
+def budget_lines(text: str, lines: int) -> int:
+    """Whole lines of a budget like ``4`` or ``1/6`` (of the image, rounded to the nearest, at least 1)."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(f"budget {text!r} is neither a number of lines nor a fraction like 1/4") from None
+    if value <= 0 or (value >= 1 and value.denominator != 1):
+        raise RequestError(f"budget {text} is neither a number of lines nor a fraction like 1/4")
+    return max(1, int(value * lines + Fraction(1, 2))) if value < 1 else int(value)
+
+
+def labels_of(cells: Sequence[Cell]) -> list[str]:
+    """The policy of each cell, and whatever else differs between the cells that evict."""
+    evicting = [cell.cache for cell in cells if cell.cache.policy != "full"]
+    varying = [
+        name
+        for name in ("mode", "recent_lines", "anchor_tokens", "aggregation", "head_scores", "share_guidance")
+        if len({getattr(cache, name) for cache in evicting}) > 1
+    ]
+    words = {
+        "mode": lambda cache: str(cache.mode),
+        "recent_lines": lambda cache: f"{cache.recent_lines:g} recent",
+        "anchor_tokens": lambda cache: f"{cache.anchor_tokens} anchors",
+        "aggregation": lambda cache: str(cache.aggregation),
+        "head_scores": lambda cache: f"heads {cache.head_scores}",
+        "share_guidance": lambda cache: "shared" if cache.share_guidance else "apart",
+    }
+    labels = []
+    for cell in cells:
+        cache = cell.cache
+        parts = [cache.policy]
+        if cache.policy != "full":
+            parts += [words[name](cache) for name in varying]
+            parts += ["layers differ"] * (len(set(cache.budget_lines)) > 1)
+        labels.append(", ".join(parts))
+    return labels
