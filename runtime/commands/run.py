@@ -249,8 +249,8 @@ class _Run:
         if self.map_kind is not None and residency is not None:
             for number, sample in enumerate(group):
                 path = self.folder.path / picture_name(sample.class_id, sample.seed)
-                with PIL.Image.open(path) as picture:
-                    drawn = draw_map(picture, residency.image(number), manifest, self.map_kind)
+                with PIL.Image.open(path) as finished:
+                    drawn = draw_map(finished, residency.image(number), manifest, self.map_kind)
                 write_png(path.with_suffix(".evictions.png"), drawn)
         self.folder.record(indices[0], tokens)
 
