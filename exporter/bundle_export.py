@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +15,9 @@ import onnx
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.onnx_export import WeightsFile, export_stage
+from exporter.precision import Precision, PrecisionPlan, Weight
 from graphs import stages
+from graphs.families import llamagen
 from graphs.policies import POLICIES
 from runtime.bundle import file_sha256
 from runtime.errors import ExportError, OutputError
@@ -55,6 +57,7 @@ class ExportPlan:
     cache: CacheSettings
     images: int
     sampling: SamplingSettings
+    precision: PrecisionPlan = field(default_factory=PrecisionPlan)
 
     def __post_init__(self) -> None:
         config, decoder = self.transformer.config, self.image_decoder.config
@@ -94,7 +97,11 @@ class ExportPlan:
     @property
     def geometry(self) -> stages.Geometry:
         capacities = tuple(self.raster.slots(lines) for lines in self.capacity_lines)
-        return stages.Geometry(self.transformer.config, self.images, self.guided, capacities)
+        return self._geometry(capacities)
+
+    def _geometry(self, capacities: tuple[int, ...]) -> stages.Geometry:
+        cached = self.precision.activations.dtype
+        return stages.Geometry(self.transformer.config, self.images, self.guided, capacities, cached)
 
     @property
     def state_bytes(self) -> int:
@@ -104,16 +111,38 @@ class ExportPlan:
     @property
     def full_state_bytes(self) -> int:
         """The same with a cache that holds the whole image."""
-        config = self.transformer.config
         full = self.raster.slots(self.raster.lines)
-        geometry = stages.Geometry(config, self.images, self.guided, (full,) * config.layers)
+        geometry = self._geometry((full,) * self.transformer.config.layers)
         return sum(spec.nbytes for spec in geometry.state())
+
+    def weights(self) -> dict[str, Weight]:
+        """Every parameter by its name in the stages, and what it is to be stored in."""
+        precision = self.precision
+        found = {
+            f"model.{name}": Weight(name, tensor, precision.of(llamagen.part_of(name)), precision)
+            for name, tensor in self.transformer.tensors.items()
+        }
+        for name, tensor in self.image_decoder.tensors.items():
+            found[f"image_decoder.{name}"] = Weight(name, tensor, precision.image_decoder, precision)
+        return found
+
+    @property
+    def wider(self) -> list[str]:
+        """Products that were to be int4 and get int8."""
+        return [
+            weight.name
+            for weight in self.weights().values()
+            if weight.precision is Precision.INT4 and weight.tensor.ndim == 2
+            if llamagen.part_of(weight.name) != "embedding" and weight.integer_format[0] > 4
+        ]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in float32."""
-        tensors = (*self.transformer.tensors.values(), *self.image_decoder.tensors.values())
-        return sum(4 * tensor.numel() for tensor in tensors)
+        """Bytes of all weights, to within the scales of quantised ones."""
+        return sum(
+            weight.tensor.numel() * (weight.precision.bits or 8 * weight.precision.dtype.itemsize) // 8
+            for weight in self.weights().values()
+        )
 
 
 def export_bundle(
@@ -177,7 +206,7 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
 def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> None:
     transformer, decoder = plan.transformer, plan.image_decoder
     raster, geometry = plan.raster, plan.geometry
-    model = transformer.hollow()
+    model = transformer.hollow(plan.precision.activations.dtype)
     stage_list: list[stages.Stage] = [
         stages.Prefill(model, geometry),
         stages.Decode(model, geometry),
@@ -186,8 +215,7 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         stages.ReplayLineEnd(geometry),
         stages.VQDecoder(decoder.hollow(), images=1, rows=raster.lines, columns=raster.line_width),
     ]
-    tensors = {f"model.{name}": tensor for name, tensor in transformer.tensors.items()}
-    tensors |= {f"image_decoder.{name}": tensor for name, tensor in decoder.tensors.items()}
+    tensors = plan.weights()
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for stage in stage_list:
             report(f"tracing {stage.name}")
@@ -214,7 +242,7 @@ def _manifest(plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str,
     return Manifest(
         schema=SCHEMA,
         producer={name: version(name) for name in ("linert", "torch", "onnx", "onnxscript")},
-        precision="fp32",
+        precision=plan.precision.spec,
         model=Model(
             family="llamagen",
             config=asdict(config),
@@ -231,6 +259,7 @@ def _manifest(plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str,
             source=decoder.source(),
         ),
         raster=plan.raster,
+        prefix_steps=config.prefix_len,
         images=plan.images,
         guided=plan.guided,
         capacity_lines=plan.capacity_lines,

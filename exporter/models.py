@@ -33,11 +33,11 @@ class Loaded(Generic[Config, ModelT]):
     part: str
     build: Callable[[Config], ModelT]
 
-    def hollow(self) -> ModelT:
-        """The module for tracing: parameters have shapes, float32, and no memory that was ever touched."""
+    def hollow(self, dtype: torch.dtype = torch.float32) -> ModelT:
+        """The module for tracing: parameters have shapes, ``dtype``, and no memory that was ever touched."""
         with torch.device("meta"):
             model = self.build(self.config)
-        empty = {name: torch.empty(tuple(t.shape)) for name, t in self.tensors.items()}
+        empty = {name: torch.empty(tuple(t.shape), dtype=dtype) for name, t in self.tensors.items()}
         model.load_state_dict(empty, strict=True, assign=True)
         return model.eval()
 

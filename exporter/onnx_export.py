@@ -8,11 +8,12 @@ holds no second copy of the model.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,8 +21,10 @@ import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from onnx_ir import tensor_adapters
 from torch import Tensor
 
+from exporter.precision import Quantized, Weight, join, pack_int4, round_to_nearest
 from graphs import line_attention
 from graphs.stages import Stage
 
@@ -67,32 +70,35 @@ class WeightsFile:
     def nbytes(self) -> int:
         return self._offset
 
-    def store(self, name: str, tensor: Tensor) -> ir.ExternalTensor:
-        """Write ``tensor`` (any strides; halves become float32) unless ``name`` is stored already.
+    def store(
+        self, name: str, shape: Sequence[int], dtype: ir.DataType, blocks: Callable[[], Iterable[Tensor]]
+    ) -> ir.ExternalTensor:
+        """Write the tensor that ``blocks`` yields piece by piece, unless ``name`` is stored already.
 
         Returns:
             A reference to where it lies.
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: ``name`` is stored with another shape.
+            ValueError: ``name`` is stored with another shape or dtype.
         """
         known = self._stored.get(name)
         if known is not None:
-            if tuple(known.shape.numpy()) != tuple(tensor.shape):
-                raise ValueError(f"{name}: stored as {known.shape}, wanted as {tuple(tensor.shape)}")
+            if (tuple(known.shape.numpy()), known.dtype) != (tuple(shape), dtype):
+                raise ValueError(
+                    f"{name}: stored as {known.dtype} {known.shape}, wanted as {dtype} {tuple(shape)}"
+                )
             return known
         self._write(b"\0" * (-self._offset % WEIGHT_ALIGNMENT))
         offset = self._offset
-        rows = max(1, COPY_BYTES // max(1, tensor[:1].numel() * tensor.element_size()))
-        for block in tensor.split(rows):
-            self._write(_deployed(block).contiguous().view(torch.uint8).numpy().data)
+        for block in blocks():
+            self._write(block.contiguous().view(torch.uint8).numpy().data)
         reference = ir.ExternalTensor(
             location=self.path.name,
             offset=offset,
             length=self._offset - offset,
-            dtype=ir.DataType.from_numpy(_deployed(tensor[:0]).numpy().dtype),
-            shape=ir.Shape(tensor.shape),
+            dtype=dtype,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=self.path.parent,
         )
@@ -107,13 +113,13 @@ class WeightsFile:
         self._offset += memoryview(data).nbytes
 
 
-def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Tensor]) -> onnx.ModelProto:
+def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weight]) -> onnx.ModelProto:
     """Return ``stage`` as an opset-24 model that refers to ``weights``.
 
     Args:
         stage: its parameters need shapes only; what they hold is not read.
         weights: where everything large goes.
-        tensors: what the parameters hold, by their name in ``stage``.
+        tensors: what the parameters hold and are stored in, by their name in ``stage``.
 
     Raises:
         RuntimeError: the tracer failed, or an input that is updated in place has more than one reader.
@@ -133,7 +139,8 @@ def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Tenso
     _tidy(model)
     proto = ir.to_proto(model)
     if any(node.domain == line_attention.DOMAIN for node in proto.graph.node):
-        proto.functions.append(line_attention.function_proto(stage.geometry.query_group))
+        geometry = stage.geometry
+        proto.functions.append(line_attention.function_proto(geometry.query_group, geometry.cache_dtype))
     _check_in_place(proto, stage)
     return proto
 
@@ -172,9 +179,9 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(levels[name])
 
 
-def _lift_weights(model: ir.Model, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _lift_weights(model: ir.Model, tensors: Mapping[str, Weight]) -> dict[str, Weight | Tensor]:
     """Turn parameters, and constants too large to be inlined, into graph inputs; return what they hold."""
-    lifted: dict[str, Tensor] = {}
+    lifted: dict[str, Weight | Tensor] = {}
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if name in tensors:
@@ -189,55 +196,203 @@ def _lift_weights(model: ir.Model, tensors: Mapping[str, Tensor]) -> dict[str, T
     return lifted
 
 
-def _store_weights(model: ir.Model, lifted: Mapping[str, Tensor], weights: WeightsFile, stage: str) -> None:
-    """Make what was lifted initializers again, stored the way their readers want them."""
+def _store_weights(
+    model: ir.Model, lifted: Mapping[str, Weight | Tensor], weights: WeightsFile, stage: str
+) -> None:
+    """Make what was lifted initializers again, stored the way their readers want them and their precision says."""
     graph = model.graph
     joined = _join_weights(model, lifted)
     for value in [v for v in graph.inputs if v.name in lifted or v.name in joined]:
         graph.inputs.remove(value)
         name = value.name or ""
-        tensor = joined[name]() if name in joined else lifted[name].detach()
+        held = joined.get(name) or [lifted[name]]
         users = [usage.node for usage in value.uses()]
         if not users:
             continue
-        # A name with a dot is a parameter's, the same in every stage; others are constants of this one.
-        owner = "" if "." in name else f"{stage}:"
-        if all(_transposes(node) for node in users):
-            tensor, name = tensor.t(), f"{name}.T"
-            stored = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=value.type)
-            for node in users:
-                node.outputs[0].replace_all_uses_with(stored)
-                graph.remove(node, safe=True)
-            value = stored
-        if tensor.numel() * tensor.element_size() <= INLINE_BYTES:
-            value.const_value = ir.tensor(_deployed(tensor).contiguous().numpy(), name=name)
+        parts = [part for part in held if isinstance(part, Weight)]
+        if not parts:
+            # A constant of this stage; the names of parameters are the same in every stage.
+            tensor = lifted[name]
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} is no constant")
+            _replace(value, _initializer(graph, weights, f"{stage}:{name}", tensor, tensor.dtype))
+            continue
+        transposed = all(_transposes(node) for node in users)
+        if parts[0].precision.bits and transposed:
+            _store_product(graph, weights, value, parts)
+        elif parts[0].precision.bits and all(_looks_up_rows(node) for node in users):
+            _store_table(graph, weights, value, parts)
         else:
-            value.const_value = weights.store(owner + name, tensor)
+            _store_float(graph, weights, value, parts, transposed=transposed)
+
+
+def _store_float(
+    graph: ir.Graph, weights: WeightsFile, value: ir.Value, parts: Sequence[Weight], *, transposed: bool
+) -> None:
+    """A parameter in floats; matrices that are narrower than what the graph computes in are widened by a Cast."""
+    tensor = parts[0].tensor if len(parts) == 1 else torch.cat([part.tensor for part in parts])
+    tensor, name = tensor.detach(), value.name or ""
+    computed = tensor_adapters.to_torch_dtype(_dtype(value))
+    dtype = computed if tensor.ndim < 2 or parts[0].precision.bits else parts[0].precision.dtype
+    if transposed:
+        tensor, name = tensor.t(), f"{name}.T"
+        value = _through_transposes(graph, value)
+    stored = _initializer(graph, weights, name, tensor, dtype)
+    if dtype is not computed:
+        cast = ir.node("Cast", [stored], attributes={"to": _dtype(value)})
+        stored = _insert(graph, cast, value, f"{name}.wide")
+    _replace(value, stored)
+
+
+def _store_product(graph: ir.Graph, weights: WeightsFile, value: ir.Value, parts: Sequence[Weight]) -> None:
+    """A product's weight ``[N, K]`` as integers ``[K, N]`` with scales and a DequantizeLinear."""
+    name, dtype = value.name or "", _dtype(value)
+    value = _through_transposes(graph, value)
+    outputs, inputs = sum(len(part.tensor) for part in parts), parts[0].tensor.shape[1]
+    # Quantised when the first stage that has it is written; the others find it in the file.
+    quantized = functools.cache(lambda: join([part.quantized() for part in parts]))
+    bits, size = parts[0].integer_format
+    integers = _stored(
+        graph,
+        f"{name}.T.int{bits}",
+        weights,
+        (inputs, outputs),
+        ir.DataType.INT4 if bits == 4 else ir.DataType.INT8,
+        lambda: [_packed(quantized())],
+    )
+    scale = _stored(
+        graph,
+        f"{name}.scale",
+        weights,
+        (inputs // size, outputs) if size else (outputs,),
+        dtype,
+        lambda: [quantized().scales.t().to(tensor_adapters.to_torch_dtype(dtype))],
+    )
+    block = {"axis": 0, "block_size": size} if size else {"axis": 1}
+    dequantize = ir.node("DequantizeLinear", [integers, scale], attributes=block)
+    _replace(value, _insert(graph, dequantize, value, f"{name}.T"))
+
+
+def _store_table(graph: ir.Graph, weights: WeightsFile, value: ir.Value, parts: Sequence[Weight]) -> None:
+    """A table of rows ``[V, K]`` as int8 with a scale a row: rows are looked up as integers and widened afterwards."""
+    name, dtype = value.name or "", tensor_adapters.to_torch_dtype(_dtype(value))
+    rows, columns = sum(len(part.tensor) for part in parts), parts[0].tensor.shape[1]
+    tables = functools.cache(lambda: join([round_to_nearest(part.tensor, 8) for part in parts]))
+    integers = _stored(
+        graph, f"{name}.int8", weights, (rows, columns), ir.DataType.INT8, lambda: [tables().values]
+    )
+    scales = _stored(
+        graph,
+        f"{name}.scale",
+        weights,
+        (rows, 1),
+        _dtype(value),
+        lambda: [tables().scales[:, None].to(dtype)],
+    )
+    one = _initializer(graph, weights, f"{name}.one", torch.ones(()), dtype)
+    for usage in list(value.uses()):
+        lookup = usage.node
+        ids, looked_up = lookup.inputs[1], lookup.outputs[0]
+        nodes = [ir.node("Gather", [integers, ids]), ir.node("Gather", [scales, ids])]
+        nodes.append(ir.node("DequantizeLinear", [nodes[0].outputs[0], one]))
+        nodes.append(ir.node("Mul", [nodes[2].outputs[0], nodes[1].outputs[0]]))
+        graph.insert_before(lookup, nodes)
+        looked_up.replace_all_uses_with(nodes[3].outputs[0])
+        nodes[3].outputs[0].name = looked_up.name
+        graph.remove(lookup, safe=True)
+
+
+def _packed(quantized: Quantized) -> Tensor:
+    """The bytes of ``values [N, K]`` stored as ``[K, N]``."""
+    values = quantized.values.t().contiguous()
+    return pack_int4(values) if quantized.bits == 4 else values
+
+
+def _initializer(
+    graph: ir.Graph, weights: WeightsFile, name: str, tensor: Tensor, dtype: torch.dtype
+) -> ir.Value:
+    """An initializer of ``tensor`` as ``dtype``: in the graph if it is small, else in the weights file."""
+    if tensor.numel() * dtype.itemsize <= INLINE_BYTES:
+        small = ir.tensor(tensor_adapters.TorchTensor(tensor.to(dtype).contiguous(), name=name))
+        value = ir.Value(name=name, shape=small.shape, type=ir.TensorType(small.dtype), const_value=small)
         graph.register_initializer(value)
+        return value
+    rows = max(1, COPY_BYTES // max(1, tensor[:1].numel() * dtype.itemsize))
+    return _stored(
+        graph,
+        name,
+        weights,
+        tuple(tensor.shape),
+        tensor_adapters.from_torch_dtype(dtype),
+        lambda: (block.to(dtype) for block in tensor.split(rows)),
+    )
 
 
-def _deployed(tensor: Tensor) -> Tensor:
-    """The tensor in the precision of the graph: floats in float32."""
-    return tensor.float() if tensor.is_floating_point() else tensor
+def _stored(
+    graph: ir.Graph,
+    name: str,
+    weights: WeightsFile,
+    shape: tuple[int, ...],
+    dtype: ir.DataType,
+    blocks: Callable[[], Iterable[Tensor]],
+) -> ir.Value:
+    """An initializer in the weights file."""
+    held = weights.store(name, shape, dtype, blocks)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=held)
+    graph.register_initializer(value)
+    return value
 
 
-def _join_weights(model: ir.Model, lifted: Mapping[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
-    """Replace every Concat of nothing but weights by one graph input; return how to make what it holds."""
-    joined: dict[str, Callable[[], Tensor]] = {}
+def _insert(graph: ir.Graph, node: ir.Node, before_users_of: ir.Value, name: str) -> ir.Value:
+    """Put ``node`` before the first reader of a value; return its output, called ``name``."""
+    readers = {usage.node for usage in before_users_of.uses()}
+    graph.insert_before(next(reader for reader in graph if reader in readers), node)
+    node.outputs[0].name = name
+    return node.outputs[0]
+
+
+def _replace(value: ir.Value, by: ir.Value) -> None:
+    by.shape, by.type = by.shape or value.shape, by.type or value.type
+    value.replace_all_uses_with(by)
+
+
+def _through_transposes(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Remove the transpositions that are all that reads ``value``; return a value that their readers read instead."""
+    turned = ir.Value(name=value.name, type=value.type)
+    for usage in list(value.uses()):
+        usage.node.outputs[0].replace_all_uses_with(turned)
+        graph.remove(usage.node, safe=True)
+    return turned
+
+
+def _dtype(value: ir.Value) -> ir.DataType:
+    if value.type is None:
+        raise RuntimeError(f"{value.name} has no type")
+    return value.type.dtype
+
+
+def _join_weights(model: ir.Model, lifted: Mapping[str, Weight | Tensor]) -> dict[str, list[Weight | Tensor]]:
+    """Replace every Concat of nothing but parameters' rows by one graph input; return what it is made of."""
+    joined: dict[str, list[Weight | Tensor]] = {}
     for node in list(model.graph):
         names = [value.name if value is not None else None for value in node.inputs]
-        if node.op_type != "Concat" or not all(name in lifted for name in names):
+        if node.op_type != "Concat" or not all(isinstance(lifted.get(str(name)), Weight) for name in names):
             continue
-        parts = [lifted[str(name)].detach() for name in names]
-        axis = node.attributes["axis"].as_int()
+        if node.attributes["axis"].as_int() != 0:
+            continue
         output = node.outputs[0]
         name = "+".join(str(name) for name in names)
         value = ir.Value(name=name, shape=output.shape, type=output.type)
-        joined[name] = lambda parts=parts, axis=axis: torch.cat([_deployed(p) for p in parts], dim=axis)
+        joined[name] = [lifted[str(name)] for name in names]
         output.replace_all_uses_with(value)
         model.graph.remove(node, safe=True)
         model.graph.inputs.append(value)
     return joined
+
+
+def _looks_up_rows(node: ir.Node) -> bool:
+    axis = node.attributes.get("axis")
+    return node.op_type == "Gather" and not node.domain and (axis is None or axis.as_int() == 0)
 
 
 def _transposes(node: ir.Node) -> bool:

@@ -18,7 +18,7 @@ from graphs.line_attention import ScoreParams, accumulate
 from graphs.policies import LineEndParams, Policy, end_line, evict
 from graphs.stages import Geometry, finished_line
 
-Visibility = Callable[[int], tuple[Tensor, Tensor | None]]
+Visibility = Callable[[int], tuple[Tensor, Tensor]]
 """Of a layer: the positions that each query sees ``[R, n, P]``, and those that each slot holds ``[R, n, C]``."""
 
 
@@ -59,11 +59,13 @@ class HistoryModel:
         ids = self.model.guided_classes(class_ids) if geometry.guided else class_ids
         x = self.model.prefix(ids)
         prefix = config.prefix_len
-        for held in self.slot_pos:
-            held[:, :prefix] = torch.arange(prefix, dtype=torch.int32)
         causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()
-        visible = F.pad(causal, (0, config.image_tokens))
-        logits = self._forward(x, lambda layer: (visible.expand(geometry.rows, -1, -1), None))
+        visible = F.pad(causal, (0, config.image_tokens)).expand(geometry.rows, -1, -1)
+        held = [torch.full((geometry.rows, prefix, slots), -1) for slots in geometry.capacities]
+        for layer, slot_pos in enumerate(held):
+            slot_pos[..., :prefix] = torch.arange(prefix).where(causal, -1)
+            self.slot_pos[layer][:] = slot_pos[:, -1]
+        logits = self._forward(x, lambda layer: (visible, held[layer]))
         first = torch.arange(prefix, prefix + config.line_width)
         self.write_slots = first.expand(config.layers, geometry.rows, -1).clone()
         return logits[:, -1]
@@ -134,8 +136,7 @@ class HistoryModel:
             attended = probs @ self.values[layer][:, None]
             attended = attended.reshape(geometry.sequences, config.heads, count, -1)
             x = block.finish(x, attended.transpose(1, 2))
-            if slot_pos is not None:
-                self._account(layer, probs.mean(1), slot_pos)
+            self._account(layer, probs.mean(1), slot_pos)
         self.position += count
         return self.model.logits(x)
 

@@ -56,7 +56,7 @@ def reference(
     position: Tensor,
     accounting: ScoreParams,
 ) -> tuple[Tensor, LineBufferState]:
-    """Attend one new token a row, in eager PyTorch.
+    """Attend one new token a row, in eager PyTorch. Softmax and scores are float32 whatever q, k and v are.
 
     Args:
         q: ``[R, 1, G, D]`` queries, rotated and already multiplied by the softmax scale.
@@ -76,10 +76,10 @@ def reference(
     k_cache[rows, 0, write_slot] = k[:, 0, 0]
     v_cache[rows, 0, write_slot] = v[:, 0, 0]
     slot_pos[rows, write_slot] = position[:, 0]
-    logits = (q @ k_cache.mT).masked_fill((slot_pos < 0)[:, None, None], float("-inf"))
+    logits = (q @ k_cache.mT).float().masked_fill((slot_pos < 0)[:, None, None], float("-inf"))
     probs = torch.softmax(logits, dim=-1)
     scores = accumulate(state.scores, probs.mean(dim=(1, 2)), slot_pos, accounting)
-    return probs @ v_cache, LineBufferState(k_cache, v_cache, scores, slot_pos)
+    return probs.type_as(q) @ v_cache, LineBufferState(k_cache, v_cache, scores, slot_pos)
 
 
 def accumulate(scores: Tensor, received: Tensor, slot_pos: Tensor, accounting: ScoreParams) -> Tensor:
@@ -131,10 +131,10 @@ LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position
   empty = Less (slot_pos_next, nothing)
   empty_keys = Unsqueeze (empty, heads_and_queries)
   keys = Transpose <perm = [0, 1, 3, 2]> (k_cache_next)
-  logits = MatMul (q, keys)
+  LOGITS
   visible_logits = Where (empty_keys, hidden, logits)
   probs = Softmax <axis = -1> (visible_logits)
-  attended = MatMul (probs, v_cache_next)
+  ATTENDED
   received = RECEIVED (probs, heads_and_queries)
   fresh = GreaterOrEqual (slot_pos_next, fresh_from)
   kept = Where (fresh, zero, scores)
@@ -145,16 +145,27 @@ LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position
 """
 
 
-def function_proto(query_group: int) -> FunctionProto:
+def function_proto(query_group: int, dtype: torch.dtype) -> FunctionProto:
     """The body as an ONNX function of standard operators.
 
     Args:
         query_group: query heads of a KV head. Their attention is averaged; a single one needs no arithmetic.
+        dtype: of queries, keys and values. Halves are widened for the softmax and the scores.
     """
-    received = "Squeeze" if query_group == 1 else "ReduceMean <keepdims = 0>"
-    function = onnx.parser.parse_function(
-        _BODY.replace("RECEIVED", received).replace("float {-inf}", "float {0.0}")
-    )
+    single = dtype is torch.float32
+    filled = {
+        "RECEIVED": "Squeeze" if query_group == 1 else "ReduceMean <keepdims = 0>",
+        "LOGITS": "logits = MatMul (q, keys)"
+        if single
+        else f"narrow_logits = MatMul (q, keys)\n  logits = Cast <to = {onnx.TensorProto.FLOAT}> (narrow_logits)",
+        "ATTENDED": "attended = MatMul (probs, v_cache_next)"
+        if single
+        else "narrow_probs = CastLike (probs, q)\n  attended = MatMul (narrow_probs, v_cache_next)",
+    }
+    body = _BODY.replace("float {-inf}", "float {0.0}")
+    for mark, text in filled.items():
+        body = body.replace(mark, text)
+    function = onnx.parser.parse_function(body)
     for node in function.node:
         if node.output[0] == "hidden":
             node.attribute[0].t.CopyFrom(

@@ -1,6 +1,6 @@
 """The four stages, each a torch module with named, static-shape inputs and outputs.
 
-    prefill      condition -> state, first token
+    prefill      condition -> state
     decode       state -> state', next token                        once a token
     line_end     state -> state'                                    once a line, one a policy
     vq_decoder   token grid -> pixels
@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graphs.families.base import FamilyConfig, RasterTransformer
 from graphs.families.vq import VQModel
@@ -148,59 +147,40 @@ def logits_output(geometry: Geometry) -> TensorSpec:
 
 
 class Prefill(Stage):
-    """Run the condition through the model, lay out the whole state and draw the first token.
+    """Lay out the whole state with nothing cached and the condition as the token to be fed next.
 
-    The prefix takes slots 0 .. prefix_len - 1 and stays; the first line takes the slots behind it.
+    The condition's tokens then go through decode like any others, into slots 0 .. prefix_len - 1, where they stay. So a
+    batch begins without a second copy of the weights. The first line takes the slots behind them.
     """
 
     name = "prefill"
 
     def __init__(self, model: RasterTransformer, geometry: Geometry) -> None:
         super().__init__()
-        self.model = model
+        if geometry.config.prefix_len != 1:
+            raise ValueError(f"a prefix of {geometry.config.prefix_len} tokens; decode is fed one")
+        self.condition_tokens = model.condition_tokens
         self.geometry = geometry
-        self.inputs = [
-            TensorSpec("class_ids", torch.int64, (geometry.images,)),
-            *sampling_inputs(geometry),
-        ]
-        self.outputs = [
-            *(spec.next() for spec in geometry.loop_state()),
-            logits_output(geometry),
-            *(spec.next() for spec in geometry.layer_state()),
-        ]
+        self.inputs = [TensorSpec("class_ids", torch.int64, (geometry.images,))]
+        self.outputs = [spec.next() for spec in geometry.state()]
 
-    def forward(self, class_ids: Tensor, uniforms: Tensor, *sampling: Tensor) -> tuple[Tensor, ...]:
-        geometry, config, model = self.geometry, self.geometry.config, self.model
-        prefix = config.prefix_len
-        x = model.prefix(model.guided_classes(class_ids) if geometry.guided else class_ids)
-        rope = model.rope(torch.arange(prefix)[None])
-        causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()
-        layers: list[Tensor] = []
-        for block, slots in zip(model.blocks(), geometry.capacities, strict=True):
-            q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
-            k, v = (part.reshape(geometry.rows, 1, prefix, -1) for part in (k, v))
-            q = q.reshape(geometry.rows, geometry.query_group, prefix, -1)
-            logits = (q @ k.mT).masked_fill(~causal, float("-inf"))
-            attended = torch.softmax(logits, dim=-1) @ v
-            attended = attended.reshape(geometry.sequences, config.heads, prefix, -1)
-            x = block.finish(x, attended.transpose(1, 2))
-            room = (0, 0, 0, slots - prefix)
-            held = torch.arange(slots, dtype=torch.int32)
-            slot_pos = torch.where(held < prefix, held, -1).expand(geometry.rows, slots)
-            scores = torch.zeros(geometry.rows, slots)
-            layers += [F.pad(k, room), F.pad(v, room), scores, slot_pos.contiguous()]
-        logits = model.logits(x[:, -1:]).squeeze(1)
-        first = torch.zeros_like(class_ids)
-        token = _next_token(geometry, logits, SamplingParams(*sampling), uniforms[:, 0], first)
-        tokens = F.pad(token[:, None], (0, config.image_tokens - 1))
-        position = torch.full((geometry.sequences,), prefix, dtype=torch.int64)
-        slots_of_line = torch.arange(prefix, prefix + config.line_width)
-        write_slots = slots_of_line.expand(config.layers, geometry.rows, -1).contiguous()
-        return token, tokens, position, write_slots, logits, *layers
+    def forward(self, class_ids: Tensor) -> tuple[Tensor, ...]:
+        geometry, config = self.geometry, self.geometry.config
+        token = self.condition_tokens(class_ids)[:, 0]
+        tokens = torch.zeros(geometry.images, config.image_tokens, dtype=torch.int64)
+        position = torch.zeros(geometry.sequences, dtype=torch.int64)
+        line = torch.arange(config.prefix_len, config.prefix_len + config.line_width)
+        write_slots = line.expand(config.layers, geometry.rows, -1).contiguous()
+        empty = {"slot_pos": -1}
+        layers = [
+            torch.full(spec.shape, empty.get(spec.name.partition(".")[0], 0), dtype=spec.dtype)
+            for spec in geometry.layer_state()
+        ]
+        return token, tokens, position, write_slots, *layers
 
 
 class Decode(Stage):
-    """Feed one token, write it into its slots, and draw the next.
+    """Feed one token (at first the condition's), write it into its slots, and draw the next.
 
     The variant ``decode.unfiltered`` leaves top-k and top-p out: a tenth of a small model's step, for runs that
     use neither.
@@ -249,12 +229,15 @@ class Decode(Stage):
         drawn_index = position_next - config.prefix_len
         column = (held - config.prefix_len) % config.line_width
         per_row = _per_row(column, geometry)[None, :, None]
-        slots = write_slots.gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2).unbind(0)
-        held_rows = _per_row(held, geometry)[:, None].to(torch.int32)
+        slots = write_slots.gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2)
+        # The prefix lies in the slots of its positions' numbers.
+        own_slot = _per_row(held, geometry)
+        slots = torch.where(own_slot < config.prefix_len, own_slot, slots)
+        held_rows = own_slot[:, None].to(torch.int32)
         restart = _per_row(column, geometry)[:, None] == config.line_width - score_window
         accounting = ScoreParams(torch.where(restart, -1, held_rows), score_max != 0)
 
-        fed = torch.cat([token, token]) if geometry.guided else token
+        fed = model.guided_tokens(token) if geometry.guided else token
         x = model.embed(fed[:, None])
         rope = model.rope(held[:, None])
         written: list[Tensor] = []

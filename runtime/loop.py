@@ -77,7 +77,7 @@ def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.ge
 
 
 def begin(backend: Backend, batch: Batch) -> None:
-    """Write the batch's inputs and run the prefill: the whole state is laid out and the first token drawn.
+    """Write the batch's inputs and feed the condition: the whole state is laid out and the first token drawn.
 
     Raises:
         RequestError: a condition or setting does not fit the bundle.
@@ -95,6 +95,8 @@ def begin(backend: Backend, batch: Batch) -> None:
         if name in backend.specs:
             backend.write(name, value)
     backend.run("prefill")
+    for _ in range(manifest.prefix_steps):
+        backend.run(batch.stages["decode"])
 
 
 def run_step(backend: Backend, batch: Batch, step: Step) -> None:

@@ -12,7 +12,7 @@ import msgspec
 from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings, Raster
 
-SCHEMA = 2
+SCHEMA = 3
 MANIFEST_NAME = "manifest.json"
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -125,6 +125,27 @@ class PolicySpec(Record, frozen=True):
     score_window: int
 
 
+class PrecisionSpec(Record, frozen=True):
+    """What weights are stored in (``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``) and what is computed in.
+
+    ``parts``: exceptions by part of the transformer (``embedding``, ``output``, a layer's number). ``block``: inputs that
+    share a scale in int4. ``method``: how integers were found (``none`` where there are none).
+    """
+
+    weights: str
+    activations: str
+    parts: dict[str, str]
+    block: int
+    method: str
+
+    @property
+    def text(self) -> str:
+        """For people: ``int4 (output int8), activations fp32``."""
+        kept = ", ".join(f"{part} {name}" for part, name in self.parts.items())
+        method = "" if self.method == "none" else f", {self.method}"
+        return f"{self.weights}{f' ({kept})' if kept else ''}, activations {self.activations}{method}"
+
+
 class FileRecord(Record, frozen=True):
     sha256: str
     bytes: int
@@ -134,16 +155,17 @@ class Manifest(Record, frozen=True):
     """Everything that a runtime has to know about a bundle.
 
     ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
-    file, it names the bundle. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of
-    them unless it says otherwise.
+    file, it names the bundle. ``prefix_steps``: decode steps that feed the condition after the prefill.
+    ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
     """
 
     schema: int
     producer: dict[str, str]
-    precision: str
+    precision: PrecisionSpec
     model: Model
     image_decoder: ImageDecoder
     raster: Raster
+    prefix_steps: int
     images: int
     guided: bool
     capacity_lines: tuple[int, ...]

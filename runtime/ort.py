@@ -13,8 +13,13 @@ from runtime.errors import BundleError
 from runtime.manifest import StageSpec, TensorSpec
 from runtime.memory import huge_pages
 
-DISABLED_OPTIMIZERS = ["MatMulScaleFusion"]
-"""A scale fused into attention's MatMul takes it off the matrix-vector path and doubles its time."""
+DISABLED_OPTIMIZERS = ["MatMulScaleFusion", "MatMulAddFusion"]
+"""A scale fused into attention's MatMul takes it off the matrix-vector path and doubles its time. An addition fused
+into a product hides that its weight is quantised, which then is widened every time."""
+
+INTEGER_PRODUCTS = "4"
+"""Accuracy level of products with quantised weights: activations are rounded to int8, block by block of each row. The
+levels below widen the weights, which is slower than float32."""
 
 
 class OrtBackend(Backend):
@@ -28,8 +33,16 @@ class OrtBackend(Backend):
         """Allocate the tensors of ``stages``; a session is made when its stage first runs.
 
         ``threads`` of 0 leaves the number to ONNX Runtime (one a core).
+
+        Raises:
+            BundleError: the bundle computes in a type that the CPU has no operators for.
         """
         super().__init__(bundle, stages)
+        if any(spec.dtype == "bfloat16" for spec in self.specs.values()):
+            raise BundleError(
+                f"{bundle.path} computes in bf16, which ONNX Runtime does not on the CPU: "
+                "export it with --activations fp32 (weights can stay bf16)"
+            )
         self.threads = threads
         self._arrays: dict[str, Array] = {
             name: np.zeros(spec.shape, spec.dtype) for name, spec in self.specs.items()
@@ -78,6 +91,7 @@ class OrtBackend(Backend):
         options.log_severity_level = 3
         # Sessions take turns; one that keeps spinning steals the cores of the next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INTEGER_PRODUCTS)
         path = self.bundle.stage_path(stage)
         try:
             return ort.InferenceSession(

@@ -9,7 +9,9 @@ import click
 from rich.console import Console
 
 from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.calibration import Calibration, calibrated
 from exporter.models import load_image_decoder, load_transformer
+from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
 from graphs.policies import POLICIES
 from runtime.cache_request import CacheRequest, quarter
 from runtime.commands.cache_options import cache_options
@@ -66,6 +68,39 @@ DEFAULT_SHARE_GUIDANCE = False
 @click.option("--temperature", default=1.0, show_default=True, help="Default temperature.")
 @click.option("--top-k", default=0, show_default=True, help="Default top-k; 0 keeps all tokens.")
 @click.option("--top-p", default=1.0, show_default=True, help="Default top-p; 1 keeps all tokens.")
+@click.option(
+    "--precision",
+    type=click.Choice([str(p) for p in Precision]),
+    default="fp32",
+    show_default=True,
+    help="Format of the transformer's weights.",
+)
+@click.option(
+    "--activations",
+    type=click.Choice([str(p) for p in FLOATS]),
+    default="fp32",
+    show_default=True,
+    help="What the transformer computes and caches in. The CPU computes in fp32; halves are for GPUs.",
+)
+@click.option(
+    "--keep",
+    "kept",
+    multiple=True,
+    metavar="PART=PRECISION",
+    help="An exception: embedding, output, first, last or a layer's number, as in output=int8. Repeatable.",
+)
+@click.option(
+    "--block-size", default=DEFAULT_BLOCK, show_default=True, help="Weights that share a scale in int4."
+)
+@click.option(
+    "--quantization",
+    type=click.Choice([str(m) for m in Method]),
+    help="How integers are found: rounding to the nearest, or GPTQ on images that the model draws. "
+    "Default: gptq for int4, rtn otherwise.",
+)
+@click.option(
+    "--calibration-images", default=Calibration.images, show_default=True, help="Images drawn for GPTQ."
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 def command(
     checkpoint: Path,
@@ -83,6 +118,12 @@ def command(
     temperature: float,
     top_k: int,
     top_p: float,
+    precision: str,
+    activations: str,
+    kept: tuple[str, ...],
+    block_size: int,
+    quantization: str | None,
+    calibration_images: int,
     force: bool,
 ) -> None:
     """Turn a LlamaGen CHECKPOINT and its VQ tokenizer into a bundle.
@@ -107,10 +148,23 @@ def command(
         settled,
         images=batch,
         sampling=SamplingSettings(guidance, guidance_interval, temperature, top_k, top_p),
+        precision=PrecisionPlan(
+            Precision(precision),
+            Precision(activations),
+            parse_parts(kept, config.layers),
+            block_size,
+            Method(quantization or ("gptq" if precision == "int4" else "rtn")),
+        ),
     )
     _announce(console, plan)
     with console.status("exporting") as status:
-        export_bundle(plan, out, force=force, report=lambda line: status.update(f"{line} ..."))
+
+        def report(line: str) -> None:
+            status.update(f"{line} ...")
+
+        export_bundle(
+            calibrated(plan, Calibration(calibration_images), report), out, force=force, report=report
+        )
     click.echo(f"bundle: {out}")
 
 
@@ -122,6 +176,22 @@ def parse_policies(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in POLICIES]:
         raise click.BadParameter(f"no policy {', '.join(unknown)}; there are {', '.join(POLICIES)}")
     return names
+
+
+def parse_parts(kept: Sequence[str], layers: int) -> dict[str, Precision]:
+    """``output=int8``, ``first=fp16``, ``3=int8``: parts of a model of so many ``layers`` and what they are stored in."""
+    named = {"embedding": "embedding", "output": "output", "first": "0", "last": str(layers - 1)}
+    named |= {str(layer): str(layer) for layer in range(layers)}
+    parts = {}
+    for text in kept:
+        part, _, precision = text.partition("=")
+        if part not in named or precision not in list(Precision):
+            raise click.BadParameter(
+                f"{text!r}: say PART=PRECISION with a part among embedding, output, first, last and 0 to "
+                f"{layers - 1}, and a precision among {', '.join(Precision)}"
+            )
+        parts[named[part]] = Precision(precision)
+    return parts
 
 
 def cache_plan(
@@ -153,8 +223,14 @@ def _announce(console: Console, plan: ExportPlan) -> None:
     rows = "conditional and unconditional rows" if plan.guided else "conditional rows only"
     console.print(
         f"LlamaGen: {config.layers} layers, width {config.dim}, {config.heads} heads of {config.head_dim}, "
-        f"{config.vocab_size} tokens, {config.num_classes} classes, weights {size_text(plan.weight_bytes)}"
+        f"{config.vocab_size} tokens, {config.num_classes} classes"
     )
+    console.print(f"weights: {plan.precision.spec.text}; {size_text(plan.weight_bytes)}")
+    if wider := plan.wider:
+        console.print(
+            f"{len(wider)} weights get int8, as their inputs make no blocks of {plan.precision.block}: "
+            f"{', '.join(wider[:3])}{', ...' if len(wider) > 3 else ''}"
+        )
     console.print(
         f"image: {raster.lines} x {raster.line_width} tokens, "
         f"{raster.lines * plan.image_decoder.config.patch} pixels; batch {plan.images}, {rows}"

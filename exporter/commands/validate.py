@@ -179,7 +179,8 @@ def _print(report: Report, console: Console) -> None:
         console.print(table)
     diverged = [index for index in report.first_divergence if index is not None]
     where = f", first divergence at token {min(diverged)}" if diverged else ""
-    console.print(f"free-running tokens: {report.tokens_agreement:.2%} equal{where}")
+    if report.tokens_agreement is not None:
+        console.print(f"free-running tokens: {report.tokens_agreement:.2%} equal{where}")
     if report.recorded_agreement is not None:
         console.print(f"tokens equal to the trace's: {report.recorded_agreement:.2%}")
     console.print(f"pixels: max abs error {report.pixels_max_abs:.2e}, PSNR {report.pixels_psnr:.1f} dB")

@@ -58,12 +58,20 @@ class RasterTransformer(nn.Module, ABC):
         """``[2 I]``: ``class_ids [I]``, then the unconditional condition for each."""
 
     @abstractmethod
+    def condition_tokens(self, class_ids: Tensor) -> Tensor:
+        """Tokens ``[I, prefix_len]``, behind the vocabulary, by which :meth:`embed` knows the conditions ``class_ids [I]``."""
+
+    @abstractmethod
+    def guided_tokens(self, tokens: Tensor) -> Tensor:
+        """``[2 I]``: ``tokens [I]``, then what the unconditional rows are fed, which have a condition of their own."""
+
+    @abstractmethod
     def prefix(self, class_ids: Tensor) -> Tensor:
         """Embeddings of the condition, ``[B, prefix_len, dim]``, of ``class_ids [B]``."""
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
+        """Embeddings ``[B, S, dim]`` of image or condition tokens ``[B, S]``."""
 
     @abstractmethod
     def rope(self, positions: Tensor) -> Any:

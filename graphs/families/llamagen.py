@@ -34,6 +34,14 @@ IGNORED_KEYS = ("freqs_cis",)
 """Keys that old checkpoints carry and that hold nothing learned."""
 
 
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to: ``embedding``, ``output``, or its layer's number."""
+    first, *rest = name.split(".")
+    if first == "layers":
+        return rest[0]
+    return "embedding" if first.endswith(("embedding", "embeddings")) else "output"
+
+
 class Rope(NamedTuple):
     """Rotary tables of a run of positions, ``[B or 1, S, D // 2]`` each; the query's hold the softmax scale."""
 
@@ -234,19 +242,38 @@ class LlamaGen(RasterTransformer):
 
     def rope(self, positions: Tensor) -> Rope:
         """Rotary tables at ``positions [B, S]`` (sequence positions, the prefix included)."""
-        return Rope(*F.embedding(positions, self.rope_table).chunk(4, dim=-1))
+        table = F.embedding(positions, self.rope_table).type_as(self.norm.weight)
+        return Rope(*table.chunk(4, dim=-1))
 
     def guided_classes(self, class_ids: Tensor) -> Tensor:
         """Append the null class for every one of ``class_ids [I]``: ``[2 I]``, conditional rows first."""
         return torch.cat([class_ids, torch.full_like(class_ids, self.config.num_classes)])
+
+    def condition_tokens(self, class_ids: Tensor) -> Tensor:
+        """``[I, 1]``: class ids count on from the vocabulary."""
+        return (class_ids + self.config.vocab_size)[:, None]
+
+    def guided_tokens(self, tokens: Tensor) -> Tensor:
+        """``[2 I]``: ``tokens [I]``, and again with the null class for every class."""
+        # The one reader of `tokens`, which a runtime may update in place.
+        both = torch.cat([tokens, tokens])
+        classes = both >= self.config.vocab_size
+        unconditional = torch.arange(len(both), device=both.device) >= len(both) // 2
+        return both.masked_fill(classes & unconditional, self.config.vocab_size + self.config.num_classes)
 
     def prefix(self, class_ids: Tensor) -> Tensor:
         """Embeddings of the condition, ``[B, prefix_len, dim]``, of ``class_ids [B]``."""
         return self.cls_embedding.embedding_table(class_ids).unsqueeze(1)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
-        return self.tok_embeddings(tokens)
+        """Embeddings ``[B, S, dim]`` of tokens ``[B, S]``: image tokens, and behind them the classes."""
+        tables = self.tok_embeddings.weight, self.cls_embedding.embedding_table.weight
+        if torch.compiler.is_exporting():
+            # One look-up; the exporter joins the tables on disk.
+            return F.embedding(tokens, torch.cat(tables))
+        size = self.config.vocab_size
+        images, classes = F.embedding(tokens.clamp(max=size - 1), tables[0]), tokens.sub(size).clamp(min=0)
+        return torch.where(tokens[..., None] < size, images, F.embedding(classes, tables[1]))
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
@@ -265,7 +292,11 @@ class LlamaGen(RasterTransformer):
         x = torch.cat([self.prefix(class_ids), self.embed(tokens)], dim=1)
         rope = self.rope(torch.arange(x.shape[1])[None])
         for block in self.blocks():
-            q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
-            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
-            x = block.finish(x, attended.transpose(1, 2))
+            x = self.block(block, x, rope)
         return self.logits(x[:, self.config.prefix_len - 1 :])
+
+    def block(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
+        """One of :meth:`blocks` over a whole sequence ``x [B, S, dim]``, causally."""
+        q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        return block.finish(x, attended.transpose(1, 2))

@@ -67,7 +67,8 @@ def _print(bundle: Bundle, console: Console) -> None:
     rows = {
         "bundle": f"{bundle.path} (schema {manifest.schema}, sha256 {manifest.sha256[:16]})",
         "model": f"{model.family}, {model.parameters:,} parameters, {model.layers} layers, "
-        f"{model.num_classes} classes, {manifest.precision}",
+        f"{model.num_classes} classes",
+        "precision": manifest.precision.text,
         "checkpoint": f"{model.source.path} (sha256 {model.source.sha256[:16]})",
         "image": f"{raster.lines} x {raster.line_width} tokens, {raster.lines * decoder.patch} x "
         f"{raster.line_width * decoder.patch} pixels",

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from runtime.bundle import open_bundle
-from runtime.loop import Batch, begin, uniform_row
+from runtime.loop import Batch, begin, run_step, uniform_row
 from runtime.manifest import SamplingSettings
 from runtime.ort import OrtBackend
 from tests.conftest import Result
@@ -82,18 +82,19 @@ def test_teacher_forced_logits_equal_the_published_codes(
     golden = golden_outputs(run)
     opened = open_bundle(golden_bundles[bundle])
     manifest = opened.manifest
-    backend = OrtBackend(opened, ["prefill", "decode", "line_end.full"])
     uniforms = np.stack([uniform_row(seed, 64) for seed in range(3)])
-    begin(backend, Batch({"class_ids": golden["classes"]}, uniforms, manifest.sampling, manifest.cache))
+    batch = Batch({"class_ids": golden["classes"]}, uniforms, manifest.sampling, manifest.cache)
+    backend = OrtBackend(opened, batch.stages.values())
+    begin(backend, batch)
     worst = np.abs(backend.read("logits") - golden["logits"][0]).max()
     for step in manifest.raster.schedule():
         if step.stage == "decode":
             index = step.line * 8 + step.column
             backend.write("token", golden["tokens"][:, index])
-            backend.run("decode")
+            run_step(backend, batch, step)
             worst = max(worst, np.abs(backend.read("logits") - golden["logits"][index + 1]).max())
         else:
-            backend.run("line_end.full")
+            run_step(backend, batch, step)
     assert worst < 2e-4
 
 

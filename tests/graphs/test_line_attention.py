@@ -74,7 +74,7 @@ def function_model(inputs: Inputs) -> onnx.ModelProto:
         [helper.make_tensor_value_info(n, kinds[t.dtype], t.shape) for n, t in results.items()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    functions = [function_proto(inputs["q"].shape[2])]
+    functions = [function_proto(inputs["q"].shape[2], inputs["q"].dtype)]
     return helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=11)
 
 

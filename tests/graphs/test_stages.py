@@ -46,6 +46,11 @@ class Eager:
             },
         }
 
+    def begin(self) -> None:
+        """Feed the condition."""
+        self.run("prefill")
+        self.run("decode")
+
     def run(self, name: str) -> None:
         stage = self.stages[name]
         outputs = stage(*(self.tensors[spec.name] for spec in stage.inputs))
@@ -64,7 +69,7 @@ def test_with_room_for_the_image_the_stages_equal_the_parallel_model(guided: boo
     net = model()
     sizes = geometry(TINY.lines, guided=guided)
     eager = Eager(net, sizes, "full", recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
-    eager.run("prefill")
+    eager.begin()
     logits = [eager.tensors["logits"]]
     for step in range(TINY.image_tokens - 1):
         eager.run("decode")
@@ -104,7 +109,7 @@ def test_the_line_buffer_equals_a_masked_history(
     )
     params = LineEndParams(*(eager.tensors[name] for name in LineEndParams._fields))
     history = HistoryModel(net, sizes, POLICIES[policy](), params)
-    eager.run("prefill")
+    eager.begin()
     torch.testing.assert_close(history.begin(CLASSES), eager.tensors["logits"], atol=2e-5, rtol=0)
     for line in range(TINY.lines):
         fed, logits = [], []
@@ -132,7 +137,7 @@ def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
         eager = Eager(
             model(), geometry(2), "linear", recent_tokens=TINY.line_width, anchor_tokens=0, strict=strict
         )
-        eager.run("prefill")
+        eager.begin()
         for _ in range(2):
             for _ in range(TINY.line_width):
                 eager.run("decode")
@@ -143,6 +148,6 @@ def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
 def test_state_bytes_are_the_sum_of_what_is_allocated() -> None:
     sizes = geometry(3)
     eager = Eager(model(), sizes, "linear", recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
-    eager.run("prefill")
+    eager.begin()
     held = sum(eager.tensors[spec.name].nbytes for spec in sizes.state())
     assert held == sum(spec.nbytes for spec in sizes.state())

@@ -1,0 +1,213 @@
+"""Calibrated quantisation: GPTQ (arXiv 2210.17323) on images that the model draws itself.
+
+Rounding one weight is made good by the weights of the same output that are not rounded yet, as far as the inputs that
+the layer really sees allow. Layers are quantised in order, each on what the quantised ones before it put out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from exporter.bundle_export import ExportPlan
+from exporter.models import LoadedTransformer
+from exporter.parity import sampling_params
+from exporter.precision import Method, PrecisionPlan, Quantized, best_scales, to_integers
+from graphs.families import llamagen
+from graphs.history import HistoryModel
+from graphs.policies import POLICIES, LineEndParams
+from graphs.sampling import draw, filtered_mass, guide
+from graphs.stages import Geometry
+from runtime.loop import uniform_row
+from runtime.manifest import SamplingSettings
+
+DAMPING = 0.01
+"""Share of the mean of the Hessian's diagonal that is added to it."""
+
+COLUMNS = 128
+"""Inputs between two updates of all the weights that are left."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the layers are to see: ``images`` images of as many classes, spread over all, drawn from ``seed`` on."""
+
+    images: int = 8
+    seed: int = 1_000_000
+
+    def classes(self, count: int) -> Tensor:
+        """Class ids ``[images]`` int64 of a model that has ``count``."""
+        return torch.arange(self.images) * count // self.images % count
+
+
+def calibrated(plan: ExportPlan, calibration: Calibration, report: Report = print) -> ExportPlan:
+    """``plan`` with the integers that its method asks for; itself if they need no calibration."""
+    precision = plan.precision
+    if precision.method is not Method.GPTQ or not precision.integers:
+        return plan
+    found = gptq_weights(plan.transformer, precision, calibration, plan.sampling, report)
+    return replace(plan, precision=replace(precision, quantized=found))
+
+
+def gptq_weights(
+    transformer: LoadedTransformer,
+    plan: PrecisionPlan,
+    calibration: Calibration,
+    sampling: SamplingSettings,
+    report: Report = print,
+) -> dict[str, Quantized]:
+    """Quantise every product of ``transformer`` whose part ``plan`` has in integers.
+
+    Args:
+        sampling: how the calibration images are drawn; above a guidance of 1 with their unconditional rows, which
+            the layers then see as well.
+        report: called with a line before each piece of work.
+
+    Returns:
+        The integers by parameter name, for :attr:`PrecisionPlan.quantized`.
+    """
+    model = transformer.eager()
+    class_ids = calibration.classes(transformer.config.num_classes)
+    report("drawing calibration images")
+    tokens = draw_images(model, class_ids, sampling, calibration.seed, report)
+    guided = sampling.guidance > 1
+    ids = model.guided_classes(class_ids) if guided else class_ids
+    fed = tokens.repeat(2 if guided else 1, 1)
+    names = {
+        module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    quantized: dict[str, Quantized] = {}
+
+    def quantize(group: Sequence[nn.Linear], hessian: Tensor) -> None:
+        for module in group:
+            name = names[module]
+            precision = plan.of(llamagen.part_of(name))
+            if precision.bits:
+                bits, block = plan.integer_format(module.in_features, precision)
+                quantized[name] = gptq(module.weight, hessian, bits, block)
+                module.weight = nn.Parameter(quantized[name].dequantized(), requires_grad=False)
+
+    x = torch.cat([model.prefix(ids), model.embed(fed[:, :-1])], dim=1)
+    rope = model.rope(torch.arange(x.shape[1])[None])
+    blocks = list(model.blocks())
+    with torch.no_grad():
+        for number, block in enumerate(blocks):
+            report(f"quantising layer {number + 1} of {len(blocks)}")
+            run = functools.partial(model.block, block, rope=rope)
+            _quantize_in_order(block, run, x, quantize)
+            x = torch.cat([run(rows) for rows in x.split(1)])
+        report("quantising the output")
+        _quantize_in_order(model.output, lambda rows: model.output(model.norm(rows)), x, quantize)
+    return quantized
+
+
+def draw_images(
+    model: llamagen.LlamaGen, class_ids: Tensor, sampling: SamplingSettings, seed: int, report: Report
+) -> Tensor:
+    """Tokens ``[I, N]`` int64 that ``model`` draws with the full cache; image k has seed ``seed + k``."""
+    config, images = model.config, len(class_ids)
+    slots = (config.prefix_len + config.image_tokens,) * config.layers
+    geometry = Geometry(config, images, sampling.guidance > 1, slots)
+    never = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
+    history = HistoryModel(model, geometry, POLICIES["full"](), LineEndParams(**never))
+    uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
+    params = sampling_params(sampling)
+    logits = history.begin(class_ids)
+    tokens = torch.zeros(images, config.image_tokens, dtype=torch.int64)
+    for index in range(config.image_tokens):
+        line, column = divmod(index, config.line_width)
+        if column == 0:
+            report(f"drawing calibration images: line {line + 1} of {config.lines}")
+            if line:
+                history.end_line()
+        guided = guide(logits, params, torch.full((images,), index)) if geometry.guided else logits
+        tokens[:, index] = draw(filtered_mass(guided, params), uniforms[:, index])
+        if index < config.image_tokens - 1:
+            logits = history.feed(tokens[:, index : index + 1])[:, 0]
+    return tokens
+
+
+def _quantize_in_order(
+    module: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    quantize: Callable[[Sequence[nn.Linear], Tensor], None],
+) -> None:
+    """Quantise the products inside ``module`` in the order in which ``run`` of ``x [B, S, dim]`` comes to them.
+
+    Products of the same input share its Hessian.
+    """
+    groups: list[list[nn.Linear]] = []
+    inputs: list[Tensor] = []
+
+    def note(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if inputs and inputs[-1] is args[0]:
+            groups[-1].append(linear)  # type: ignore[arg-type]
+        else:
+            inputs.append(args[0])
+            groups.append([linear])  # type: ignore[list-item]
+
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    hooks = [linear.register_forward_pre_hook(note) for linear in linears]
+    run(x[:1])
+    for hook in hooks:
+        hook.remove()
+    for group in groups:
+        width = group[0].in_features
+        hessian = torch.zeros(width, width, dtype=torch.float64)
+
+        def gather(linear: nn.Module, args: tuple[Tensor, ...], hessian: Tensor = hessian) -> None:
+            seen = args[0].flatten(0, -2)
+            hessian += (seen.T @ seen).double()
+
+        hook = group[0].register_forward_pre_hook(gather)
+        for rows in x.split(1):
+            run(rows)
+        hook.remove()
+        quantize(group, hessian)
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int = 0) -> Quantized:
+    """Quantise ``weight [N, K]`` so that its outputs, rather than its entries, change least.
+
+    Scales come from the weights as they are, so that inputs can be rounded in the order of their importance.
+
+    Args:
+        hessian: ``[K, K]``, sum over the samples of ``x x^T``.
+        bits, block: as in :func:`exporter.precision.round_to_nearest`.
+    """
+    outputs, width = weight.shape
+    size = block or width
+    hessian = hessian.double().clone()
+    diagonal = hessian.diagonal()
+    # An input that is always zero: its weights do not matter.
+    diagonal[diagonal == 0] = 1.0
+    importance = diagonal.float().reshape(1, -1, size)
+    scales = best_scales(weight.float().reshape(outputs, -1, size), bits, importance)
+    diagonal += DAMPING * diagonal.mean()
+    order = diagonal.argsort(descending=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    spread = torch.linalg.cholesky(inverse, upper=True).float()
+    left = weight.float()[:, order].clone()
+    column_scales = scales.repeat_interleave(size, 1)[:, order]
+    rounded = torch.zeros_like(left)
+    for start in range(0, width, COLUMNS):
+        stop = min(start + COLUMNS, width)
+        errors = torch.zeros(outputs, stop - start)
+        for column in range(start, stop):
+            now, scale = left[:, column], column_scales[:, column]
+            rounded[:, column] = to_integers(now[:, None], scale, bits)[:, 0]
+            error = (now - rounded[:, column] * scale) / spread[column, column]
+            left[:, column:stop] -= error[:, None] * spread[None, column, column:stop]
+            errors[:, column - start] = error
+        left[:, stop:] -= errors @ spread[start:stop, stop:]
+    values = torch.empty_like(rounded)
+    values[:, order] = rounded
+    return Quantized(values.to(torch.int8), scales if block else scales[:, 0], bits, block)

@@ -1,0 +1,213 @@
+"""Precisions: which format each weight is stored in, and how it gets there.
+
+Halves and integers are formats of *weights*; a graph computes in its activations' type. Integers are symmetric, with
+one scale an output channel (int8) or one a block of inputs (int4), so that ``DequantizeLinear`` with no zero point
+says everything and ONNX Runtime and TensorRT read the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from runtime.errors import ExportError
+from runtime.manifest import PrecisionSpec
+
+DEFAULT_BLOCK = 32
+CLIPPING_STEPS = 20
+CLIPPING_STEP = 0.02
+"""Scales are tried from the one that fits a group's largest weight downwards, by this share of it."""
+
+Q_MAX = {8: 127, 4: 7}
+
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+    @property
+    def bits(self) -> int:
+        """Of an integer format; 0 for the others."""
+        return {Precision.INT8: 8, Precision.INT4: 4}.get(self, 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a floating-point format."""
+        return FLOATS[self]
+
+
+FLOATS = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+
+
+class Method(StrEnum):
+    """How integers are found: each weight rounded to the nearest (``rtn``), or ``gptq`` (:mod:`exporter.calibration`)."""
+
+    RTN = "rtn"
+    GPTQ = "gptq"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Integers and scales of a weight ``[N, K]`` (N output channels of K inputs).
+
+    ``values [N, K]`` int8. ``scales [N]`` float32, or ``[N, K / block]`` where ``block`` is not 0. A weight is its value
+    times its scale.
+    """
+
+    values: Tensor
+    scales: Tensor
+    bits: int
+    block: int = 0
+
+    def dequantized(self) -> Tensor:
+        """``[N, K]`` float32."""
+        scales = self.scales.repeat_interleave(self.block, 1) if self.block else self.scales[:, None]
+        return self.values * scales
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """What a bundle's weights are stored in.
+
+    Args:
+        weights: of the transformer's products and embedding tables.
+        activations: what the transformer computes and caches in.
+        parts: exceptions: precision by part (``embedding``, ``output``, or a layer's number).
+        block: inputs that share a scale in int4; a multiple of 16.
+        method: how integers are found.
+        quantized: weights that a calibration has quantised already, by parameter name.
+
+    Raises:
+        ExportError: integers as activations, a block that is no multiple of 16.
+    """
+
+    weights: Precision = Precision.FP32
+    activations: Precision = Precision.FP32
+    parts: Mapping[str, Precision] = field(default_factory=dict)
+    block: int = DEFAULT_BLOCK
+    method: Method = Method.RTN
+    quantized: Mapping[str, Quantized] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.activations.bits:
+            raise ExportError(f"activations in {self.activations}: only fp32, fp16 and bf16 are computed in")
+        if self.block < 16 or self.block % 16:
+            raise ExportError(f"a block of {self.block} weights; must be a multiple of 16")
+
+    @property
+    def spec(self) -> PrecisionSpec:
+        """For the manifest."""
+        parts = {part: str(precision) for part, precision in self.parts.items()}
+        method = str(self.method) if self.integers else "none"
+        return PrecisionSpec(str(self.weights), str(self.activations), parts, self.block, method)
+
+    @property
+    def integers(self) -> bool:
+        """Whether any part is stored in integers."""
+        return any(held.bits for held in (self.weights, *self.parts.values()))
+
+    def of(self, part: str) -> Precision:
+        """Precision of a part's weights."""
+        return self.parts.get(part, self.weights)
+
+    @property
+    def image_decoder(self) -> Precision:
+        """Of the image decoder's convolutions, which compute in float32: halves unless everything is float32."""
+        if self.weights is Precision.FP32:
+            return Precision.FP32
+        return Precision.BF16 if self.weights is Precision.BF16 else Precision.FP16
+
+    def integer_format(self, inputs: int, precision: Precision) -> tuple[int, int]:
+        """Bits and block of an integer weight with so many ``inputs``.
+
+        An int4 weight whose inputs do not divide into blocks gets int8.
+        """
+        if precision is Precision.INT4 and inputs % self.block == 0:
+            return 4, self.block
+        return 8, 0
+
+    def quantize(self, name: str, weight: Tensor, precision: Precision) -> Quantized:
+        """The integers of parameter ``name``, whose float values are ``weight [N, K]``."""
+        if name in self.quantized:
+            return self.quantized[name]
+        return round_to_nearest(weight, *self.integer_format(weight.shape[1], precision))
+
+
+def round_to_nearest(weight: Tensor, bits: int, block: int = 0) -> Quantized:
+    """Quantise ``weight [N, K]`` group by group, each with the scale that leaves the least squared error.
+
+    Args:
+        bits: 8 or 4.
+        block: inputs that share a scale; 0 for all of an output channel.
+    """
+    groups = weight.float().reshape(len(weight), -1, block or weight.shape[1])
+    scales = best_scales(groups, bits)
+    values = to_integers(groups, scales, bits).reshape(weight.shape)
+    return Quantized(values.to(torch.int8), scales if block else scales[:, 0], bits, block)
+
+
+def best_scales(groups: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
+    """Scales ``[N, J]`` of ``groups [N, J, b]`` with the least squared rounding error.
+
+    Clipping a group's largest weights gives the others a finer grid, which pays in 4 bits and hardly in 8.
+
+    Args:
+        importance: weights of the squared errors, broadcastable to ``groups``.
+    """
+    largest = groups.abs().amax(-1)
+    full = (largest / Q_MAX[bits]).clamp(min=torch.finfo(torch.float32).tiny)
+    best, least = full, torch.full_like(full, torch.inf)
+    for step in range(CLIPPING_STEPS if bits < 8 else 1):
+        scales = full * (1 - CLIPPING_STEP * step)
+        error = (to_integers(groups, scales, bits) * scales[..., None] - groups).square()
+        total = (error if importance is None else error * importance).sum(-1)
+        best, least = torch.where(total < least, scales, best), torch.minimum(total, least)
+    return best
+
+
+def to_integers(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Nearest integers (as floats) of ``groups [..., b]`` over ``scales [...]``, within the symmetric range of ``bits``."""
+    limit = Q_MAX[bits]
+    return (groups / scales[..., None]).round().clamp(-limit, limit)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Two's-complement nibbles of ``values`` int8 in memory order, two a byte, the first in the low half: uint8 ``[n / 2]``."""
+    flat = values.contiguous().flatten().view(torch.uint8) & 0xF
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return flat[0::2] | flat[1::2] << 4
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter on its way into a bundle: ``name`` is the model's, ``precision`` what its matrix is stored in."""
+
+    name: str
+    tensor: Tensor
+    precision: Precision
+    plan: PrecisionPlan
+
+    @property
+    def integer_format(self) -> tuple[int, int]:
+        """Bits and block that it is quantised to."""
+        return self.plan.integer_format(self.tensor.shape[1], self.precision)
+
+    def quantized(self) -> Quantized:
+        return self.plan.quantize(self.name, self.tensor, self.precision)
+
+
+def join(parts: Sequence[Quantized]) -> Quantized:
+    """Weights of the same inputs as one weight of all their output channels."""
+    first = parts[0]
+    if any((part.bits, part.block) != (first.bits, first.block) for part in parts):
+        raise ValueError("weights of different formats cannot be joined")
+    values = torch.cat([part.values for part in parts])
+    return Quantized(values, torch.cat([part.scales for part in parts]), first.bits, first.block)

@@ -1,0 +1,293 @@
+"""Weights below float32: the integers themselves, how they lie in a bundle, and what they cost."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from exporter.calibration import gptq
+from exporter.commands.export import parse_parts
+from exporter.parity import Bounds, cost_of
+from exporter.precision import Precision, pack_int4, round_to_nearest
+from runtime.bundle import open_bundle
+from runtime.manifest import PrecisionSpec
+from runtime.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
+from tests.conftest import ROOT, TINY, Result
+
+Files = tuple[Path, Path]
+OPTIONS = ("--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
+
+
+@pytest.fixture(scope="session")
+def precise(export: Callable[..., Path], tiny_files: Files) -> Callable[..., Path]:
+    """A tiny bundle of some precision, made once."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(*options: object) -> Path:
+        if options not in made:
+            made[options] = export(*tiny_files, *OPTIONS, *options)
+        return made[options]
+
+    return make
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@given(seed=st.integers(0, 1000), block=st.sampled_from([0, 16, 32]), bits=st.sampled_from([8, 4]))
+def test_rounding_moves_no_unclipped_weight_by_more_than_half_a_step(
+    seed: int, block: int, bits: int
+) -> None:
+    weight = weights(5, 64, seed)
+    found = round_to_nearest(weight, bits, block)
+    size = block or 64
+    steps = found.scales.reshape(5, -1).repeat_interleave(size, 1)
+    limit = 127 if bits == 8 else 7
+    inside = weight.abs() <= limit * steps
+    error = (found.dequantized() - weight).abs()
+    assert (error <= 0.5001 * steps)[inside].all()
+    assert found.values.abs().max() <= limit
+    # Clipping is chosen only where it lowers the squared error.
+    largest = weight.reshape(5, -1, size).abs().amax(-1) / limit
+    plain = (weight.reshape(5, -1, size) / largest[..., None]).round() * largest[..., None]
+    assert error.square().sum() <= (plain.reshape(5, 64) - weight).square().sum() * (1 + 1e-5)
+
+
+def test_weights_on_the_grid_are_exact() -> None:
+    values = torch.randint(-7, 8, (3, 32), generator=torch.Generator().manual_seed(1))
+    values[:, ::16] = 7
+    found = round_to_nearest(values * 0.25, 4, 16)
+    assert torch.equal(found.values, values.to(torch.int8))
+    assert torch.equal(found.dequantized(), values * 0.25)
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    assert not round_to_nearest(torch.zeros(2, 32), 4, 16).dequantized().any()
+
+
+@given(st.lists(st.integers(-8, 7), min_size=1, max_size=33))
+def test_nibbles_are_onnxs(values: list[int]) -> None:
+    tensor = helper.make_tensor("x", TensorProto.INT4, [len(values)], values)
+    packed = pack_int4(torch.tensor(values, dtype=torch.int8)).numpy().tobytes()
+    raw = TensorProto(data_type=TensorProto.INT4, dims=[len(values)], raw_data=packed)
+    assert np.array_equal(numpy_helper.to_array(raw).astype(int), numpy_helper.to_array(tensor).astype(int))
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 16), (4, 32), (8, 0)])
+def test_gptq_changes_outputs_less_than_rounding(bits: int, block: int) -> None:
+    weight = weights(48, 64)
+    # Inputs that go together, as those of a real layer do.
+    samples = weights(2000, 12, 1) @ weights(12, 64, 2) + 0.3 * weights(2000, 64, 3)
+    found = gptq(weight, samples.T @ samples, bits, block)
+    rounded = round_to_nearest(weight, bits, block)
+
+    def error(dequantized: torch.Tensor) -> float:
+        return float((samples @ (dequantized - weight).T).square().mean())
+
+    assert error(found.dequantized()) < 0.6 * error(rounded.dequantized())
+    assert found.values.abs().max() <= (7 if bits == 4 else 127)
+
+
+def test_gptq_of_independent_inputs_is_rounding() -> None:
+    weight = weights(8, 32)
+    found, rounded = gptq(weight, torch.eye(32), 4, 16), round_to_nearest(weight, 4, 16)
+    assert torch.equal(found.values, rounded.values)
+
+
+def test_gptq_survives_inputs_that_are_always_zero() -> None:
+    hessian = torch.eye(32)
+    hessian[3, 3] = 0
+    assert gptq(weights(8, 32), hessian, 4, 16).dequantized().isfinite().all()
+
+
+HALVES = [
+    ("--precision", "fp16"),
+    ("--precision", "bf16"),
+    ("--precision", "fp16", "--activations", "fp16"),
+]
+
+
+def check_costs(bundle: Path, linert: Callable[..., Result]) -> None:
+    result = linert("validate", bundle, "--json")
+    report = json.loads(result.out)
+    assert result.code == 0, report["checks"]
+    assert report["tokens_agreement"] is None
+    # What is called cheaper must be measurably coarser than float32.
+    assert report["logits"]["max_abs"] > 5 * Bounds.logits
+
+
+@pytest.mark.parametrize("options", HALVES)
+def test_halves_cost_what_they_may(
+    options: tuple[object, ...], precise: Callable[..., Path], linert: Callable[..., Result]
+) -> None:
+    check_costs(precise(*options), linert)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--precision", "int8"),
+        ("--precision", "int4", "--block-size", 16),
+        ("--precision", "int4", "--block-size", 16, "--quantization", "rtn", "--keep", "first=fp16"),
+    ],
+)
+def test_integers_cost_a_trained_model_what_they_may(
+    options: tuple[object, ...], export: Callable[..., Path], linert: Callable[..., Result]
+) -> None:
+    demo = ROOT / "demo"
+    sizes = ("--grid", 16, "--heads", 4, "--batch", 2, "--guidance", 3, "--calibration-images", 3)
+    check_costs(export(demo / "c2i_pairs.pt", demo / "vq_pairs.pt", *sizes, *options), linert)
+
+
+def test_a_precision_that_costs_more_fails(
+    precise: Callable[..., Path], linert: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from click.testing import CliRunner
+
+    from exporter import parity
+    from exporter.commands.validate import command
+
+    bundle = precise("--precision", "int4")
+    monkeypatch.setitem(parity.COSTS, "int4", parity.COSTS["fp16"])
+    result = CliRunner().invoke(command, [str(bundle), "--json"])
+    assert result.exit_code == 1
+    assert not json.loads(result.stdout)["checks"][0]["passed"]
+
+
+def test_a_mixture_may_cost_what_its_coarsest_part_may() -> None:
+    mixed = PrecisionSpec("fp16", "fp32", {"output": "int4"}, 32, "rtn")
+    assert cost_of(mixed) == cost_of(PrecisionSpec("int4", "fp16", {}, 32, "rtn"))
+    assert cost_of(PrecisionSpec("fp32", "fp32", {}, 32, "none")) is None
+
+
+def initializers(bundle: Path, stage: str = "decode") -> dict[str, onnx.TensorProto]:
+    model = onnx.load(bundle / f"{stage}.onnx")
+    return {tensor.name: tensor for tensor in model.graph.initializer}
+
+
+def test_integers_lie_in_the_file_as_they_were_found(precise: Callable[..., Path], tiny_files: Files) -> None:
+    held = initializers(precise("--precision", "int4", "--quantization", "rtn"))
+    state = torch.load(tiny_files[0], weights_only=True)["model"]
+    name = "layers.1.feed_forward.w2.weight"
+    wanted = round_to_nearest(state[name], 4, 32)
+    values, scales = held[f"model.{name}.T.int4"], held[f"model.{name}.scale"]
+    assert np.array_equal(numpy_helper.to_array(values).astype(np.int8), wanted.values.T.numpy())
+    np.testing.assert_allclose(numpy_helper.to_array(scales), wanted.scales.T.numpy(), rtol=1e-6)
+
+
+def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
+    bundle = precise(
+        "--precision", "int4", "--quantization", "rtn", "--keep", "output=int8", "--keep", "first=fp16"
+    )
+    kinds = {name: TensorProto.DataType.Name(t.data_type) for name, t in initializers(bundle).items()}
+    assert kinds["model.output.weight.T.int8"] == "INT8"
+    assert kinds["model.layers.0.attention.wo.weight.T"] == "FLOAT16"
+    assert kinds["model.layers.1.attention.wo.weight.T.int4"] == "INT4"
+    assert open_bundle(bundle).manifest.precision == PrecisionSpec(
+        "int4", "fp32", {"output": "int8", "0": "fp16"}, 32, "rtn"
+    )
+
+
+def test_inputs_that_make_no_blocks_get_int8(precise: Callable[..., Path]) -> None:
+    # 64 inputs of the feed-forward's second product divide by 64; the other products have 32.
+    bundle = precise("--precision", "int4", "--quantization", "rtn", "--block-size", 64)
+    kinds = Counter(
+        TensorProto.DataType.Name(t.data_type) for n, t in initializers(bundle).items() if ".T.int" in n
+    )
+    assert kinds == {"INT4": TINY.layers, "INT8": 3 * TINY.layers + 1}
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_onnx_runtime_keeps_the_weights_in_integers(
+    precision: str, precise: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A weight that is widened before its product costs more time than float32 and all of its memory."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", INTEGER_PRODUCTS)
+    path = precise("--precision", precision) / "decode.onnx"
+    ort.InferenceSession(path, options, ["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS)
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    kinds = Counter(node.op_type for node in nodes)
+    assert kinds["MatMulNBits"] == 4 * TINY.layers + 1
+    levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
+    assert levels == {int(INTEGER_PRODUCTS)}
+
+
+def test_halves_are_cached_in_halves(precise: Callable[..., Path]) -> None:
+    narrow = open_bundle(precise("--precision", "fp16", "--activations", "fp16")).manifest
+    wide = open_bundle(precise("--precision", "fp16")).manifest
+    kinds = {spec.name.split(".")[0]: spec.dtype for spec in narrow.state}
+    assert (kinds["k_cache"], kinds["v_cache"], kinds["scores"]) == ("float16", "float16", "float32")
+    caches = sum(spec.nbytes for spec in wide.state if "cache" in spec.name)
+    assert wide.state_bytes - narrow.state_bytes == caches // 2
+
+
+def test_bf16_activations_are_refused_on_the_cpu(
+    precise: Callable[..., Path], linert: Callable[..., Result], tmp_path: Path
+) -> None:
+    bundle = precise("--precision", "bf16", "--activations", "bf16")
+    result = linert("run", bundle, "--classes", 1, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "--activations fp32" in result.err
+
+
+def test_files_shrink(precise: Callable[..., Path], tiny_bundle: Path) -> None:
+    sizes = [
+        (bundle / "weights.bin").stat().st_size
+        for bundle in (
+            tiny_bundle,
+            precise("--precision", "int8"),
+            precise("--precision", "int4"),
+        )
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_image_does_not_depend_on_its_company(
+    precise: Callable[..., Path], linert: Callable[..., Result], tmp_path: Path
+) -> None:
+    bundle = precise("--precision", "int4")
+    for name, classes in (("alone", "3"), ("beside", "3,1")):
+        result = linert("run", bundle, "--classes", classes, "--out", tmp_path / name)
+        assert result.code == 0, result.err
+    alone, beside = (sorted((tmp_path / name).glob("class_0003_*.png"))[0] for name in ("alone", "beside"))
+    assert alone.read_bytes() == beside.read_bytes()
+
+
+def test_parts_are_named_as_people_name_them() -> None:
+    parts = parse_parts(["first=int8", "last=fp16", "output=int8", "3=bf16"], 12)
+    assert parts == {"0": Precision.INT8, "11": Precision.FP16, "output": Precision.INT8, "3": Precision.BF16}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--keep", "12=int8"), "0 to 1"),
+        (("--keep", "output=int3"), "int3"),
+        (("--block-size", 24), "multiple of 16"),
+        (("--precision", "fp8"), "fp8"),
+    ],
+)
+def test_wrong_precisions_are_refused(
+    options: tuple[object, ...], words: str, linert: Callable[..., Result], tiny_files: Files, tmp_path: Path
+) -> None:
+    result = linert(
+        "export", tiny_files[0], "--vq", tiny_files[1], *OPTIONS, *options, "--out", tmp_path / "b"
+    )
+    assert result.code == 2
+    assert words in result.err
+    assert not (tmp_path / "b").exists()
