@@ -15,7 +15,8 @@ import onnx
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.onnx_export import WeightsFile, export_stage
-from exporter.precision import Precision, PrecisionPlan, Weight
+from exporter.precision import PrecisionPlan, Weight
+from exporter.work import work_of
 from graphs import stages
 from graphs.families import llamagen
 from graphs.policies import POLICIES
@@ -33,6 +34,7 @@ from runtime.manifest import (
     SamplingSettings,
     StageSpec,
     TensorSpec,
+    Work,
     encode,
     seal,
 )
@@ -127,16 +129,6 @@ class ExportPlan:
         return found
 
     @property
-    def wider(self) -> list[str]:
-        """Products that were to be int4 and get int8."""
-        return [
-            weight.name
-            for weight in self.weights().values()
-            if weight.precision is Precision.INT4 and weight.tensor.ndim == 2
-            if llamagen.part_of(weight.name) != "embedding" and weight.integer_format[0] > 4
-        ]
-
-    @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, to within the scales of quantised ones."""
         return sum(
@@ -216,6 +208,7 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         stages.VQDecoder(decoder.hollow(), images=1, rows=raster.lines, columns=raster.line_width),
     ]
     tensors = plan.weights()
+    work: dict[str, Work] = {}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for stage in stage_list:
             report(f"tracing {stage.name}")
@@ -223,6 +216,7 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
                 proto = export_stage(stage, weights, tensors)
             except RuntimeError as error:
                 raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
+            work[stage.name] = work_of(proto)
             onnx.save(proto, folder / f"{stage.name}.onnx")
     report("checking the graphs")
     files = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
@@ -231,12 +225,14 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         onnx.checker.check_model(str(path))
         files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
     report("reading the checkpoints' digests")
-    manifest = seal(_manifest(plan, stage_list, files))
+    manifest = seal(_manifest(plan, stage_list, work, files))
     manifest.check()
     (folder / MANIFEST_NAME).write_bytes(encode(manifest))
 
 
-def _manifest(plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str, FileRecord]) -> Manifest:
+def _manifest(
+    plan: ExportPlan, stage_list: list[stages.Stage], work: dict[str, Work], files: dict[str, FileRecord]
+) -> Manifest:
     transformer, decoder = plan.transformer, plan.image_decoder
     config = transformer.config
     return Manifest(
@@ -270,18 +266,19 @@ def _manifest(plan: ExportPlan, stage_list: list[stages.Stage], files: dict[str,
         cache=plan.cache,
         sampling=plan.sampling,
         state=tuple(_spec(spec) for spec in plan.geometry.state()),
-        stages={stage.name: _stage_spec(stage) for stage in stage_list},
+        stages={stage.name: _stage_spec(stage, work[stage.name]) for stage in stage_list},
         files=files,
     )
 
 
-def _stage_spec(stage: stages.Stage) -> StageSpec:
+def _stage_spec(stage: stages.Stage, work: Work) -> StageSpec:
     return StageSpec(
         file=f"{stage.name}.onnx",
         inputs=tuple(_spec(spec) for spec in stage.inputs),
         outputs=tuple(_spec(spec) for spec in stage.outputs),
         updates=stage.updates(),
         in_place=tuple(sorted(stage.in_place)),
+        work=work,
     )
 
 

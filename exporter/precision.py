@@ -17,7 +17,8 @@ from torch import Tensor
 from runtime.errors import ExportError
 from runtime.manifest import PrecisionSpec
 
-DEFAULT_BLOCK = 32
+DEFAULT_BLOCK = 128
+LEAST_BLOCK = 16
 CLIPPING_STEPS = 20
 CLIPPING_STEP = 0.02
 """Scales are tried from the one that fits a group's largest weight downwards, by this share of it."""
@@ -80,12 +81,13 @@ class PrecisionPlan:
         weights: of the transformer's products and embedding tables.
         activations: what the transformer computes and caches in.
         parts: exceptions: precision by part (``embedding``, ``output``, or a layer's number).
-        block: inputs that share a scale in int4; a multiple of 16.
+        block: inputs that share a scale in int4; a power of two of at least 16. Weights whose inputs it does not
+            divide get the half, or the quarter, ...
         method: how integers are found.
         quantized: weights that a calibration has quantised already, by parameter name.
 
     Raises:
-        ExportError: integers as activations, a block that is no multiple of 16.
+        ExportError: integers as activations, a block that is no power of two.
     """
 
     weights: Precision = Precision.FP32
@@ -98,8 +100,8 @@ class PrecisionPlan:
     def __post_init__(self) -> None:
         if self.activations.bits:
             raise ExportError(f"activations in {self.activations}: only fp32, fp16 and bf16 are computed in")
-        if self.block < 16 or self.block % 16:
-            raise ExportError(f"a block of {self.block} weights; must be a multiple of 16")
+        if self.block < LEAST_BLOCK or self.block & (self.block - 1):
+            raise ExportError(f"a block of {self.block} weights; must be a power of two from {LEAST_BLOCK}")
 
     @property
     def spec(self) -> PrecisionSpec:
@@ -127,10 +129,14 @@ class PrecisionPlan:
     def integer_format(self, inputs: int, precision: Precision) -> tuple[int, int]:
         """Bits and block of an integer weight with so many ``inputs``.
 
-        An int4 weight whose inputs do not divide into blocks gets int8.
+        An int4 weight whose inputs no block divides gets int8.
         """
-        if precision is Precision.INT4 and inputs % self.block == 0:
-            return 4, self.block
+        if precision is Precision.INT4:
+            block = self.block
+            while block >= LEAST_BLOCK:
+                if inputs % block == 0:
+                    return 4, block
+                block //= 2
         return 8, 0
 
     def quantize(self, name: str, weight: Tensor, precision: Precision) -> Quantized:

@@ -24,6 +24,7 @@ COMMANDS = {
         "exporter.commands.compare",
         "Compare cache policies and budgets: quality, memory, speed.",
     ),
+    "bench": ("runtime.commands.bench", "Measure a bundle against the limit of this machine."),
     "inspect": ("runtime.commands.inspect", "Tell what a bundle is, costs and needs, without loading it."),
 }
 """Command name to the module that holds it (as ``command``) and its line in the help."""

@@ -34,6 +34,13 @@ class TensorSpec(Record, frozen=True):
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+class Work(Record, frozen=True):
+    """What one run of a stage reads and computes beside the state: bytes of weights, multiply-accumulates."""
+
+    weight_bytes: int
+    macs: int
+
+
 class StageSpec(Record, frozen=True):
     """One ONNX file and how it is bound.
 
@@ -46,6 +53,7 @@ class StageSpec(Record, frozen=True):
     outputs: tuple[TensorSpec, ...]
     updates: dict[str, str]
     in_place: tuple[str, ...]
+    work: Work
 
 
 class SamplingSettings(Record, frozen=True):
@@ -128,8 +136,8 @@ class PolicySpec(Record, frozen=True):
 class PrecisionSpec(Record, frozen=True):
     """What weights are stored in (``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``) and what is computed in.
 
-    ``parts``: exceptions by part of the transformer (``embedding``, ``output``, a layer's number). ``block``: inputs that
-    share a scale in int4. ``method``: how integers were found (``none`` where there are none).
+    ``parts``: exceptions by part of the transformer (``embedding``, ``output``, a layer's number). ``block``: most inputs
+    that share a scale in int4. ``method``: how integers were found (``none`` where there are none).
     """
 
     weights: str

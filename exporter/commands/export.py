@@ -226,11 +226,6 @@ def _announce(console: Console, plan: ExportPlan) -> None:
         f"{config.vocab_size} tokens, {config.num_classes} classes"
     )
     console.print(f"weights: {plan.precision.spec.text}; {size_text(plan.weight_bytes)}")
-    if wider := plan.wider:
-        console.print(
-            f"{len(wider)} weights get int8, as their inputs make no blocks of {plan.precision.block}: "
-            f"{', '.join(wider[:3])}{', ...' if len(wider) > 3 else ''}"
-        )
     console.print(
         f"image: {raster.lines} x {raster.line_width} tokens, "
         f"{raster.lines * plan.image_decoder.config.patch} pixels; batch {plan.images}, {rows}"

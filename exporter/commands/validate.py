@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from exporter.models import Loaded, load_image_decoder, load_transformer
 from exporter.parity import Bounds, Choices, Report, validate
-from runtime.bundle import Bundle, file_sha256, open_bundle
+from exporter.sources import load_sources
+from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.cache_options import cache_options
 from runtime.commands.run import parse_classes
-from runtime.errors import CheckpointError, RequestError
+from runtime.errors import RequestError
 from runtime.generator import PixelDecoder, make_batch, plan
 from runtime.loop import Batch
-from runtime.manifest import Manifest, Source
+from runtime.manifest import Manifest
 from runtime.ort import OrtBackend
 from runtime.trace import Trace, read_trace
 
@@ -85,16 +85,7 @@ def command(
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    image_decoder = load_image_decoder(_find(opened, manifest.image_decoder.source, vq, "--vq"))
-    source = manifest.model.source
-    transformer = load_transformer(
-        _find(opened, source, checkpoint, "--checkpoint"),
-        patch=manifest.image_decoder.patch,
-        grid=manifest.model.config["grid"],
-        heads=manifest.model.config["heads"],
-        ema=source.weights == "ema",
-    )
-    _same_config(transformer, manifest.model.config)
+    transformer, image_decoder = load_sources(opened, checkpoint, vq)
     if trace is not None:
         if classes or seed or greedy or not cache.empty:
             raise RequestError("--trace brings its own images and settings: leave the others out")
@@ -143,24 +134,6 @@ def _recorded(trace: Trace, manifest: Manifest) -> tuple[Batch, np.ndarray]:
         manifest, [samples[image] for image in images], trace.header.sampling, trace.header.cache
     )
     return replace(batch, replay=trace.batch(images)), trace.tokens[images]
-
-
-def _find(bundle: Bundle, source: Source, given: Path | None, option: str) -> Path:
-    """The checkpoint file that the bundle was made of."""
-    path = given or Path(source.path)
-    if not path.is_file():
-        raise CheckpointError(f"the checkpoint {path} is not there; say where it is with {option}")
-    if file_sha256(path) != source.sha256:
-        raise CheckpointError(
-            f"{path} is not the checkpoint that {bundle.path} was exported from (its sha256 differs); "
-            f"give that one with {option}, or export the bundle again"
-        )
-    return path
-
-
-def _same_config(loaded: Loaded, config: dict[str, object]) -> None:  # type: ignore[type-arg]
-    if asdict(loaded.config) != config:
-        raise CheckpointError(f"{loaded.path} is another model than the bundle's")
 
 
 def _print(report: Report, console: Console) -> None:

@@ -72,8 +72,33 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
     return VQConfig(codebook_size, code_dim, z_channels, channels, res_blocks=max(blocks))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation; in a graph, one normalisation of every group's values and an affine map of channels.
+
+    ``GroupNormalization`` itself is no operator of ONNX Runtime's but a function of a dozen, which go over the map one
+    after the other.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(NORM_GROUPS, channels, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_exporting():
+            return super().forward(x)
+        groups = x.reshape(len(x), NORM_GROUPS, -1)
+        scale = torch.ones(NORM_GROUPS, dtype=x.dtype)
+        normed = torch.onnx.ops.symbolic(
+            "InstanceNormalization",
+            (groups, scale, torch.zeros_like(scale)),
+            attrs={"epsilon": self.eps},
+            dtype=x.dtype,
+            shape=groups.shape,
+        )
+        return normed.reshape(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+    return GroupNorm(channels)
 
 
 class ResBlock(nn.Module):

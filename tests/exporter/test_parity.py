@@ -172,7 +172,8 @@ def test_another_model_fails_validation(
     linert: Linert, lazy_bundle: Path, golden_files: Files, tmp_path: Path
 ) -> None:
     """A bundle whose recorded digest says so, but whose weights were exported from something else."""
-    import exporter.commands.validate as command
+    from exporter import sources
+    from exporter.commands import validate as command
 
     state = golden_state("c2i")
     state["layers.1.feed_forward.w2.weight"] = state["layers.1.feed_forward.w2.weight"] * 1.02
@@ -186,7 +187,7 @@ def test_another_model_fails_validation(
 
     patch = pytest.MonkeyPatch()
     with patch.context() as patched:
-        patched.setattr(command, "_find", lambda bundle, source, given, option: given)
+        patched.setattr(sources, "find_source", lambda bundle, source, given, option: given)
         arguments = [str(lazy_bundle), "--checkpoint", str(changed), "--vq", str(golden_files[1]), "--json"]
         outcome = CliRunner().invoke(command.command, arguments)
     assert outcome.exit_code == 1

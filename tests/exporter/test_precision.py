@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter.calibration import gptq
 from exporter.commands.export import parse_parts
 from exporter.parity import Bounds, cost_of
-from exporter.precision import Precision, pack_int4, round_to_nearest
+from exporter.precision import Precision, PrecisionPlan, pack_int4, round_to_nearest
 from runtime.bundle import open_bundle
 from runtime.manifest import PrecisionSpec
 from runtime.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
@@ -139,7 +139,7 @@ def test_halves_cost_what_they_may(
     "options",
     [
         ("--precision", "int8"),
-        ("--precision", "int4", "--block-size", 16),
+        ("--precision", "int4"),
         ("--precision", "int4", "--block-size", 16, "--quantization", "rtn", "--keep", "first=fp16"),
     ],
 )
@@ -181,7 +181,7 @@ def test_integers_lie_in_the_file_as_they_were_found(precise: Callable[..., Path
     held = initializers(precise("--precision", "int4", "--quantization", "rtn"))
     state = torch.load(tiny_files[0], weights_only=True)["model"]
     name = "layers.1.feed_forward.w2.weight"
-    wanted = round_to_nearest(state[name], 4, 32)
+    wanted = round_to_nearest(state[name], 4, TINY.ffn_dim)
     values, scales = held[f"model.{name}.T.int4"], held[f"model.{name}.scale"]
     assert np.array_equal(numpy_helper.to_array(values).astype(np.int8), wanted.values.T.numpy())
     np.testing.assert_allclose(numpy_helper.to_array(scales), wanted.scales.T.numpy(), rtol=1e-6)
@@ -196,17 +196,15 @@ def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
     assert kinds["model.layers.0.attention.wo.weight.T"] == "FLOAT16"
     assert kinds["model.layers.1.attention.wo.weight.T.int4"] == "INT4"
     assert open_bundle(bundle).manifest.precision == PrecisionSpec(
-        "int4", "fp32", {"output": "int8", "0": "fp16"}, 32, "rtn"
+        "int4", "fp32", {"output": "int8", "0": "fp16"}, 128, "rtn"
     )
 
 
-def test_inputs_that_make_no_blocks_get_int8(precise: Callable[..., Path]) -> None:
-    # 64 inputs of the feed-forward's second product divide by 64; the other products have 32.
-    bundle = precise("--precision", "int4", "--quantization", "rtn", "--block-size", 64)
-    kinds = Counter(
-        TensorProto.DataType.Name(t.data_type) for n, t in initializers(bundle).items() if ".T.int" in n
-    )
-    assert kinds == {"INT4": TINY.layers, "INT8": 3 * TINY.layers + 1}
+@pytest.mark.parametrize(
+    ("inputs", "format"), [(256, (4, 128)), (192, (4, 64)), (112, (4, 16)), (8, (8, 0)), (100, (8, 0))]
+)
+def test_blocks_shrink_until_they_divide_the_inputs(inputs: int, format: tuple[int, int]) -> None:
+    assert PrecisionPlan(Precision.INT4).integer_format(inputs, Precision.INT4) == format
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -278,7 +276,7 @@ def test_parts_are_named_as_people_name_them() -> None:
     [
         (("--keep", "12=int8"), "0 to 1"),
         (("--keep", "output=int3"), "int3"),
-        (("--block-size", 24), "multiple of 16"),
+        (("--block-size", 24), "power of two"),
         (("--precision", "fp8"), "fp8"),
     ],
 )

@@ -1,0 +1,129 @@
+"""Bundles that differ from one in batch, policy, budget, precision or grid, to be measured beside each other."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+
+from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.compare_grid import budget_lines
+from exporter.models import LoadedImageDecoder, LoadedTransformer
+from exporter.precision import Method, Precision
+from exporter.sources import load_sources, precision_plan
+from graphs.policies import POLICIES
+from runtime.bundle import Bundle
+from runtime.cache_request import CacheRequest
+from runtime.errors import RequestError
+from runtime.geometry import Raster
+
+AXES = ("batch", "policy", "budget", "precision", "grid")
+
+
+@dataclass(frozen=True)
+class SweepCell:
+    """One combination; ``labels`` are its values along the axes swept."""
+
+    labels: Mapping[str, str]
+    batch: int
+    policy: str
+    budget: str | None
+    precision: Precision
+    grid: int
+
+
+def parse_axes(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """``["batch=1,8", "precision=fp32,int8"]`` as axes and their values.
+
+    Raises:
+        RequestError: no such axis, one twice, or no values.
+    """
+    axes: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        axis, _, values = text.partition("=")
+        listed = tuple(value.strip() for value in values.split(",") if value.strip())
+        if axis not in AXES or axis in axes or not listed:
+            raise RequestError(
+                f"--sweep {text}: say AXIS=VALUE,VALUE with each of {', '.join(AXES)} at most once"
+            )
+        axes[axis] = listed
+    return axes
+
+
+def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
+    """Every combination of the axes' values; what is not swept is the bundle's.
+
+    Raises:
+        RequestError: a value that its axis does not know.
+    """
+    manifest = bundle.manifest
+    found = []
+    for values in itertools.product(*axes.values()):
+        labels = dict(zip(axes, values, strict=True))
+        policy = labels.get("policy", manifest.cache.policy)
+        precision = labels.get("precision", manifest.precision.weights)
+        if policy not in POLICIES:
+            raise RequestError(f"no policy {policy}; there are {', '.join(POLICIES)}")
+        if precision not in list(Precision):
+            raise RequestError(f"no precision {precision}; there are {', '.join(Precision)}")
+        numbers = {axis: labels[axis] for axis in ("batch", "grid") if axis in labels}
+        if wrong := [f"{axis} {text}" for axis, text in numbers.items() if not text.isdecimal()]:
+            raise RequestError(f"{', '.join(wrong)}: not a number")
+        found.append(
+            SweepCell(
+                labels,
+                int(labels.get("batch", manifest.images)),
+                policy,
+                labels.get("budget"),
+                Precision(precision),
+                int(labels.get("grid", manifest.raster.line_width)),
+            )
+        )
+    return found
+
+
+def export_cells(
+    bundle: Bundle, wanted: Sequence[SweepCell], folder: Path, checkpoint: Path | None, vq: Path | None
+) -> Iterator[Path]:
+    """Export a bundle for every cell into ``folder``, with just the buffer that its budget needs.
+
+    Integers are rounded to the nearest: how they are found does not change how fast they are.
+
+    Raises:
+        CheckpointError: a checkpoint is not where it was.
+    """
+    for number, cell in enumerate(wanted):
+        yield export_bundle(
+            cell_plan(bundle, cell, *load_sources(bundle, checkpoint, vq, grid=cell.grid)),
+            folder / str(number),
+            report=lambda line: None,
+        )
+
+
+def cell_plan(
+    bundle: Bundle, cell: SweepCell, transformer: LoadedTransformer, image_decoder: LoadedImageDecoder
+) -> ExportPlan:
+    """The plan of a cell's bundle. A budget that is not swept is the bundle's share of the lines."""
+    manifest, config = bundle.manifest, transformer.config
+    raster = Raster(config.prefix_len, config.line_width, config.lines)
+    share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
+    everything = cell.policy == "full" or (cell.budget is None and share == 1)
+    kept = raster.lines if everything else budget_lines(cell.budget or str(share), raster.lines)
+    cache = CacheRequest(policy=cell.policy, budget_lines=kept).settle(
+        raster, (raster.lines,) * config.layers, manifest.cache
+    )
+    precision = replace(precision_plan(manifest.precision), method=Method.RTN)
+    if cell.precision is not precision.weights:
+        precision = replace(precision, weights=cell.precision, parts={})
+    return ExportPlan(
+        transformer,
+        image_decoder,
+        (cell.policy,),
+        cache.budget_lines,
+        cache,
+        cell.batch,
+        manifest.sampling,
+        precision,
+    )

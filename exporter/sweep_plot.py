@@ -1,0 +1,26 @@
+"""A sweep as a picture: decode step and its limit, a bar a cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from runtime.bench import Timings
+
+
+def draw(labels: Sequence[Mapping[str, str]], timings: Sequence[Timings], path: Path) -> None:
+    """Write the plot to ``path``, in the format of its suffix."""
+    figure = Figure(figsize=(7, 1.2 + 0.35 * len(timings)), layout="constrained")
+    axes = figure.add_subplot()
+    names = [", ".join(cell.values()) for cell in labels]
+    rows = range(len(timings))
+    axes.barh(rows, [timing.decode_ms for timing in timings], color="tab:blue", label="decode step")
+    axes.barh(rows, [timing.limit.floor_ms for timing in timings], color="black", height=0.25, label="limit")
+    axes.set_yticks(rows, names)
+    axes.invert_yaxis()
+    axes.set_xlabel("ms")
+    axes.set_title(" x ".join(labels[0]))
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,49 @@
+"""What a stage reads and computes, counted in its graph."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import onnx
+from onnx import TensorProto, helper
+
+from graphs import line_attention
+from runtime.manifest import Work
+
+BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
+
+
+def work_of(model: onnx.ModelProto) -> Work:
+    """Bytes of weights that one run of ``model`` reads, and its multiply-accumulates in products and convolutions.
+
+    Of a table only the rows looked up count.
+    """
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {
+        value.name: [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        for value in (*graph.input, *graph.value_info, *graph.output)
+    }
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    shapes |= {name: list(tensor.dims) for name, tensor in weights.items()}
+    read: Counter[str] = Counter()
+    macs = 0
+    for node in graph.node:
+        out = shapes.get(node.output[0], [])
+        for name in {name for name in node.input if name in weights}:
+            looked_up = node.op_type == "Gather" and name == node.input[0]
+            elements = math.prod(out) if looked_up else math.prod(weights[name].dims)
+            read[name] = max(read[name], elements)
+        if node.op_type == "MatMul":
+            macs += math.prod(out) * shapes[node.input[0]][-1]
+        elif node.op_type == "Conv":
+            macs += math.prod(out) * math.prod(shapes[node.input[1]][1:])
+        elif node.op_type == line_attention.OP_TYPE:
+            queries, keys = shapes[node.input[0]], shapes[node.input[3]]
+            macs += 2 * math.prod(queries) * keys[2]
+    return Work(sum(_bytes(weights[name], elements) for name, elements in read.items()), macs)
+
+
+def _bytes(tensor: onnx.TensorProto, elements: int) -> int:
+    bits = BITS.get(tensor.data_type) or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return elements * bits // 8
