@@ -15,10 +15,10 @@ import onnx
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.onnx_export import WeightsFile, export_stage
-from exporter.precision import PrecisionPlan, Weight
+from exporter.precision import Precision, PrecisionPlan, Weight
 from exporter.work import work_of
 from graphs import stages
-from graphs.families import llamagen
+from graphs.families import llamagen, vq
 from graphs.policies import POLICIES
 from runtime.bundle import file_sha256
 from runtime.errors import ExportError, OutputError
@@ -125,7 +125,10 @@ class ExportPlan:
             for name, tensor in self.transformer.tensors.items()
         }
         for name, tensor in self.image_decoder.tensors.items():
-            found[f"image_decoder.{name}"] = Weight(name, tensor, precision.image_decoder, precision)
+            # What is not among the quantised convolutions is stored in halves.
+            stored = precision.decoder_precision
+            stored = Precision.FP16 if stored.bits else stored
+            found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision)
         return found
 
     @property
@@ -199,13 +202,18 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
     transformer, decoder = plan.transformer, plan.image_decoder
     raster, geometry = plan.raster, plan.geometry
     model = transformer.hollow(plan.precision.activations.dtype)
+    pixels = decoder.hollow()
+    for module in pixels.modules():
+        if isinstance(module, vq.Upsample):
+            # Convolutions in integers keep the taps that were quantised.
+            module.by_phase = not plan.precision.convolutions
     stage_list: list[stages.Stage] = [
         stages.Prefill(model, geometry),
         stages.Decode(model, geometry),
         stages.Decode(model, geometry, filtered=False),
         *(stages.LineEnd(POLICIES[policy](), geometry) for policy in plan.policies),
         stages.ReplayLineEnd(geometry),
-        stages.VQDecoder(decoder.hollow(), images=1, rows=raster.lines, columns=raster.line_width),
+        stages.VQDecoder(pixels, images=1, rows=raster.lines, columns=raster.line_width),
     ]
     tensors = plan.weights()
     work: dict[str, Work] = {}

@@ -15,14 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from exporter.bundle_export import ExportPlan
-from exporter.models import LoadedTransformer
+from exporter.models import LoadedImageDecoder
 from exporter.parity import sampling_params
-from exporter.precision import Method, PrecisionPlan, Quantized, best_scales, to_integers
+from exporter.precision import (
+    Method,
+    Precision,
+    PrecisionPlan,
+    Quantized,
+    QuantizedConvolution,
+    Range,
+    best_scales,
+    round_to_nearest,
+    to_integers,
+)
 from graphs.families import llamagen
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import draw, filtered_mass, guide
 from graphs.stages import Geometry
+from runtime.geometry import Raster
 from runtime.loop import uniform_row
 from runtime.manifest import SamplingSettings
 
@@ -48,36 +59,79 @@ class Calibration:
 
 
 def calibrated(plan: ExportPlan, calibration: Calibration, report: Report = print) -> ExportPlan:
-    """``plan`` with the integers that its method asks for; itself if they need no calibration."""
-    precision = plan.precision
-    if precision.method is not Method.GPTQ or not precision.integers:
+    """``plan`` with the integers that it asks for; itself if they need no calibration."""
+    precision, transformer = plan.precision, plan.transformer
+    gptq = precision.method is Method.GPTQ and precision.integers
+    if not gptq and precision.decoder_precision is not Precision.INT8:
         return plan
-    found = gptq_weights(plan.transformer, precision, calibration, plan.sampling, report)
-    return replace(plan, precision=replace(precision, quantized=found))
+    model = transformer.eager()
+    class_ids = calibration.classes(transformer.config.num_classes)
+    tokens = draw_images(model, class_ids, plan.sampling, calibration.seed, report)
+    report("quantising the image decoder")
+    precision = with_integer_decoder(precision, plan.image_decoder, tokens, plan.raster)
+    if gptq:
+        found = gptq_weights(model, precision, class_ids, tokens, guided=plan.guided, report=report)
+        precision = replace(precision, quantized=found)
+    return replace(plan, precision=precision)
+
+
+def with_integer_decoder(
+    precision: PrecisionPlan, decoder: LoadedImageDecoder, tokens: Tensor, raster: Raster
+) -> PrecisionPlan:
+    """``precision`` with the image decoder's large convolutions in integers, if that is what it asks for.
+
+    Args:
+        tokens: ``[I, N]``, images whose decoding shows what the activations span.
+    """
+    if precision.decoder_precision is not Precision.INT8:
+        return precision
+    model = decoder.eager()
+    layers = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and ".conv_blocks." in name
+    }
+    spans: dict[str, list[tuple[float, float]]] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        now = [(float(part.min()), float(part.max())) for part in (args[0], output)]
+        known = spans.get(name, now)
+        spans[name] = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(known, now, strict=True)]
+
+    hooks = [layer.register_forward_hook(functools.partial(note, name)) for name, layer in layers.items()]
+    for row in tokens:
+        model.decode(row.reshape(1, raster.lines, raster.line_width))
+    for hook in hooks:
+        hook.remove()
+    convolutions = {}
+    for name, layer in layers.items():
+        if layer.bias is None:
+            raise TypeError(f"{name}: a convolution without bias")
+        read, written = (Range.of(*span) for span in spans[name])
+        weight = round_to_nearest(layer.weight.flatten(1), 8)
+        convolutions[name] = QuantizedConvolution(weight, layer.bias, read, written)
+    return replace(precision, convolutions=convolutions)
 
 
 def gptq_weights(
-    transformer: LoadedTransformer,
+    model: llamagen.LlamaGen,
     plan: PrecisionPlan,
-    calibration: Calibration,
-    sampling: SamplingSettings,
+    class_ids: Tensor,
+    tokens: Tensor,
+    *,
+    guided: bool,
     report: Report = print,
 ) -> dict[str, Quantized]:
-    """Quantise every product of ``transformer`` whose part ``plan`` has in integers.
+    """Quantise every product of ``model`` whose part ``plan`` has in integers; the model becomes the quantised one.
 
     Args:
-        sampling: how the calibration images are drawn; above a guidance of 1 with their unconditional rows, which
-            the layers then see as well.
+        class_ids, tokens: ``[I]`` and ``[I, N]``, the images that the layers are to see.
+        guided: let them see the unconditional rows as well.
         report: called with a line before each piece of work.
 
     Returns:
         The integers by parameter name, for :attr:`PrecisionPlan.quantized`.
     """
-    model = transformer.eager()
-    class_ids = calibration.classes(transformer.config.num_classes)
-    report("drawing calibration images")
-    tokens = draw_images(model, class_ids, sampling, calibration.seed, report)
-    guided = sampling.guidance > 1
     ids = model.guided_classes(class_ids) if guided else class_ids
     fed = tokens.repeat(2 if guided else 1, 1)
     names = {

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.compare_grid import Cell, labels_of
+from exporter.quality import measure_rows
 from exporter.timing import decode_backend, milliseconds, step_times
 from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings
@@ -28,7 +29,6 @@ from runtime.ort import OrtBackend
 from runtime.output import RUN_NAME, RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
 
 CELLS = "cells"
-METRIC_BATCH = 50
 TIMING_ROUNDS = 3
 
 
@@ -150,14 +150,13 @@ class Comparison:
             kept = read_arrays(path)
             if all(metric.name in kept for metric in self.metrics):
                 return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
-        classes = np.array([sample.class_id for sample in self.request.samples], np.int64)
-        parts: dict[str, list[NDArray[np.float64]]] = {metric.name: [] for metric in self.metrics}
-        for start in range(0, len(tokens), METRIC_BATCH):
-            self.progress(f"measuring {cell.cache.policy}", start, len(tokens))
-            pixels = self.generator.decoder(tokens[start : start + METRIC_BATCH])
-            for metric in self.metrics:
-                parts[metric.name].append(metric.measure(pixels, classes[start : start + METRIC_BATCH]))
-        rows = {name: np.concatenate(values) for name, values in parts.items()}
+        rows = measure_rows(
+            self.metrics,
+            self.generator.decoder,
+            tokens,
+            self.request.samples,
+            lambda done, total: self.progress(f"measuring {cell.cache.policy}", done, total),
+        )
         write_arrays(path, rows)
         return rows
 

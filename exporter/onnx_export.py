@@ -24,7 +24,7 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor
 
-from exporter.precision import Quantized, Weight, join, pack_int4, round_to_nearest
+from exporter.precision import Quantized, Range, Weight, join, pack_int4, round_to_nearest
 from graphs import line_attention
 from graphs.stages import Stage
 
@@ -201,6 +201,7 @@ def _store_weights(
 ) -> None:
     """Make what was lifted initializers again, stored the way their readers want them and their precision says."""
     graph = model.graph
+    _quantize_convolutions(graph, lifted, weights)
     joined = _join_weights(model, lifted)
     for value in [v for v in graph.inputs if v.name in lifted or v.name in joined]:
         graph.inputs.remove(value)
@@ -224,6 +225,68 @@ def _store_weights(
             _store_table(graph, weights, value, parts)
         else:
             _store_float(graph, weights, value, parts, transposed=transposed)
+
+
+def _quantize_convolutions(
+    graph: ir.Graph, lifted: Mapping[str, Weight | Tensor], weights: WeightsFile
+) -> None:
+    """Put the convolutions for which there are integers between QuantizeLinear and DequantizeLinear, in and out."""
+    for node in list(graph):
+        held = lifted.get(str(node.inputs[1].name)) if node.op_type == "Conv" and node.inputs[1] else None
+        found = held.plan.convolutions.get(held.name) if isinstance(held, Weight) else None
+        if found is None or not isinstance(held, Weight):
+            continue
+        name, result = f"image_decoder.{held.name}", node.outputs[0]
+        integers = _stored(
+            graph,
+            f"{name}.int8",
+            weights,
+            tuple(held.tensor.shape),
+            ir.DataType.INT8,
+            lambda found=found: [found.weight.values],
+        )
+        bias_values, bias_scales = found.bias_values, found.bias_scales
+        bias = _initializer(graph, weights, f"{name}.bias.int32", bias_values, torch.int32)
+        scales = _initializer(graph, weights, f"{name}.scale", found.weight.scales, torch.float32)
+        bias_scale = _initializer(graph, weights, f"{name}.bias.scale", bias_scales, torch.float32)
+        widened = [
+            ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 0}),
+            ir.node("DequantizeLinear", [bias, bias_scale], attributes={"axis": 0}),
+        ]
+        graph.insert_before(node, widened)
+        source = node.inputs[0]
+        if source is None:
+            raise RuntimeError(f"{node.name} has no input")
+        rounded = _round_trip(graph, node, source, found.input, f"{name}.in", weights, before=True)
+        for index, value in enumerate((rounded, widened[0].outputs[0], widened[1].outputs[0])):
+            node.replace_input_with(index, value)
+        readers = [(usage.node, usage.idx) for usage in result.uses()]
+        after = _round_trip(graph, node, result, found.output, f"{name}.out", weights, before=False)
+        for reader, index in readers:
+            reader.replace_input_with(index, after)
+
+
+def _round_trip(
+    graph: ir.Graph,
+    node: ir.Node,
+    value: ir.Value,
+    span: Range,
+    name: str,
+    weights: WeightsFile,
+    *,
+    before: bool,
+) -> ir.Value:
+    """``value`` rounded to 8 bits over ``span`` and widened again, by nodes before or after ``node``."""
+    scale = _initializer(graph, weights, f"{name}.scale", torch.tensor(span.scale), torch.float32)
+    zero = _initializer(graph, weights, f"{name}.zero", torch.tensor(span.zero), torch.uint8)
+    narrow = ir.node("QuantizeLinear", [value, scale, zero])
+    wide = ir.node("DequantizeLinear", [narrow.outputs[0], scale, zero])
+    if before:
+        graph.insert_before(node, [narrow, wide])
+    else:
+        graph.insert_after(node, [narrow, wide])
+    wide.outputs[0].shape, wide.outputs[0].type = value.shape, value.type
+    return wide.outputs[0]
 
 
 def _store_float(

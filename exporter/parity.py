@@ -74,11 +74,11 @@ class Cost:
 
 
 COSTS = {
-    "fp32": Cost(kl=0.0, logits=0.0, psnr=100.0),
+    "fp32": Cost(kl=1e-7, logits=1e-4, psnr=100.0),
     "fp16": Cost(kl=3e-5, logits=4e-3, psnr=60.0),
     "bf16": Cost(kl=5e-4, logits=2e-2, psnr=45.0),
-    "int8": Cost(kl=2e-3, logits=4e-2, psnr=60.0),
-    "int4": Cost(kl=5e-2, logits=1.5e-1, psnr=60.0),
+    "int8": Cost(kl=2e-3, logits=4e-2, psnr=40.0),
+    "int4": Cost(kl=5e-2, logits=1.5e-1, psnr=40.0),
 }
 """Rounding pixels to 8 bits alone leaves 59 dB."""
 
@@ -86,11 +86,13 @@ COSTS = {
 def cost_of(precision: PrecisionSpec) -> Cost | None:
     """What the bundle's precision may cost: as its coarsest format; None if all is float32."""
     names = {precision.weights, precision.activations, *precision.parts.values()}
-    if names == {"fp32"}:
+    if names | {precision.image_decoder} == {"fp32"}:
         return None
     costs = [COSTS[name] for name in names]
     return Cost(
-        max(cost.kl for cost in costs), max(cost.logits for cost in costs), min(cost.psnr for cost in costs)
+        max(cost.kl for cost in costs),
+        max(cost.logits for cost in costs),
+        COSTS[precision.image_decoder].psnr,
     )
 
 

@@ -74,6 +74,44 @@ class Quantized:
 
 
 @dataclass(frozen=True)
+class Range:
+    """What an activation spans, as unsigned 8-bit integers: ``value = (integer - zero) * scale``."""
+
+    scale: float
+    zero: int
+
+    @staticmethod
+    def of(least: float, most: float) -> Range:
+        """The range from ``least`` to ``most``, and zero."""
+        least, most = min(least, 0.0), max(most, 0.0)
+        scale = max((most - least) / 255, 1e-8)
+        return Range(scale, round(-least / scale))
+
+
+@dataclass(frozen=True)
+class QuantizedConvolution:
+    """A convolution of 8-bit integers.
+
+    ``weight``: ``values [O, I * k * k]`` with a scale an output channel. ``bias [O]``: float32; it is added as a 32-bit integer of
+    scale ``input.scale * weight.scales``.
+    """
+
+    weight: Quantized
+    bias: Tensor
+    input: Range
+    output: Range
+
+    @property
+    def bias_scales(self) -> Tensor:
+        return self.weight.scales * self.input.scale
+
+    @property
+    def bias_values(self) -> Tensor:
+        """``[O]`` int32."""
+        return (self.bias / self.bias_scales).round().to(torch.int32)
+
+
+@dataclass(frozen=True)
 class PrecisionPlan:
     """What a bundle's weights are stored in.
 
@@ -84,7 +122,10 @@ class PrecisionPlan:
         block: inputs that share a scale in int4; a power of two of at least 16. Weights whose inputs it does not
             divide get the half, or the quarter, ...
         method: how integers are found.
+        image_decoder: of its convolutions; int8 computes in integers, the others store their weights so and compute in
+            float32. None: int8 with integers, else the weights'.
         quantized: weights that a calibration has quantised already, by parameter name.
+        convolutions: the image decoder's, likewise, by the name of their weight.
 
     Raises:
         ExportError: integers as activations, a block that is no power of two.
@@ -95,11 +136,15 @@ class PrecisionPlan:
     parts: Mapping[str, Precision] = field(default_factory=dict)
     block: int = DEFAULT_BLOCK
     method: Method = Method.RTN
+    image_decoder: Precision | None = None
     quantized: Mapping[str, Quantized] = field(default_factory=dict)
+    convolutions: Mapping[str, QuantizedConvolution] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.activations.bits:
             raise ExportError(f"activations in {self.activations}: only fp32, fp16 and bf16 are computed in")
+        if self.image_decoder is Precision.INT4:
+            raise ExportError("an image decoder in int4: convolutions come in fp32, fp16, bf16 and int8")
         if self.block < LEAST_BLOCK or self.block & (self.block - 1):
             raise ExportError(f"a block of {self.block} weights; must be a power of two from {LEAST_BLOCK}")
 
@@ -108,7 +153,9 @@ class PrecisionPlan:
         """For the manifest."""
         parts = {part: str(precision) for part, precision in self.parts.items()}
         method = str(self.method) if self.integers else "none"
-        return PrecisionSpec(str(self.weights), str(self.activations), parts, self.block, method)
+        return PrecisionSpec(
+            str(self.weights), str(self.activations), parts, self.block, method, str(self.decoder_precision)
+        )
 
     @property
     def integers(self) -> bool:
@@ -120,11 +167,9 @@ class PrecisionPlan:
         return self.parts.get(part, self.weights)
 
     @property
-    def image_decoder(self) -> Precision:
-        """Of the image decoder's convolutions, which compute in float32: halves unless everything is float32."""
-        if self.weights is Precision.FP32:
-            return Precision.FP32
-        return Precision.BF16 if self.weights is Precision.BF16 else Precision.FP16
+    def decoder_precision(self) -> Precision:
+        """Of the image decoder's convolutions."""
+        return self.image_decoder or (Precision.INT8 if self.weights.bits else self.weights)
 
     def integer_format(self, inputs: int, precision: Precision) -> tuple[int, int]:
         """Bits and block of an integer weight with so many ``inputs``.

@@ -61,7 +61,14 @@ def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
     """The plan that a bundle of this precision was exported with, but for what a calibration found."""
     parts = {part: Precision(name) for part, name in spec.parts.items()}
     method = Method.RTN if spec.method == "none" else Method(spec.method)
-    return PrecisionPlan(Precision(spec.weights), Precision(spec.activations), parts, spec.block, method)
+    return PrecisionPlan(
+        Precision(spec.weights),
+        Precision(spec.activations),
+        parts,
+        spec.block,
+        method,
+        Precision(spec.image_decoder),
+    )
 
 
 def plan_like(

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+import torch
+
 from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.calibration import with_integer_decoder
 from exporter.compare_grid import budget_lines
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.precision import Method, Precision
@@ -116,7 +119,10 @@ def cell_plan(
     )
     precision = replace(precision_plan(manifest.precision), method=Method.RTN)
     if cell.precision is not precision.weights:
-        precision = replace(precision, weights=cell.precision, parts={})
+        precision = replace(precision, weights=cell.precision, parts={}, image_decoder=None)
+    # Any tokens: what the activations span does not change how fast they are.
+    tokens = torch.randint(config.vocab_size, (1, config.image_tokens))
+    precision = with_integer_decoder(precision, image_decoder, tokens, raster)
     return ExportPlan(
         transformer,
         image_decoder,

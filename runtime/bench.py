@@ -309,7 +309,10 @@ def profile(
     with tempfile.TemporaryDirectory() as folder:
         backend = OrtBackend(bundle, batch.stages.values(), threads=threads, profile=Path(folder))
         begin(backend, batch)
-        for _ in range(steps):
+        raster, position = bundle.manifest.raster, backend.specs["position"]
+        for step in range(steps):
+            at = raster.prefix_len + step % raster.line_width
+            backend.write("position", np.full(position.shape, at, np.int64))
             backend.run(batch.stages["decode"])
         events = json.loads(backend.end_profile(batch.stages["decode"]).read_text())
     kinds: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)

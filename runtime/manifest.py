@@ -145,13 +145,17 @@ class PrecisionSpec(Record, frozen=True):
     parts: dict[str, str]
     block: int
     method: str
+    image_decoder: str
 
     @property
     def text(self) -> str:
         """For people: ``int4 (output int8), activations fp32``."""
         kept = ", ".join(f"{part} {name}" for part, name in self.parts.items())
         method = "" if self.method == "none" else f", {self.method}"
-        return f"{self.weights}{f' ({kept})' if kept else ''}, activations {self.activations}{method}"
+        return (
+            f"{self.weights}{f' ({kept})' if kept else ''}, activations {self.activations}{method}; "
+            f"image decoder {self.image_decoder}"
+        )
 
 
 class FileRecord(Record, frozen=True):

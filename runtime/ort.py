@@ -12,7 +12,7 @@ from runtime.backend import Array, Backend
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
 from runtime.manifest import StageSpec, TensorSpec
-from runtime.memory import huge_pages
+from runtime.memory import huge_pages, release_freed
 
 DISABLED_OPTIMIZERS = ["MatMulScaleFusion", "MatMulAddFusion"]
 """A scale fused into attention's MatMul takes it off the matrix-vector path and doubles its time. An addition fused
@@ -69,6 +69,7 @@ class OrtBackend(Backend):
             return
         with huge_pages():
             session = self._session(stage)
+        release_freed()
         spec = self.stages[stage]
         self._check(stage, spec, session)
         binding, self._copy_back[stage] = self._bind(spec, session)
@@ -106,6 +107,9 @@ class OrtBackend(Backend):
         # The image decoder's maps are hundreds of megabytes: laid out one by one they need two thirds of the memory, and
         # the first image does not wait for twice that to be touched.
         options.enable_mem_pattern = stage != "vq_decoder"
+        if stage == "prefill":
+            # An empty state is a constant, which would be made when the session is and held beside the state for good.
+            options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "4096")
         if self.profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(self.profile / stage)

@@ -83,6 +83,11 @@ DEFAULT_SHARE_GUIDANCE = False
     help="What the transformer computes and caches in. The CPU computes in fp32; halves are for GPUs.",
 )
 @click.option(
+    "--image-decoder-precision",
+    type=click.Choice([str(p) for p in Precision if p is not Precision.INT4]),
+    help="Of the image decoder's convolutions. Default: int8 with int8 and int4 weights, else as the weights.",
+)
+@click.option(
     "--keep",
     "kept",
     multiple=True,
@@ -99,7 +104,10 @@ DEFAULT_SHARE_GUIDANCE = False
     "Default: gptq for int4, rtn otherwise.",
 )
 @click.option(
-    "--calibration-images", default=Calibration.images, show_default=True, help="Images drawn for GPTQ."
+    "--calibration-images",
+    default=Calibration.images,
+    show_default=True,
+    help="Images drawn for GPTQ and for the ranges of the image decoder.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 def command(
@@ -120,6 +128,7 @@ def command(
     top_p: float,
     precision: str,
     activations: str,
+    image_decoder_precision: str | None,
     kept: tuple[str, ...],
     block_size: int,
     quantization: str | None,
@@ -154,6 +163,7 @@ def command(
             parse_parts(kept, config.layers),
             block_size,
             Method(quantization or ("gptq" if precision == "int4" else "rtn")),
+            Precision(image_decoder_precision) if image_decoder_precision else None,
         ),
     )
     _announce(console, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from exporter.parity import Bounds, Choices, Report, validate
+from exporter.quality import QualityCost, quality_cost
 from exporter.sources import load_sources
 from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
@@ -23,6 +25,7 @@ from runtime.errors import RequestError
 from runtime.generator import PixelDecoder, make_batch, plan
 from runtime.loop import Batch
 from runtime.manifest import Manifest
+from runtime.metrics import load_metrics
 from runtime.ort import OrtBackend
 from runtime.trace import Trace, read_trace
 
@@ -62,6 +65,12 @@ from runtime.trace import Trace, read_trace
     show_default=True,
     help="Bound of the logits' absolute error (times their standard deviation where above 1).",
 )
+@click.option(
+    "--metrics",
+    metavar="SOURCE",
+    help="Also draw images from the bundle and in float32 and compare these metrics: package.module or FILE.py.",
+)
+@click.option("--samples", default=500, show_default=True, help="Images drawn for --metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @click.option("--threads", default=0, help="CPU threads. Default: one a core.")
 def command(
@@ -75,13 +84,16 @@ def command(
     trace: Path | None,
     choices: str,
     max_logit_error: float,
+    metrics: str | None,
+    samples: int,
     as_json: bool,
     threads: int,
 ) -> None:
-    """Prove that BUNDLE computes what PyTorch computes from its checkpoints.
+    """Prove that BUNDLE computes what PyTorch computes from its checkpoints, or say what its precision costs.
 
     One batch is compared: teacher-forced logits of every step, scores and write slots of every line, tokens
-    drawn freely, pixels. Exit code 1 when a bound fails.
+    drawn freely, pixels. Exit code 1 when a bound fails. A bundle below float32 is held to what its precision may
+    cost, by logits and pixels, as it rightly draws other tokens.
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -91,14 +103,16 @@ def command(
             raise RequestError("--trace brings its own images and settings: leave the others out")
         batch, recorded = _recorded(read_trace(trace), manifest)
     else:
-        listed = classes or tuple(i % manifest.model.num_classes for i in range(manifest.images))
-        samples = plan(manifest, listed, manifest.images, seed)
+        compared = plan(
+            manifest, classes or listed_classes(manifest)[: manifest.images], manifest.images, seed
+        )
         settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
-        batch, recorded = make_batch(manifest, samples, sampling, settings), None
+        batch, recorded = make_batch(manifest, compared, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=trace is not None)
+    measures = load_metrics(metrics) if metrics else []
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
@@ -117,12 +131,34 @@ def command(
             report_line=lambda phase, line: bar.update(task, description=phase, completed=line),
         )
         bar.update(task, completed=manifest.raster.lines)
+        quality = []
+        if measures:
+            drawn = plan(manifest, classes or listed_classes(manifest), samples, seed)
+            quality = quality_cost(
+                opened,
+                transformer,
+                image_decoder,
+                drawn,
+                batch.sampling,
+                batch.cache,
+                measures,
+                threads=threads,
+                progress=lambda phase, done, total: bar.update(
+                    task, description=phase, completed=done, total=total
+                ),
+            )
     if as_json:
-        click.echo(json.dumps({"bundle_sha256": manifest.sha256, **report.to_json()}))
+        values = {"bundle_sha256": manifest.sha256, **report.to_json()}
+        click.echo(json.dumps({**values, "quality": [cost.to_json() for cost in quality]}))
     else:
-        _print(report, Console(highlight=False))
+        _print(report, quality, Console(highlight=False))
     if not report.passed:
         raise click.exceptions.Exit(1)
+
+
+def listed_classes(manifest: Manifest) -> tuple[int, ...]:
+    """All classes of the model."""
+    return tuple(range(manifest.model.num_classes))
 
 
 def _recorded(trace: Trace, manifest: Manifest) -> tuple[Batch, np.ndarray]:
@@ -136,7 +172,7 @@ def _recorded(trace: Trace, manifest: Manifest) -> tuple[Batch, np.ndarray]:
     return replace(batch, replay=trace.batch(images)), trace.tokens[images]
 
 
-def _print(report: Report, console: Console) -> None:
+def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> None:
     logits = report.logits
     console.print(
         f"teacher-forced logits, {len(report.steps_max_abs)} steps: max abs error {logits.max_abs:.2e}, "
@@ -162,6 +198,15 @@ def _print(report: Report, console: Console) -> None:
         f"compression (line buffer against full cache, not an error): logits mean abs {far.mean_abs:.2e}, "
         f"KL {far.kl_mean:.2e}, top-1 agreement {far.top1_agreement:.2%}"
     )
+    if quality:
+        table = Table("metric", "bundle", "float32", "difference", "", title="quality", title_justify="left")
+        for cost in quality:
+            cells = [
+                f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
+                for found in (cost.bundle, cost.float32, cost.difference)
+            ]
+            table.add_row(cost.metric, *cells, "worse" if cost.worse else "")
+        console.print(table)
     table = Table("check", "measured", "bound", "", title="verdict", title_justify="left")
     for check in report.checks:
         sign = ">=" if check.at_least else "<="

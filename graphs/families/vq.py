@@ -135,12 +135,47 @@ class AttnBlock(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Twice the size by repetition, then a convolution.
+
+    In a graph, and if ``by_phase``, the convolution comes first. Under a repeated pixel, three taps in a row read two
+    pixels: each of the four phases of the result is a 2 x 2 convolution of the small map, with the taps that meet added
+    up. That is 4/9 of the multiplications.
+    """
+
+    by_phase = True
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if not (torch.compiler.is_exporting() and self.by_phase):
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        height, width = x.shape[2:]
+        taps = [self._pairs(rows, 3) for rows in self._pairs(self.conv.weight, 2)]
+        kernels = torch.cat([kernel for row in taps for kernel in row])
+        # Output i of the 2 x 2 convolution reads pixels i - 1 and i: the second phase is one further.
+        phases = F.conv2d(x, kernels, self._bias().repeat(4), padding=1).chunk(4, dim=1)
+        shifts = [(0, 0), (0, 1), (1, 0), (1, 1)]
+        cut = [part[:, :, a : a + height, b : b + width] for part, (a, b) in zip(phases, shifts, strict=True)]
+        return torch.onnx.ops.symbolic(
+            "DepthToSpace",
+            (torch.cat(cut, dim=1),),
+            attrs={"blocksize": 2, "mode": "DCR"},
+            dtype=x.dtype,
+            shape=(len(x), len(kernels) // 4, 2 * height, 2 * width),
+        )
+
+    def _bias(self) -> Tensor:
+        if self.conv.bias is None:
+            raise TypeError("the convolution has a bias")
+        return self.conv.bias
+
+    @staticmethod
+    def _pairs(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """Two taps along ``axis`` for the first and for the second phase."""
+        first, middle, last = weight.unbind(axis)
+        return torch.stack([first, middle + last], axis), torch.stack([first + middle, last], axis)
 
 
 class Downsample(nn.Module):

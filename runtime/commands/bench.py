@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, Protocol
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -219,7 +220,9 @@ def _print_sweep(
         f"read bandwidth {limit.read_bandwidth / 1e9:.1f} GB/s, {limit.mac_rate / 1e9:.0f} GMAC/s in float32"
     )
     measures = ("limit", "decode", "/ limit", "/ first", "line end", "s/image", "state")
-    table = Table(caption="milliseconds; medians of interleaved rounds")
+    table = Table(
+        caption="milliseconds; medians of interleaved rounds", box=SIMPLE_HEAD, caption_justify="left"
+    )
     table.add_column(", ".join(labels[0]), no_wrap=True)
     for name in measures:
         table.add_column(name, justify="right", no_wrap=True)

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from exporter.calibration import gptq
 from exporter.commands.export import parse_parts
 from exporter.parity import Bounds, cost_of
-from exporter.precision import Precision, PrecisionPlan, pack_int4, round_to_nearest
+from exporter.precision import Precision, PrecisionPlan, Range, pack_int4, round_to_nearest
 from runtime.bundle import open_bundle
 from runtime.manifest import PrecisionSpec
 from runtime.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
@@ -167,9 +167,9 @@ def test_a_precision_that_costs_more_fails(
 
 
 def test_a_mixture_may_cost_what_its_coarsest_part_may() -> None:
-    mixed = PrecisionSpec("fp16", "fp32", {"output": "int4"}, 32, "rtn")
-    assert cost_of(mixed) == cost_of(PrecisionSpec("int4", "fp16", {}, 32, "rtn"))
-    assert cost_of(PrecisionSpec("fp32", "fp32", {}, 32, "none")) is None
+    mixed = PrecisionSpec("fp16", "fp32", {"output": "int4"}, 32, "rtn", "fp32")
+    assert cost_of(mixed) == cost_of(PrecisionSpec("int4", "fp16", {}, 32, "rtn", "fp32"))
+    assert cost_of(PrecisionSpec("fp32", "fp32", {}, 32, "none", "fp32")) is None
 
 
 def initializers(bundle: Path, stage: str = "decode") -> dict[str, onnx.TensorProto]:
@@ -196,7 +196,7 @@ def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
     assert kinds["model.layers.0.attention.wo.weight.T"] == "FLOAT16"
     assert kinds["model.layers.1.attention.wo.weight.T.int4"] == "INT4"
     assert open_bundle(bundle).manifest.precision == PrecisionSpec(
-        "int4", "fp32", {"output": "int8", "0": "fp16"}, 128, "rtn"
+        "int4", "fp32", {"output": "int8", "0": "fp16"}, 128, "rtn", "int8"
     )
 
 
@@ -289,3 +289,62 @@ def test_wrong_precisions_are_refused(
     assert result.code == 2
     assert words in result.err
     assert not (tmp_path / "b").exists()
+
+
+@given(low=st.floats(-100, 100), width=st.floats(0, 100))
+def test_a_range_holds_zero_and_its_ends(low: float, width: float) -> None:
+    high = low + width
+    span = Range.of(low, high)
+    assert 0 <= span.zero <= 255
+    assert (0 - span.zero) * span.scale <= min(low, 0) + 0.51 * span.scale
+    assert (255 - span.zero) * span.scale >= max(high, 0) - 0.51 * span.scale
+
+
+def test_the_image_decoder_computes_in_integers(precise: Callable[..., Path], tmp_path: Path) -> None:
+    """Every 3 x 3 convolution of the blocks, by ONNX Runtime's own account."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(
+        precise("--precision", "int8") / "vq_decoder.onnx", options, ["CPUExecutionProvider"]
+    )
+    kinds = Counter(
+        n.op_type for n in onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    )
+    # Two levels of two residual blocks, and one change of resolution.
+    assert kinds["QLinearConv"] == 2 * 2 * 2 + 1
+
+
+def test_the_image_decoders_precision_is_a_choice(precise: Callable[..., Path]) -> None:
+    bundle = precise("--precision", "int4", "--quantization", "rtn", "--image-decoder-precision", "fp16")
+    manifest = open_bundle(bundle).manifest
+    assert manifest.precision.image_decoder == "fp16"
+    held = initializers(bundle, "vq_decoder")
+    kinds = {t.data_type for name, t in held.items() if name.endswith("conv1.weight")}
+    assert kinds == {TensorProto.FLOAT16}
+    assert open_bundle(precise("--precision", "int4")).manifest.precision.image_decoder == "int8"
+
+
+def test_what_a_precision_costs_is_told_in_metrics(
+    precise: Callable[..., Path], linert: Callable[..., Result], tmp_path: Path
+) -> None:
+    source = tmp_path / "brightness.py"
+    source.write_text(
+        "import numpy as np\n"
+        "from runtime.metrics import Metric\n"
+        "class Brightness(Metric):\n"
+        "    name, higher_is_better = 'brightness', True\n"
+        "    def measure(self, pixels, classes):\n"
+        "        return pixels.mean((1, 2, 3), dtype=np.float64)[:, None]\n"
+        "    def score(self, rows):\n"
+        "        return float(rows.mean())\n"
+        "def metrics():\n"
+        "    return [Brightness()]\n"
+    )
+    result = linert("validate", precise("--precision", "fp16"), "--metrics", source, "--samples", 5, "--json")
+    assert result.code == 0, result.err
+    [cost] = json.loads(result.out)["quality"]
+    assert cost["metric"] == "brightness"
+    difference = cost["difference"]
+    assert difference["value"] == pytest.approx(cost["bundle"]["value"] - cost["float32"]["value"])
+    assert difference["low"] <= difference["value"] <= difference["high"]

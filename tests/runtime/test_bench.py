@@ -1,0 +1,170 @@
+"""``linert bench``: what it counts, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from exporter.sources import load_sources
+from exporter.sweep import cell_plan, cells, parse_axes
+from runtime.bench import Limit, Measured, limit_of, profile
+from runtime.bundle import open_bundle
+from runtime.errors import RequestError
+from runtime.machine import ReadBandwidth, forget_peak, peak_macs, peak_resident_bytes, resident_bytes
+from tests.conftest import TINY, Result
+
+Linert = Callable[..., Result]
+
+
+def test_the_limit_is_the_longer_of_reading_and_multiplying() -> None:
+    reading = Limit(weight_bytes=6_000, state_bytes=4_000, macs=10, read_bandwidth=1e6, mac_rate=1e6)
+    assert reading.floor_ms == reading.read_ms == pytest.approx(10)
+    multiplying = Limit(weight_bytes=1, state_bytes=0, macs=20_000, read_bandwidth=1e6, mac_rate=1e6)
+    assert multiplying.floor_ms == multiplying.compute_ms == pytest.approx(20)
+
+
+def test_work_is_counted_in_the_graph(tiny_bundle: Path) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    rows, dim = 4, TINY.dim
+    layer = 4 * dim * dim + 3 * dim * TINY.ffn_dim
+    products = TINY.layers * layer + dim * TINY.vocab_size
+    slots = manifest.raster.slots(3)
+    attention = TINY.layers * 2 * rows * TINY.heads * slots * TINY.head_dim
+    work = manifest.stages["decode.unfiltered"].work
+    assert work.macs == rows * products + attention
+    # Products, norms, one row of the embedding and of the rotary table a row, and small constants.
+    read = 4 * (products + (2 * TINY.layers + 1) * dim + rows * (dim + 2 * TINY.head_dim))
+    assert read <= work.weight_bytes < read + 1500
+    assert manifest.stages["prefill"].work.macs == 0
+
+
+def test_quantised_weights_count_with_their_bits(
+    export: Callable[..., Path], tiny_files: tuple[Path, Path]
+) -> None:
+    options = ("--grid", 6, "--heads", 4, "--budget-lines", 3, "--precision", "int4", "--quantization", "rtn")
+    work = open_bundle(export(*tiny_files, *options)).manifest.stages["decode"].work
+    products = TINY.layers * (4 * TINY.dim**2 + 3 * TINY.dim * TINY.ffn_dim) + TINY.dim * TINY.vocab_size
+    assert products / 2 < work.weight_bytes < products
+
+
+def test_the_machine_tells_sensible_numbers() -> None:
+    assert 1e8 < ReadBandwidth(2).measure() < 1e13
+    assert 1e8 < peak_macs() < 1e15
+    resident = resident_bytes()
+    assert resident is None or 10 << 20 < resident <= peak_resident_bytes()
+    before = peak_resident_bytes()
+    forget_peak()
+    assert peak_resident_bytes() <= before
+
+
+def test_a_measured_bundle_still_draws_the_same_images(tiny_bundle: Path) -> None:
+    measured = Measured(tiny_bundle, None, threads=1)
+    wanted = measured.generator.draw(measured.samples)
+    assert len(measured.line()) == TINY.line_width - 1
+    assert measured.line_end() > 0
+    image = measured.image()
+    assert (measured.backend.read("tokens") == wanted).all()
+    assert image.total == pytest.approx(
+        image.prefill + image.decode + image.line_ends + image.vq_decoder + image.png
+    )
+
+
+def test_profile_names_the_nodes(tiny_bundle: Path) -> None:
+    measured = Measured(tiny_bundle, None, threads=1)
+    kinds, nodes = profile(open_bundle(tiny_bundle), measured.batch, threads=1, steps=5)
+    products = next(kind for kind in kinds if kind.name == "MatMul")
+    assert products.count >= 4 * TINY.layers + 1
+    assert [node.ms for node in nodes] == sorted((node.ms for node in nodes), reverse=True)
+    assert sum(kind.ms for kind in kinds) == pytest.approx(sum(node.ms for node in nodes))
+
+
+def test_the_limit_is_printed_first_and_json_last(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--compare-pytorch")
+    assert result.code == 0, result.err
+    assert result.out.index("limit:") < result.out.index("decode")
+    values = json.loads(result.out.splitlines()[-1])
+    assert values["decode_over_limit"] == pytest.approx(values["decode_ms"] / values["limit"]["floor_ms"])
+    assert values["seconds_per_image"] * values["images_per_second"] == pytest.approx(1)
+    assert values["resident_bytes"] <= values["peak_resident_bytes"]
+    assert values["pytorch"]["eager"]["decode_ms"] > 0
+    assert values["profile"]["MatMul"] > 0
+
+
+def test_json_alone(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--images", 0, "--json")
+    assert result.code == 0, result.err
+    values = json.loads(result.out)
+    assert values["image"] is None
+    assert values["seconds_per_image"] is None
+
+
+def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
+    plot = tmp_path / "sweep.png"
+    result = linert(
+        *("bench", tiny_bundle, "--sweep", "precision=fp32,int8", "--sweep", "policy=linear,full"),
+        *("--rounds", 1, "--plot", plot),
+    )
+    assert result.code == 0, result.err
+    found = json.loads(result.out.splitlines()[-1])["cells"]
+    assert [tuple(cell["labels"].values()) for cell in found] == [
+        ("fp32", "linear"),
+        ("fp32", "full"),
+        ("int8", "linear"),
+        ("int8", "full"),
+    ]
+    assert found[1]["state_bytes"] > found[0]["state_bytes"]
+    assert found[2]["limit"]["weight_bytes"] < found[0]["limit"]["weight_bytes"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    axes = parse_axes(["batch=3", "grid=4", "policy=streaming", "budget=1/2", "precision=int4"])
+    [cell] = cells(bundle, axes)
+    plan = cell_plan(bundle, cell, *load_sources(bundle, None, None, grid=4))
+    assert (plan.images, plan.raster.lines, plan.policies) == (3, 4, ("streaming",))
+    assert plan.capacity_lines == plan.cache.budget_lines == (2,) * TINY.layers
+    assert plan.precision.weights == "int4"
+    assert plan.precision.convolutions
+    # What is not swept is the bundle's: half of the lines.
+    [cell] = cells(bundle, parse_axes(["grid=4"]))
+    plan = cell_plan(bundle, cell, *load_sources(bundle, None, None, grid=4))
+    assert (plan.capacity_lines, plan.policies, plan.images) == ((2,) * TINY.layers, ("linear",), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--sweep", "colour=red"), "colour=red"),
+        (("--sweep", "batch="), "batch="),
+        (("--sweep", "batch=1", "--sweep", "batch=2"), "at most once"),
+        (("--sweep", "policy=none"), "no policy none"),
+        (("--sweep", "precision=fp8"), "no precision fp8"),
+        (("--sweep", "batch=two"), "not a number"),
+        (("--sweep", "batch=1", "--profile"), "--profile"),
+        (("--plot", "x.png"), "--sweep"),
+        (("--rounds", 0), "--rounds"),
+    ],
+)
+def test_wrong_requests_are_refused(
+    options: tuple[object, ...], words: str, tiny_bundle: Path, linert: Linert
+) -> None:
+    result = linert("bench", tiny_bundle, *options)
+    assert result.code == 2
+    assert words in result.err
+
+
+def test_limits_follow_the_bundle(tiny_bundle: Path) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    limit = limit_of(manifest, 1e9, 1e9)
+    assert limit.state_bytes == manifest.state_bytes
+    assert limit.weight_bytes == manifest.stages["decode.unfiltered"].work.weight_bytes
+
+
+def test_axes_are_parsed() -> None:
+    assert parse_axes(["batch=1, 8", "policy=full"]) == {"batch": ("1", "8"), "policy": ("full",)}
+    with pytest.raises(RequestError):
+        parse_axes(["batch"])
