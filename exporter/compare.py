@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from exporter.compare_grid import Cell, labels_of
 from exporter.quality import measure_rows
-from exporter.timing import decode_backend, milliseconds, step_times
+from exporter.timing import decode_backend, step_times
+from runtime.bench import milliseconds
 from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, begin, run_step

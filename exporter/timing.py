@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import onnx
 
+from runtime.bench import milliseconds
 from runtime.bundle import Bundle
 from runtime.manifest import Manifest, TensorSpec
 from runtime.ort import OrtBackend
@@ -67,9 +67,3 @@ def step_times(backend: OrtBackend, stage: str, manifest: Manifest) -> list[floa
     backend.write("position", np.full(position.shape, manifest.raster.prefix_len, np.int64))
     times = [milliseconds(lambda: backend.run(stage)) for _ in range(manifest.raster.line_width + 4)]
     return times[4:]
-
-
-def milliseconds(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return (time.perf_counter() - start) * 1e3

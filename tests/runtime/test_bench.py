@@ -84,7 +84,7 @@ def test_profile_names_the_nodes(tiny_bundle: Path) -> None:
 def test_the_limit_is_printed_first_and_json_last(tiny_bundle: Path, linert: Linert) -> None:
     result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--compare-pytorch")
     assert result.code == 0, result.err
-    assert result.out.index("limit:") < result.out.index("decode")
+    assert result.out.index("limit:") < result.out.index("stages")
     values = json.loads(result.out.splitlines()[-1])
     assert values["decode_over_limit"] == pytest.approx(values["decode_ms"] / values["limit"]["floor_ms"])
     assert values["seconds_per_image"] * values["images_per_second"] == pytest.approx(1)
