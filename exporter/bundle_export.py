@@ -14,8 +14,9 @@ from pathlib import Path
 import onnx
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
-from exporter.onnx_export import WeightsFile, export_stage
+from exporter.onnx_export import export_stage
 from exporter.precision import Precision, PrecisionPlan, Weight
+from exporter.weights_file import WeightsFile
 from exporter.work import work_of
 from graphs import stages
 from graphs.families import llamagen, vq

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from exporter.bundle_export import ExportPlan
 from exporter.models import LoadedImageDecoder
-from exporter.parity import sampling_params
 from exporter.precision import (
     Method,
     Precision,
@@ -28,6 +27,7 @@ from exporter.precision import (
     round_to_nearest,
     to_integers,
 )
+from exporter.sampling_params import sampling_params
 from graphs.families import llamagen
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams

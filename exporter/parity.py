@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
+from exporter.parity_report import (
+    Bounds,
+    Choices,
+    LineReport,
+    Report,
+    cost_checks,
+    cost_of,
+    parity_checks,
+)
+from exporter.sampling_params import sampling_params
 from graphs.families.base import RasterTransformer
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
@@ -28,164 +36,6 @@ from runtime.backend import Backend
 from runtime.generator import PixelDecoder
 from runtime.geometry import Mode, Step
 from runtime.loop import Batch, begin, generate, run_step, settings_inputs
-from runtime.manifest import PrecisionSpec, SamplingSettings
-
-
-class Choices(StrEnum):
-    """Whose eviction choices both sides live with: ``pytorch``'s, the ``bundle``'s, or each its ``own``."""
-
-    PYTORCH = "pytorch"
-    BUNDLE = "bundle"
-    OWN = "own"
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """What parity demands of a float32 bundle.
-
-    ``logits``: largest absolute error of a logit, relative to the standard deviation of the reference's logits
-    where that is above 1. ``scores``: largest absolute error of a slot's attention mass over a line (it sums
-    to W). ``write_slots``: least share of equal choices. ``pixels``: largest absolute error of a pixel, relative to
-    the largest pixel where that is above 1, from PyTorch in float64 (its float32 convolutions differ from that by up
-    to 4e-5 themselves).
-    ``margin``: a token may differ where the reference itself was this
-    undecided (probability, or logit gap when greedy).
-    """
-
-    logits: float = 2e-4
-    scores: float = 2e-4
-    write_slots: float = 0.999
-    pixels: float = 2e-5
-    margin: float = 1e-3
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a precision below float32 may cost against the float32 checkpoint, fed the same tokens.
-
-    ``kl``: mean divergence of the next-token distributions, nats a token. ``logits``: mean absolute error of a logit over
-    the logits' standard deviation. ``psnr``: of the pixels of the same tokens, dB. Several times what the demo models
-    show; what eviction costs the same model is far above (a KL of 0.18 with a quarter of the lines).
-    """
-
-    kl: float
-    logits: float
-    psnr: float
-
-
-COSTS = {
-    "fp32": Cost(kl=1e-7, logits=1e-4, psnr=100.0),
-    "fp16": Cost(kl=3e-5, logits=4e-3, psnr=60.0),
-    "bf16": Cost(kl=5e-4, logits=2e-2, psnr=45.0),
-    "int8": Cost(kl=2e-3, logits=4e-2, psnr=40.0),
-    "int4": Cost(kl=5e-2, logits=1.5e-1, psnr=40.0),
-}
-"""Rounding pixels to 8 bits alone leaves 59 dB."""
-
-
-def cost_of(precision: PrecisionSpec) -> Cost | None:
-    """What the bundle's precision may cost: as its coarsest format; None if all is float32."""
-    names = {precision.weights, precision.activations, *precision.parts.values()}
-    if names | {precision.image_decoder} == {"fp32"}:
-        return None
-    costs = [COSTS[name] for name in names]
-    return Cost(
-        max(cost.kl for cost in costs),
-        max(cost.logits for cost in costs),
-        COSTS[precision.image_decoder].psnr,
-    )
-
-
-@dataclass
-class Check:
-    """One bound: ``value`` must be at most (or, if ``at_least``, at least) ``bound``."""
-
-    name: str
-    value: float
-    bound: float
-    at_least: bool = False
-
-    @property
-    def passed(self) -> bool:
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-
-@dataclass
-class Distance:
-    """Accumulated distance of two streams of logits ``[..., V]``; KL in nats, of the first from the second."""
-
-    max_abs: float = 0.0
-    mean_abs: float = 0.0
-    kl_mean: float = 0.0
-    kl_max: float = 0.0
-    top1_agreement: float = 0.0
-    reference_std: float = 0.0
-    rows: int = 0
-
-    def add(self, reference: Tensor, other: Tensor) -> None:
-        reference, other = reference.flatten(0, -2), other.flatten(0, -2)
-        error = (reference - other).abs()
-        kl = F.kl_div(
-            other.log_softmax(-1), reference.log_softmax(-1), reduction="none", log_target=True
-        ).sum(-1)
-        same = (reference.argmax(-1) == other.argmax(-1)).float()
-        before, count = self.rows, len(reference)
-        self.rows = before + count
-        self.max_abs = max(self.max_abs, error.max().item())
-        self.kl_max = max(self.kl_max, kl.max().item())
-        for name, values in (
-            ("mean_abs", error.mean(-1)),
-            ("kl_mean", kl),
-            ("top1_agreement", same),
-            ("reference_std", reference.std(-1)),
-        ):
-            total = getattr(self, name) * before + values.sum().item()
-            setattr(self, name, total / self.rows)
-        if not math.isfinite(error.sum().item()):
-            self.max_abs = math.inf
-
-
-@dataclass
-class LineReport:
-    """One line end: the largest score error and the share of equal write slots, over layers, sequences and heads."""
-
-    line: int
-    scores_max_abs: float
-    write_slots_agreement: float
-
-
-@dataclass
-class Report:
-    """Everything that :func:`validate` measured."""
-
-    choices: Choices
-    classes: list[int]
-    seed: int
-    logits: Distance = field(default_factory=Distance)
-    compression: Distance = field(default_factory=Distance)
-    steps_max_abs: list[float] = field(default_factory=list)
-    lines: list[LineReport] = field(default_factory=list)
-    tokens_agreement: float | None = None
-    recorded_agreement: float | None = None
-    evictions_agreement: float = 1.0
-    first_divergence: list[int | None] = field(default_factory=list)
-    divergence_margin: float = 0.0
-    pixels_max_abs: float = 0.0
-    pixels_range: float = 0.0
-    pixels_psnr: float = 0.0
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def to_json(self) -> dict[str, Any]:
-        values = asdict(self)
-        for check, made in zip(values["checks"], self.checks, strict=True):
-            check["passed"] = made.passed
-        if math.isinf(self.pixels_psnr):
-            values["pixels_psnr"] = None
-        return {"passed": self.passed, **values}
 
 
 @dataclass
@@ -276,40 +126,11 @@ def validate(
         if cost is None:
             _free_running(both, drawn, evicted)
         _pixels(decoder, image_decoder, drawn, report)
-    report.checks = _parity_checks(report, bounds, batch) if cost is None else _cost_checks(report, cost)
+    if cost is None:
+        report.checks = parity_checks(report, bounds, replayed=batch.replay is not None)
+    else:
+        report.checks = cost_checks(report, cost)
     return report
-
-
-def _cost_checks(report: Report, cost: Cost) -> list[Check]:
-    logits = report.logits
-    relative = logits.mean_abs / logits.reference_std if logits.reference_std else 0.0
-    # Pixels beyond [-1, 1] raise the peak with them.
-    psnr = report.pixels_psnr + 20 * math.log10(max(1.0, report.pixels_range))
-    return [
-        Check("logits, KL from float32", logits.kl_mean, cost.kl),
-        Check("logits, mean abs error over their standard deviation", relative, cost.logits),
-        Check("pixels, PSNR against float64", psnr, cost.psnr, at_least=True),
-    ]
-
-
-def _parity_checks(report: Report, bounds: Bounds, batch: Batch) -> list[Check]:
-    scale = max(1.0, report.logits.reference_std)
-    checks = [
-        Check("logits, max abs error", report.logits.max_abs, bounds.logits * scale),
-        Check("free-running tokens, undecidedness at divergence", report.divergence_margin, bounds.margin),
-        Check("pixels, max abs error", report.pixels_max_abs, bounds.pixels * max(1.0, report.pixels_range)),
-    ]
-    # A replay ends lines without the policy, so that scores have no meaning and nothing is chosen.
-    if report.lines and batch.replay is None:
-        worst = max(line.scores_max_abs for line in report.lines)
-        forced = float(np.mean([line.write_slots_agreement for line in report.lines]))
-        free, least = report.evictions_agreement, bounds.write_slots
-        checks += [
-            Check("scores, max abs error", worst, bounds.scores),
-            Check("write slots, share equal", forced, least, at_least=True),
-            Check("write slots while drawing freely, share equal", free, least, at_least=True),
-        ]
-    return checks
 
 
 def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
@@ -430,18 +251,6 @@ def _by_image(same: Tensor, geometry: Geometry) -> np.ndarray:
     """Share of true entries of ``same [L, R, W]`` an image: ``[I]`` float64."""
     split = same.reshape(len(same), geometry.branches, geometry.images, -1)
     return split.double().mean((0, 1, 3)).numpy()
-
-
-def sampling_params(settings: SamplingSettings) -> SamplingParams:
-    """The sampler's scalars of ``settings``."""
-    return SamplingParams(
-        torch.tensor(settings.guidance),
-        torch.tensor(settings.guidance_interval),
-        torch.tensor(settings.temperature),
-        torch.tensor(settings.top_k),
-        torch.tensor(settings.top_p),
-        torch.tensor(int(settings.greedy)),
-    )
 
 
 def _guided(reference: HistoryModel, logits: Tensor, params: SamplingParams, index: int) -> Tensor:

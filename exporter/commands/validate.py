@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from exporter.parity import Bounds, Choices, Report, validate
+from exporter.parity import validate
+from exporter.parity_report import Bounds, Choices, Report
 from exporter.quality import QualityCost, quality_cost
 from exporter.sources import load_sources
 from runtime.bundle import open_bundle

@@ -24,9 +24,9 @@ PUBLISHED_HEADS = {
     (36, 1280): 20,  # XL
     (48, 1536): 24,  # XXL
     (24, 3200): 32,  # 3B
-    (48, 2560): 40,  # XXXL, in the code only
-    (22, 2048): 32,  # 1B, in the code only
-    (32, 4096): 32,  # 7B, in the code only
+    (48, 2560): 40,  # 3.9B, no weights published
+    (22, 2048): 32,  # 1B, likewise
+    (32, 4096): 32,  # 7B, likewise
 }
 """Head counts of the published sizes: the tensors do not tell them."""
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from exporter import bundle_export
 from exporter.commands.export import cache_plan
 from exporter.models import load_image_decoder, load_transformer
-from exporter.onnx_export import WeightsFile
+from exporter.weights_file import WeightsFile
 from graphs.families import llamagen
 from graphs.line_attention import DOMAIN, OP_TYPE
 from runtime.bundle import open_bundle

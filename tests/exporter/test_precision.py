@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporter.calibration import gptq
 from exporter.commands.export import parse_parts
-from exporter.parity import Bounds, cost_of
+from exporter.parity_report import Bounds, cost_of
 from exporter.precision import Precision, PrecisionPlan, Range, pack_int4, round_to_nearest
 from runtime.bundle import open_bundle
 from runtime.manifest import PrecisionSpec
@@ -156,11 +156,11 @@ def test_a_precision_that_costs_more_fails(
 ) -> None:
     from click.testing import CliRunner
 
-    from exporter import parity
+    from exporter import parity_report
     from exporter.commands.validate import command
 
     bundle = precise("--precision", "int4")
-    monkeypatch.setitem(parity.COSTS, "int4", parity.COSTS["fp16"])
+    monkeypatch.setitem(parity_report.COSTS, "int4", parity_report.COSTS["fp16"])
     result = CliRunner().invoke(command, [str(bundle), "--json"])
     assert result.exit_code == 1
     assert not json.loads(result.stdout)["checks"][0]["passed"]
