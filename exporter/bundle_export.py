@@ -155,8 +155,10 @@ def export_bundle(
 
     Raises:
         OutputError: ``out`` exists, cannot be written, or the disk is full.
-        ExportError: a stage cannot be traced.
+        ExportError: a stage cannot be traced, or the plan's precision needs a calibration that it has not had.
     """
+    if missing := plan.precision.uncalibrated:
+        raise ExportError(f"{' and '.join(missing)} must be calibrated before the export")
     with new_folder(out, force=force) as folder:
         free = shutil.disk_usage(folder).free
         needed = plan.weight_bytes + GRAPH_BYTES
@@ -255,13 +257,13 @@ def _manifest(
             num_classes=config.num_classes,
             vocab_size=config.vocab_size,
             layers=config.layers,
-            source=transformer.source(),
+            source=transformer.source,
         ),
         image_decoder=ImageDecoder(
             config=asdict(decoder.config),
             patch=decoder.config.patch,
             codebook_size=decoder.config.codebook_size,
-            source=decoder.source(),
+            source=decoder.source,
         ),
         raster=plan.raster,
         prefix_steps=config.prefix_len,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,8 +49,9 @@ class Loaded(Generic[Config, ModelT]):
         model.load_state_dict({name: t.float() for name, t in self.tensors.items()}, strict=True, assign=True)
         return model.requires_grad_(False).eval()
 
+    @functools.cached_property
     def source(self) -> Source:
-        """Digest and origin, for the manifest. Reads the whole file."""
+        """Digest and origin, for the manifest. Reads the whole file, once."""
         return Source(
             path=str(self.path.resolve()),
             sha256=file_sha256(self.path),

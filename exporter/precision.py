@@ -162,6 +162,16 @@ class PrecisionPlan:
         """Whether any part is stored in integers."""
         return any(held.bits for held in (self.weights, *self.parts.values()))
 
+    @property
+    def uncalibrated(self) -> list[str]:
+        """What this asks for and has not been given: a calibration's work (:func:`exporter.calibration.calibrated`)."""
+        missing = []
+        if self.integers and self.method is Method.GPTQ and not self.quantized:
+            missing.append("weights quantised by gptq")
+        if self.decoder_precision is Precision.INT8 and not self.convolutions:
+            missing.append("an image decoder in int8")
+        return missing
+
     def of(self, part: str) -> Precision:
         """Precision of a part's weights."""
         return self.parts.get(part, self.weights)

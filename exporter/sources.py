@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from exporter.bundle_export import ExportPlan
@@ -19,33 +19,56 @@ from runtime.errors import CheckpointError
 from runtime.manifest import PrecisionSpec, Source
 
 
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoint files that a bundle was made of."""
+
+    bundle: Bundle
+    transformer: Path
+    image_decoder: Path
+
+    @staticmethod
+    def find(bundle: Bundle, checkpoint: Path | None = None, vq: Path | None = None) -> Checkpoints:
+        """Where they were at the export, unless told otherwise. Reads both files to compare digests.
+
+        Raises:
+            CheckpointError: a file is not there, or is not the one that the bundle was made of.
+        """
+        manifest = bundle.manifest
+        return Checkpoints(
+            bundle,
+            find_source(bundle, manifest.model.source, checkpoint, "--checkpoint"),
+            find_source(bundle, manifest.image_decoder.source, vq, "--vq"),
+        )
+
+    def load(self, grid: int | None = None) -> tuple[LoadedTransformer, LoadedImageDecoder]:
+        """Load both.
+
+        Args:
+            grid: tokens in an image row, if another than the bundle's is wanted.
+        """
+        manifest = self.bundle.manifest
+        config = {**manifest.model.config, "grid": grid or manifest.model.config["grid"]}
+        transformer = load_transformer(
+            self.transformer,
+            patch=manifest.image_decoder.patch,
+            grid=config["grid"],
+            heads=config["heads"],
+            ema=manifest.model.source.weights == "ema",
+        )
+        _same_config(transformer, config)
+        return transformer, load_image_decoder(self.image_decoder)
+
+
 def load_sources(
-    bundle: Bundle, checkpoint: Path | None, vq: Path | None, *, grid: int | None = None
+    bundle: Bundle, checkpoint: Path | None, vq: Path | None
 ) -> tuple[LoadedTransformer, LoadedImageDecoder]:
-    """Load the checkpoints of ``bundle``, from where they were at its export unless told otherwise.
-
-    Args:
-        grid: tokens in an image row, if another than the bundle's is wanted.
-
-    Raises:
-        CheckpointError: a file is not there, or is not the one that the bundle was made of.
-    """
-    manifest = bundle.manifest
-    image_decoder = load_image_decoder(find_source(bundle, manifest.image_decoder.source, vq, "--vq"))
-    source, config = manifest.model.source, manifest.model.config
-    transformer = load_transformer(
-        find_source(bundle, source, checkpoint, "--checkpoint"),
-        patch=manifest.image_decoder.patch,
-        grid=grid or config["grid"],
-        heads=config["heads"],
-        ema=source.weights == "ema",
-    )
-    _same_config(transformer, {**config, "grid": grid or config["grid"]})
-    return transformer, image_decoder
+    """:meth:`Checkpoints.find` and :meth:`Checkpoints.load`."""
+    return Checkpoints.find(bundle, checkpoint, vq).load()
 
 
 def find_source(bundle: Bundle, source: Source, given: Path | None, option: str) -> Path:
-    """The checkpoint file that the bundle was made of."""
+    """A checkpoint file that the bundle was made of; ``option`` is what a user gives another place with."""
     path = given or Path(source.path)
     if not path.is_file():
         raise CheckpointError(f"the checkpoint {path} is not there; say where it is with {option}")

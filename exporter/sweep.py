@@ -15,7 +15,7 @@ from exporter.calibration import with_integer_decoder
 from exporter.compare_grid import budget_lines
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.precision import Method, Precision
-from exporter.sources import load_sources, precision_plan
+from exporter.sources import precision_plan
 from graphs.policies import POLICIES
 from runtime.bundle import Bundle
 from runtime.cache_request import CacheRequest
@@ -88,21 +88,21 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
 
 
 def export_cells(
-    bundle: Bundle, wanted: Sequence[SweepCell], folder: Path, checkpoint: Path | None, vq: Path | None
+    bundle: Bundle,
+    wanted: Sequence[SweepCell],
+    folder: Path,
+    loaded: Mapping[int, tuple[LoadedTransformer, LoadedImageDecoder]],
 ) -> Iterator[Path]:
     """Export a bundle for every cell into ``folder``, with just the buffer that its budget needs.
 
     Integers are rounded to the nearest: how they are found does not change how fast they are.
 
-    Raises:
-        CheckpointError: a checkpoint is not where it was.
+    Args:
+        loaded: the checkpoints by the cells' grids.
     """
     for number, cell in enumerate(wanted):
-        yield export_bundle(
-            cell_plan(bundle, cell, *load_sources(bundle, checkpoint, vq, grid=cell.grid)),
-            folder / str(number),
-            report=lambda line: None,
-        )
+        plan = cell_plan(bundle, cell, *loaded[cell.grid])
+        yield export_bundle(plan, folder / str(number), report=lambda line: None)
 
 
 def cell_plan(

@@ -257,7 +257,8 @@ def measure(
         progress(round_, total)
         reads += [bandwidth.measure() for _ in range(3)]
         for number, measured in enumerate(under_test):
-            decode[number] += measured.line()[WARM_UP:]
+            times = measured.line()
+            decode[number] += times[min(WARM_UP, len(times) - 1) :]
             line_ends[number].append(measured.line_end())
             if round_ < 3:
                 vq[number].append(measured.vq_decode())

@@ -15,7 +15,6 @@ import torch
 from exporter.bundle_export import ExportPlan, export_bundle
 from exporter.commands.export import cache_plan
 from exporter.models import load_image_decoder, load_transformer
-from exporter.precision import PrecisionPlan
 from graphs.families import llamagen, vq
 from runtime.bundle import Bundle, open_bundle
 from runtime.cache_request import CacheRequest
@@ -70,7 +69,6 @@ def random_bundle(
     capacity_lines: int | None = None,
     images: int = 1,
     top_k: int = 0,
-    precision: PrecisionPlan | None = None,
 ) -> Bundle:
     """Export a guided bundle of random weights with a VQ-16 tokenizer; ``folder`` keeps its checkpoints."""
     model, tokenizer = folder / f"{size}.pt", folder / "vq16.pt"
@@ -90,9 +88,8 @@ def random_bundle(
         cache,
         images,
         SamplingSettings(guidance=4.0, top_k=top_k),
-        precision or PrecisionPlan(),
     )
-    out = folder / f"bundle_{size}_{grid}_{capacities[0]}_{plan.precision.weights}_{images}"
+    out = folder / f"bundle_{size}_{grid}_{capacities[0]}_{images}"
     export_bundle(plan, out, force=True, report=lambda line: None)
     return open_bundle(out, digests=False)
 

@@ -120,13 +120,13 @@ def command(
     opened = open_bundle(bundle, digests=False)
     machine = {"processor": processor_name(), "threads": threads}
     console.print(f"machine: {machine['processor']}, {threads} threads")
-    sources = Sources(checkpoint, vq)
     if sweep:
         result = _sweep(
             console,
             opened,
             sweep,
-            sources,
+            checkpoint,
+            vq,
             threads,
             rounds,
             image_rounds,
@@ -142,7 +142,10 @@ def command(
     if image_rounds:
         measured.image()
     peak = peak_resident_bytes()
-    peers = _peers(console, opened, sources, threads, opened.manifest.images) if compare_pytorch else {}
+    peers: dict[str, Peer] = {}
+    if compare_pytorch:
+        loaded = _needing("exporter.sources", "export").load_sources(opened, checkpoint, vq)
+        peers = _peers(console, loaded, threads, opened.manifest.images, opened.manifest.sampling.guidance)
     with _progress(as_json) as report:
         [timings], times = measure_beside(
             [measured], peers, threads=threads, rounds=rounds, image_rounds=image_rounds, progress=report
@@ -157,19 +160,12 @@ def command(
     click.echo(json.dumps(result))
 
 
-@dataclass(frozen=True)
-class Sources:
-    """Where the checkpoints are, if no longer where they were at the export."""
-
-    checkpoint: Path | None
-    vq: Path | None
-
-
 def _sweep(
     console: Console,
     bundle: Bundle,
     texts: Sequence[str],
-    sources: Sources,
+    checkpoint: Path | None,
+    vq: Path | None,
     threads: int,
     rounds: int,
     image_rounds: int,
@@ -181,16 +177,19 @@ def _sweep(
     sweep = _needing("exporter.sweep", "export")
     axes = sweep.parse_axes(texts)
     wanted = sweep.cells(bundle, axes)
+    checkpoints = _needing("exporter.sources", "export").Checkpoints.find(bundle, checkpoint, vq)
+    loaded = {grid: checkpoints.load(grid) for grid in sorted({cell.grid for cell in wanted})}
     peers: dict[str, Peer] = {}
     with tempfile.TemporaryDirectory() as folder:
         paths: list[Path] = []
         with console.status("exporting") as status:
-            for path in sweep.export_cells(bundle, wanted, Path(folder), sources.checkpoint, sources.vq):
+            for path in sweep.export_cells(bundle, wanted, Path(folder), loaded):
                 paths.append(path)
                 status.update(f"exporting: {len(paths)} of {len(wanted)} ...")
-        for batch in sorted({cell.batch for cell in wanted}) if compare_pytorch else []:
-            made = _peers(console, bundle, sources, threads, batch)
-            peers |= {f"{name}, batch {batch}": peer for name, peer in made.items()}
+        sizes = sorted({(cell.grid, cell.batch) for cell in wanted}) if compare_pytorch else []
+        for grid, batch in sizes:
+            made = _peers(console, loaded[grid], threads, batch, bundle.manifest.sampling.guidance)
+            peers |= {f"{name}, batch {batch}, grid {grid}": peer for name, peer in made.items()}
         under_test = [Measured(path, None, threads) for path in paths]
         with _progress(console.quiet) as report:
             timings, times = measure_beside(
@@ -283,14 +282,13 @@ def measure_beside(
     }
 
 
-def _peers(console: Console, bundle: Bundle, sources: Sources, threads: int, batch: int) -> dict[str, Peer]:
-    """PyTorch with the bundle's checkpoints: eager, and compiled where that works."""
+def _peers(console: Console, loaded: Any, threads: int, batch: int, guidance: float) -> dict[str, Peer]:
+    """PyTorch with ``loaded`` checkpoints: eager, and compiled where that works."""
     peers = _needing("exporter.peers", "export")
     peers.set_threads(threads)
-    loaded = _needing("exporter.sources", "export").load_sources(bundle, sources.checkpoint, sources.vq)
     made: dict[str, Peer] = {}
     for name, compiled in (("eager", False), ("compiled", True)):
-        peer = peers.PyTorchPeer(*loaded, batch, bundle.manifest.sampling.guidance, compiled=compiled)
+        peer = peers.PyTorchPeer(*loaded, batch, guidance, compiled=compiled)
         try:
             with console.status(f"PyTorch, {name}: first steps ..."):
                 peer.steps(3)

@@ -16,11 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from exporter.bundle_export import export_bundle
 from exporter.calibration import gptq
 from exporter.commands.export import parse_parts
 from exporter.parity_report import Bounds, cost_of
-from exporter.precision import Precision, PrecisionPlan, Range, pack_int4, round_to_nearest
+from exporter.precision import Method, Precision, PrecisionPlan, Range, pack_int4, round_to_nearest
+from exporter.sources import Checkpoints, plan_like
 from runtime.bundle import open_bundle
+from runtime.errors import ExportError
 from runtime.manifest import PrecisionSpec
 from runtime.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
 from tests.conftest import ROOT, TINY, Result
@@ -170,6 +173,23 @@ def test_a_mixture_may_cost_what_its_coarsest_part_may() -> None:
     mixed = PrecisionSpec("fp16", "fp32", {"output": "int4"}, 32, "rtn", "fp32")
     assert cost_of(mixed) == cost_of(PrecisionSpec("int4", "fp16", {}, 32, "rtn", "fp32"))
     assert cost_of(PrecisionSpec("fp32", "fp32", {}, 32, "none", "fp32")) is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"),
+    [
+        (PrecisionPlan(Precision.INT8), "an image decoder in int8"),
+        (PrecisionPlan(Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16), "by gptq"),
+    ],
+)
+def test_a_plan_that_was_not_calibrated_is_refused(
+    precision: PrecisionPlan, words: str, precise: Callable[..., Path], tmp_path: Path
+) -> None:
+    bundle = open_bundle(precise("--precision", "fp16"))
+    plan = plan_like(bundle, *Checkpoints.find(bundle).load(), precision)
+    with pytest.raises(ExportError, match=words):
+        export_bundle(plan, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
 
 
 def initializers(bundle: Path, stage: str = "decode") -> dict[str, onnx.TensorProto]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from exporter.sources import load_sources
+from exporter.sources import Checkpoints
 from exporter.sweep import cell_plan, cells, parse_axes
 from runtime.bench import Limit, Measured, limit_of, profile
 from runtime.bundle import open_bundle
@@ -120,18 +120,29 @@ def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, t
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_pytorch_draws_what_each_cell_draws(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--sweep", "grid=4,6", "--rounds", 1, "--compare-pytorch", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)["pytorch"]
+    assert {name for name in found if name.startswith("eager")} == {
+        "eager, batch 2, grid 4",
+        "eager, batch 2, grid 6",
+    }
+    assert all(peer["seconds_per_image"] > 0 for peer in found.values())
+
+
 def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     axes = parse_axes(["batch=3", "grid=4", "policy=streaming", "budget=1/2", "precision=int4"])
     [cell] = cells(bundle, axes)
-    plan = cell_plan(bundle, cell, *load_sources(bundle, None, None, grid=4))
+    plan = cell_plan(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
     assert (plan.images, plan.raster.lines, plan.policies) == (3, 4, ("streaming",))
     assert plan.capacity_lines == plan.cache.budget_lines == (2,) * TINY.layers
     assert plan.precision.weights == "int4"
     assert plan.precision.convolutions
     # What is not swept is the bundle's: half of the lines.
     [cell] = cells(bundle, parse_axes(["grid=4"]))
-    plan = cell_plan(bundle, cell, *load_sources(bundle, None, None, grid=4))
+    plan = cell_plan(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
     assert (plan.capacity_lines, plan.policies, plan.images) == ((2,) * TINY.layers, ("linear",), 2)
 
 
