@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BISECTION_STEPS = 24
 """Halvings of the logit range. 2^-24 of a range of 60 is 4e-6: entries closer than that are ties, as they are to
 the rounding of the logits themselves."""
+
+RUN = 128
+"""Ids whose mass is summed up before one of them is drawn."""
 
 
 class SamplingParams(NamedTuple):
@@ -124,16 +128,26 @@ def filtered_mass(logits: Tensor, params: SamplingParams) -> Tensor:
 def draw(mass: Tensor, uniform: Tensor) -> Tensor:
     """Draw one id a row by inverse CDF in id order.
 
+    First a run of ``RUN`` ids is drawn, then an id in it: a running sum is sequential, and two short ones take a quarter
+    of the time of a long one.
+
     Args:
-        mass: ``[I, V]`` unnormalised probabilities.
+        mass: ``[I, V]`` unnormalised probabilities, not all zero.
         uniform: ``[I]`` in [0, 1 - 2^-23].
 
     Returns:
-        ``[I]`` int64: the first id whose cumulative mass exceeds ``uniform`` times the total.
+        ``[I]`` int64: the first id whose cumulative mass exceeds ``uniform`` times the total. Its mass is not zero.
     """
-    cumulative = mass.cumsum(-1)
-    bound = uniform[:, None] * cumulative[:, -1:]
-    return (cumulative <= bound).to(torch.int64).sum(-1)
+    runs = F.pad(mass, (0, -mass.shape[1] % RUN)).unflatten(-1, (-1, RUN))
+    upto = runs.sum(-1).cumsum(-1)
+    bound = uniform[:, None] * upto[:, -1:]
+    passed = upto <= bound
+    run = passed.to(torch.int64).sum(-1, keepdim=True)
+    left = bound - torch.where(passed, upto, 0.0).amax(-1, keepdim=True)
+    inside = runs.gather(1, run[:, :, None].expand(-1, -1, RUN)).squeeze(1).cumsum(-1)
+    # Rounding may leave a little more than the run holds: then it is the last id that has mass.
+    earlier = (inside <= left) & (inside < inside[:, -1:])
+    return run.squeeze(1) * RUN + earlier.to(torch.int64).sum(-1)
 
 
 def sample(logits: Tensor, params: SamplingParams, uniform: Tensor, *, filtered: bool = True) -> Tensor:

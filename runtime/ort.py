@@ -104,9 +104,11 @@ class OrtBackend(Backend):
         options.inter_op_num_threads = 1
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3
-        # The image decoder's maps are hundreds of megabytes: laid out one by one they need two thirds of the memory, and
-        # the first image does not wait for twice that to be touched.
-        options.enable_mem_pattern = stage != "vq_decoder"
+        if stage == "vq_decoder":
+            # Its maps are hundreds of megabytes: laid out one by one, and given back after their last reader instead of
+            # kept for the next map of the size, they need half of the memory, and the first image waits for less of it
+            # to be touched.
+            options.enable_mem_pattern = options.enable_mem_reuse = False
         if stage == "prefill":
             # An empty state is a constant, which would be made when the session is and held beside the state for good.
             options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "4096")

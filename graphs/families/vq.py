@@ -73,7 +73,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation; in a graph, one normalisation of every group's values and an affine map of channels.
+    """Group normalisation; in a graph, one normalisation of every group's values and an affine map of channels
+    (as a BatchNormalization of mean 0 and variance 1: one pass over the map, where a product and a sum are two).
 
     ``GroupNormalization`` itself is no operator of ONNX Runtime's but a function of a dozen, which go over the map one
     after the other.
@@ -94,7 +95,14 @@ class GroupNorm(nn.GroupNorm):
             dtype=x.dtype,
             shape=groups.shape,
         )
-        return normed.reshape(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+        channels = torch.zeros(len(self.weight), dtype=x.dtype)
+        return torch.onnx.ops.symbolic(
+            "BatchNormalization",
+            (normed.reshape(x.shape), self.weight, self.bias, channels, torch.ones_like(channels)),
+            attrs={"epsilon": 0.0},
+            dtype=x.dtype,
+            shape=x.shape,
+        )
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
