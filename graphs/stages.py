@@ -26,6 +26,9 @@ from graphs.line_attention import LineBufferState, ScoreParams, line_attention
 from graphs.policies import FinishedLine, LineEndParams, Policy, end_line, evict
 from graphs.sampling import SamplingParams, guide, sample
 
+GROUP_ENTRIES = 1 << 15
+"""Slots of all rows that a line end works on at a time."""
+
 NEXT = ".next"
 """Suffix of the output that replaces a state."""
 
@@ -291,25 +294,47 @@ class LineEnd(Stage):
         params = LineEndParams(*tensors[:settings])
         position_rows = _per_row(tensors[settings], geometry)[:, None].to(torch.int32)
         scores, slot_pos, *keys = _chunks(tensors[settings + 1 :], config.layers)
-        ends = []
-        for layer in range(config.layers):
+        ends: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for group in self._groups():
             line = finished_line(
                 geometry,
-                scores[layer],
-                slot_pos[layer],
-                position_rows,
-                keys[0][layer].squeeze(1) if keys else None,
+                torch.cat([scores[layer] for layer in group]),
+                torch.cat([slot_pos[layer] for layer in group]),
+                position_rows.repeat(len(group), 1),
+                torch.cat([keys[0][layer].squeeze(1) for layer in group]) if keys else None,
             )
-            ends.append(end_line(self.policy, line, params.capacity[layer], params))
-        chosen, left, restarted = zip(*ends, strict=True)
+            capacity = (
+                params.capacity[group[0] : group[-1] + 1, None].expand(-1, geometry.rows).reshape(-1, 1)
+            )
+            found = end_line(self.policy, line, capacity, params)
+            ends |= dict(
+                zip(group, zip(*(part.chunk(len(group)) for part in found), strict=True), strict=True)
+            )
+        chosen, left, restarted = zip(*(ends[layer] for layer in range(config.layers)), strict=True)
         replaced = left if self.policy.carries_scores else restarted + left
         return torch.stack(chosen), *replaced
+
+    def _groups(self) -> list[list[int]]:
+        """Layers that end their lines together, in one operation instead of one each: runs of the same slots.
+
+        Their number is bounded, so that what is in between stays in the processor's cache and is small beside the state. A
+        policy that reads keys compares them with each other, which is better done layer by layer.
+        """
+        capacities = self.geometry.capacities
+        groups: list[list[int]] = []
+        for layer, slots in enumerate(capacities):
+            most = 1 if self.policy.reads_keys else max(1, GROUP_ENTRIES // (self.geometry.rows * slots))
+            if groups and capacities[groups[-1][0]] == slots and len(groups[-1]) < most:
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        return groups
 
 
 def finished_line(
     geometry: Geometry, scores: Tensor, slot_pos: Tensor, position: Tensor, keys: Tensor | None
 ) -> FinishedLine:
-    """A layer's buffer as a policy sees it; the shapes are :class:`FinishedLine`'s."""
+    """The buffer of one or more layers as a policy sees it; the shapes are :class:`FinishedLine`'s."""
     config = geometry.config
     return FinishedLine(
         scores=scores,
@@ -321,6 +346,7 @@ def finished_line(
         positions=config.prefix_len + config.image_tokens,
         kv_heads=config.kv_heads,
         branches=geometry.branches,
+        layers=len(scores) // geometry.rows,
     )
 
 

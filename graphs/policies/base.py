@@ -1,7 +1,8 @@
 """What every cache policy shares: protection, the choice of slots, and eviction.
 
 A policy says how much each slot matters; this module turns that into the W slots that the next line overwrites.
-Axes: R = sequences x KV heads, C = slots, W = line width, D = head size.
+Axes: R = layers x sequences x KV heads, C = slots, W = line width, D = head size. Layers of the same slots end their lines
+together.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class LineEndParams(NamedTuple):
 
 @dataclass(frozen=True)
 class FinishedLine:
-    """One layer's buffer at the end of a line.
+    """The buffer of one or more layers at the end of a line; rows go layer by layer.
 
     ``scores [R, C]`` float32: attention received. ``slot_pos [R, C]`` int32: position held, -1 empty.
     ``position [R, 1]`` int32: position of the next token, the first of the next line. ``keys [R, C, D]``: keys after
     position encoding, for a policy that reads them. ``positions``: of the whole sequence, prefix and image.
-    ``branches``: 2 when conditional rows are followed by unconditional ones, else 1.
+    ``branches``: 2 when a layer's conditional rows are followed by unconditional ones, else 1.
     """
 
     scores: Tensor
@@ -54,6 +55,7 @@ class FinishedLine:
     positions: int
     kv_heads: int
     branches: int
+    layers: int = 1
 
     @property
     def visible(self) -> Tensor:
@@ -84,7 +86,10 @@ class Policy(ABC):
 
 
 def protected_slots(line: FinishedLine, capacity: Tensor, params: LineEndParams) -> Tensor:
-    """Slots ``[R, C]`` bool that nothing may overwrite: prefix, anchors, recent lines, and those beyond ``capacity``."""
+    """Slots ``[R, C]`` bool that nothing may overwrite: prefix, anchors, recent lines, and those beyond ``capacity``.
+
+    ``capacity``: ``[]``, or ``[R, 1]`` where it differs.
+    """
     slot = torch.arange(line.slot_pos.shape[1], dtype=torch.int64)[None]
     image_index = line.slot_pos - line.prefix_len
     anchor = (image_index >= 0) & (image_index < params.anchor_tokens)
@@ -112,11 +117,11 @@ def shared_importance(importance: Tensor, line: FinishedLine, params: LineEndPar
     They have chosen alike since the first line, so that a slot holds the same position in all of them.
     """
     shape = importance.shape
-    grouped = importance.reshape(line.branches, -1, line.kv_heads, shape[1])
+    grouped = importance.reshape(line.layers, line.branches, -1, line.kv_heads, shape[1])
     if line.kv_heads > 1:
-        grouped = torch.where(params.average_heads != 0, grouped.mean(2, keepdim=True), grouped)
+        grouped = torch.where(params.average_heads != 0, grouped.mean(3, keepdim=True), grouped)
     if line.branches > 1:
-        grouped = torch.where(params.share_guidance != 0, grouped.mean(0, keepdim=True), grouped)
+        grouped = torch.where(params.share_guidance != 0, grouped.mean(1, keepdim=True), grouped)
     return grouped.reshape(shape)
 
 
@@ -161,6 +166,8 @@ def end_line(
     policy: Policy, line: FinishedLine, capacity: Tensor, params: LineEndParams
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose the next line's slots and evict what they hold.
+
+    ``capacity``: as for :func:`protected_slots`.
 
     Returns:
         ``write_slots [R, W]`` int64, and the new ``slot_pos`` and ``scores`` ``[R, C]``.

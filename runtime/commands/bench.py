@@ -220,9 +220,13 @@ def _print_sweep(
     )
     measures = ("limit", "decode", "/ limit", "/ first", "line end", "s/image", "state")
     table = Table(
-        caption="milliseconds; medians of interleaved rounds", box=SIMPLE_HEAD, caption_justify="left"
+        caption="milliseconds; medians of interleaved rounds",
+        box=SIMPLE_HEAD,
+        caption_justify="left",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column(", ".join(labels[0]), no_wrap=True)
+    table.add_column(", ".join(labels[0]), min_width=max(len(", ".join(cell.values())) for cell in labels))
     for name in measures:
         table.add_column(name, justify="right", no_wrap=True)
     for cell, timing in zip(labels, timings, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -151,3 +153,33 @@ def test_state_bytes_are_the_sum_of_what_is_allocated() -> None:
     eager.begin()
     held = sum(eager.tensors[spec.name].nbytes for spec in sizes.state())
     assert held == sum(spec.nbytes for spec in sizes.state())
+
+
+@pytest.mark.parametrize("policy", list(POLICIES))
+@pytest.mark.parametrize("capacities", [(3, 3, 3, 3), (4, 3, 3, 2)])
+def test_layers_end_their_lines_together_as_they_would_alone(
+    policy: str, capacities: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(TINY, layers=len(capacities))
+    slots = tuple(config.prefix_len + lines * config.line_width for lines in capacities)
+    sizes = stages.Geometry(config, IMAGES, True, slots)
+    generator = torch.Generator().manual_seed(0)
+    line_end = stages.LineEnd(POLICIES[policy](), sizes)
+    scalars = {"position": 20, "recent_tokens": 6, "strict": 1, "average_heads": 1, "share_guidance": 1}
+    inputs = []
+    for spec in line_end.inputs:
+        name = spec.name.partition(".")[0]
+        if name == "capacity":
+            tensor = torch.tensor(slots) - torch.arange(len(slots))
+        elif name == "slot_pos":
+            # Heads that choose alike hold the same positions.
+            tensor = torch.randperm(spec.shape[1], generator=generator).expand(spec.shape).to(spec.dtype)
+        elif spec.dtype.is_floating_point:
+            tensor = torch.rand(spec.shape, generator=generator)
+        else:
+            tensor = torch.full(spec.shape, scalars.get(name, 0), dtype=spec.dtype)
+        inputs.append(tensor)
+    together = line_end(*inputs)
+    monkeypatch.setattr(stages, "GROUP_ENTRIES", 1)
+    for spec, ours, alone in zip(line_end.outputs, together, line_end(*inputs), strict=True):
+        assert torch.equal(ours, alone), spec.name
