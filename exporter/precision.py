@@ -118,7 +118,8 @@ class PrecisionPlan:
     Args:
         weights: of the transformer's products and embedding tables.
         activations: what the transformer computes and caches in.
-        parts: exceptions: precision by part (``embedding``, ``output``, or a layer's number).
+        parts: exceptions: precision by part (``embedding``, ``output``, or a layer's number). With integers the embedding
+            tables are in fp16 unless they are named here: a step reads a row of them, and TensorRT looks up no integers.
         block: inputs that share a scale in int4; a power of two of at least 16. Weights whose inputs it does not
             divide get the half, or the quarter, ...
         method: how integers are found.
@@ -152,6 +153,8 @@ class PrecisionPlan:
     def spec(self) -> PrecisionSpec:
         """For the manifest."""
         parts = {part: str(precision) for part, precision in self.parts.items()}
+        if self.weights.bits:
+            parts.setdefault("embedding", str(self.of("embedding")))
         method = str(self.method) if self.integers else "none"
         return PrecisionSpec(
             str(self.weights), str(self.activations), parts, self.block, method, str(self.decoder_precision)
@@ -174,7 +177,8 @@ class PrecisionPlan:
 
     def of(self, part: str) -> Precision:
         """Precision of a part's weights."""
-        return self.parts.get(part, self.weights)
+        usual = Precision.FP16 if part == "embedding" and self.weights.bits else self.weights
+        return self.parts.get(part, usual)
 
     @property
     def decoder_precision(self) -> Precision:

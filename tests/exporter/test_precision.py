@@ -144,6 +144,7 @@ def test_halves_cost_what_they_may(
         ("--precision", "int8"),
         ("--precision", "int4"),
         ("--precision", "int4", "--block-size", 16, "--quantization", "rtn", "--keep", "first=fp16"),
+        ("--precision", "int8", "--keep", "embedding=int8"),
     ],
 )
 def test_integers_cost_a_trained_model_what_they_may(
@@ -216,7 +217,7 @@ def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
     assert kinds["model.layers.0.attention.wo.weight.T"] == "FLOAT16"
     assert kinds["model.layers.1.attention.wo.weight.T.int4"] == "INT4"
     assert open_bundle(bundle).manifest.precision == PrecisionSpec(
-        "int4", "fp32", {"output": "int8", "0": "fp16"}, 128, "rtn", "int8"
+        "int4", "fp32", {"output": "int8", "0": "fp16", "embedding": "fp16"}, 128, "rtn", "int8"
     )
 
 
