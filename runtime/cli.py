@@ -24,6 +24,7 @@ COMMANDS = {
         "exporter.commands.compare",
         "Compare cache policies and budgets: quality, memory, speed.",
     ),
+    "build": ("exporter.commands.build", "Build TensorRT plans from a bundle."),
     "bench": ("runtime.commands.bench", "Measure a bundle against the limit of this machine."),
     "inspect": ("runtime.commands.inspect", "Tell what a bundle is, costs and needs, without loading it."),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,10 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Kernels are interpreted; triton asks once, when it is imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from graphs.families import llamagen, vq
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode

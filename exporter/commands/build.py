@@ -1,0 +1,73 @@
+"""``linert build``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from exporter.tensorrt.build import BuildPlan, build, parse_capabilities
+from exporter.tensorrt.build_stage import Event
+from runtime.bundle import open_bundle
+from runtime.engines import Engines, engines_folder
+from runtime.text import size_text
+from runtime.trt_flavour import FLAVOURS
+
+RTX_CAPABILITIES = "80,86,89,120"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    type=click.Choice(list(FLAVOURS)),
+    required=True,
+    help="rtx: TensorRT for RTX, builds without a GPU. tensorrt: for the GPU at hand.",
+)
+@click.option(
+    "--sm",
+    "capabilities",
+    metavar="80,86,...",
+    help=f"Compute capabilities of the GPUs to build for, or current. Default: {RTX_CAPABILITIES} for rtx, else current.",
+)
+@click.option("--no-plugin", is_flag=True, help="Build LineAttention from standard operators.")
+@click.option("--force", is_flag=True, help="Build again even if nothing changed.")
+def command(bundle: Path, target: str, capabilities: str | None, no_plugin: bool, force: bool) -> None:
+    """Build a TensorRT plan for every stage of BUNDLE, into its folder.
+
+    Nothing is done where the plans that are there are those that would be built.
+    """
+    opened = open_bundle(bundle)
+    wanted = capabilities or (RTX_CAPABILITIES if target == "rtx" else "current")
+    plan = BuildPlan(opened, FLAVOURS[target], parse_capabilities(wanted), not no_plugin)
+    folder = engines_folder(opened, target)
+    if not force and (built := plan.built()):
+        click.echo(f"nothing changed: {folder} ({summary(built)})")
+        return
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("building", total=None)
+
+        def progress(stage: str, event: Event) -> None:
+            if event.phase:
+                bar.update(
+                    task,
+                    description=f"{stage}: {event.phase}",
+                    completed=event.step,
+                    total=event.steps or None,
+                )
+
+        engines = build(plan, progress)
+    click.echo(f"plans: {folder} ({summary(engines)})")
+
+
+def summary(engines: Engines) -> str:
+    """The plans in a line."""
+    size = sum(plan.bytes for plan in engines.plans.values())
+    seconds = sum(plan.seconds for plan in engines.plans.values())
+    how = "LineAttention as a plugin" if engines.plugin_version else "LineAttention from standard operators"
+    made_for = ", ".join(f"SM{number}" for number in engines.capabilities) or "the GPU at hand"
+    return f"{len(engines.plans)} stages, {size_text(size)}, {seconds:.0f} s; {how}; for {made_for}"

@@ -1,0 +1,1 @@
+"""TensorRT: kernels of the plugins, and plans built from a bundle's stages."""

@@ -1,0 +1,204 @@
+"""Build TensorRT plans for a bundle's stages, with no GPU present where the flavour allows that."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from exporter.bundle_export import new_folder
+from exporter.tensorrt.build_stage import Event, Job
+from runtime import line_attention_launch
+from runtime.bundle import Bundle, file_sha256
+from runtime.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, read_engines
+from runtime.errors import BundleError, ExportError
+from runtime.line_attention_launch import LineAttentionLaunch
+from runtime.trt_flavour import Flavour
+from runtime.trt_plugin import VERSION as PLUGIN_VERSION
+
+KERNELS = Path(__file__).with_name("line_attention_kernels.py")
+
+Progress = Callable[[str, Event], None]
+"""Called with a stage's name and an event of its build."""
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What to build.
+
+    ``capabilities``: GPUs (80 means 8.0), empty for the one at hand. ``plugin``: LineAttention as a plugin, not as the
+    function's body.
+    """
+
+    bundle: Bundle
+    flavour: Flavour
+    capabilities: tuple[int, ...]
+    plugin: bool
+
+    def __post_init__(self) -> None:
+        if self.flavour.name == "tensorrt" and self.capabilities:
+            raise ExportError("TensorRT builds for the GPU at hand alone: leave --sm out")
+        if self.plugin:
+            try:
+                self.launches()
+            except ValueError as error:
+                raise ExportError(f"{error}; build with --no-plugin") from error
+
+    def launches(self) -> list[LineAttentionLaunch]:
+        """How LineAttention runs in each layer."""
+        tensors = {spec.name: spec for spec in self.bundle.manifest.state}
+        model = self.bundle.manifest.model
+        found = []
+        for layer in range(model.layers):
+            cache = tensors[f"k_cache.{layer}"]
+            rows, _, slots, head_dim = cache.shape
+            sequences = tensors["position"].shape[0]
+            group = model.config["heads"] * sequences // rows
+            found.append(LineAttentionLaunch(rows, group, slots, head_dim, cache.dtype))
+        return found
+
+    def built(self) -> Engines | None:
+        """The plans that are there, if they are what this would build."""
+        try:
+            engines = read_engines(self.bundle, self.flavour.name)
+        except BundleError:
+            return None
+        same = (
+            engines.version == self.version
+            and engines.capabilities == self.capabilities
+            and (engines.plugin_version, engines.kernels) == self.plugin_identity
+        )
+        return engines if same else None
+
+    @property
+    def plugin_identity(self) -> tuple[str, str]:
+        """Version of the plugin and digest of its kernels; empty without it."""
+        if not self.plugin:
+            return "", ""
+        sources = (KERNELS, Path(line_attention_launch.__file__))
+        digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
+        return PLUGIN_VERSION, digest.hexdigest()
+
+    @property
+    def version(self) -> str:
+        """Of the flavour that is installed."""
+        return str(self.flavour.load().__version__)
+
+
+def build(plan: BuildPlan, progress: Progress) -> Engines:
+    """Build every stage's plan into the bundle's folder, all or none.
+
+    Raises:
+        ExportError: TensorRT refuses a stage; the message has its reason.
+        OutputError: the plans cannot be written.
+        LinertError: the flavour is not installed.
+    """
+    manifest = plan.bundle.manifest
+    plans = {}
+    target = engines_folder(plan.bundle, plan.flavour.name)
+    with new_folder(target, force=True) as folder, library_path(plan.flavour) as environment:
+        for stage, spec in manifest.stages.items():
+            file = f"{stage}.plan"
+            job = Job(
+                plan.flavour.name,
+                str(plan.bundle.file(spec.file).resolve()),
+                str((folder / file).resolve()),
+                plan.capabilities,
+                plan.plugin,
+            )
+            try:
+                end = run_job(job, environment, lambda event, stage=stage: progress(stage, event))
+            except ExportError as error:
+                raise ExportError(f"{error}{_remedy(plan, stage)}") from error
+            path = folder / file
+            plans[stage] = Plan(
+                file, file_sha256(path), path.stat().st_size, end.seconds, end.layers, end.aliases
+            )
+            if plan.plugin and stage.startswith("decode") and plans[stage].plugins != manifest.model.layers:
+                raise ExportError(
+                    f"{stage} has {plans[stage].plugins} LineAttention plugins in {manifest.model.layers} layers"
+                )
+        engines = Engines(
+            SCHEMA,
+            plan.flavour.name,
+            plan.version,
+            plan.capabilities,
+            *plan.plugin_identity,
+            manifest.sha256,
+            plans,
+        )
+        record = msgspec.json.format(msgspec.json.encode(engines), indent=1)
+        (folder / RECORD_NAME).write_bytes(record + b"\n")
+    return engines
+
+
+def _remedy(plan: BuildPlan, stage: str) -> str:
+    """What to do where a stage is one that TensorRT is known to refuse."""
+    precision = plan.bundle.manifest.precision
+    if stage == "vq_decoder" and precision.image_decoder == "int8":
+        return ". Convolutions in int8 are for ONNX Runtime: export with --image-decoder-precision fp16"
+    if stage.startswith("decode") and precision.parts.get("embedding", "").startswith("int"):
+        return ". Embedding tables in integers are for ONNX Runtime: export without --keep embedding"
+    return ""
+
+
+def run_job(job: Job, environment: dict[str, str], report: Callable[[Event], None]) -> Event:
+    """Run ``job`` in a process of its own; stopped with this one.
+
+    Raises:
+        ExportError: it failed.
+    """
+    command = [sys.executable, "-m", "exporter.tensorrt.build_stage", msgspec.json.encode(job).decode()]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
+        last = Event(error="")
+        try:
+            for line in process.stdout or ():
+                last = msgspec.json.decode(line, type=Event)
+                report(last)
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if last.error or process.returncode != 0 or not last.layers:
+            log.seek(0)
+            said = log.read().decode(errors="replace").strip().splitlines()[-5:]
+            raise ExportError(last.error or f"TensorRT failed on {job.onnx}: {' / '.join(said)}")
+    return last
+
+
+@contextmanager
+def library_path(flavour: Flavour) -> Iterator[dict[str, str]]:
+    """The environment in which the flavour finds its own library, under a name that its wheel may lack."""
+    environment = dict(os.environ)
+    # The interpreter is for tests of the kernels: here they are compiled.
+    environment.pop("TRITON_INTERPRET", None)
+    file = flavour.library_path()
+    with tempfile.TemporaryDirectory() as folder:
+        if file is not None:
+            (Path(folder) / flavour.library).symlink_to(file)
+            held = environment.get("LD_LIBRARY_PATH")
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, held)))
+        yield environment
+
+
+def parse_capabilities(text: str) -> tuple[int, ...]:
+    """``80,86,89,120``, or ``current`` for the GPU at hand (empty).
+
+    Raises:
+        ExportError: not numbers.
+    """
+    if text == "current":
+        return ()
+    parts: Sequence[str] = [part.strip().removeprefix("sm").replace(".", "") for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ExportError(f"--sm {text}: say compute capabilities as 80,86,89,120, or current")
+    return tuple(sorted({int(part) for part in parts}))

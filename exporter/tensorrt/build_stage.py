@@ -1,0 +1,165 @@
+"""Build one stage's plan, in a process of its own: ``python -m exporter.tensorrt.build_stage JOB``.
+
+TensorRT ends the process where it finds a fault in itself, holds its memory until the process ends, and reads the library path
+when the process starts. JOB is a :class:`Job` as JSON; events go to standard output, a JSON object a line.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runtime.engines import Layer
+from runtime.trt_flavour import FLAVOURS
+from runtime.trt_plugin import NAMESPACE, make_creator
+
+
+class Job(msgspec.Struct, frozen=True):
+    """What to build: ``capabilities`` empty for the GPU at hand, ``plugin`` whether LineAttention is one."""
+
+    flavour: str
+    onnx: str
+    plan: str
+    capabilities: tuple[int, ...]
+    plugin: bool
+
+
+class Event(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Progress (``phase``, ``step`` of ``steps``), a failure (``error``), or the end (``layers`` and ``seconds``)."""
+
+    phase: str = ""
+    step: int = 0
+    steps: int = 0
+    error: str = ""
+    seconds: float = 0.0
+    layers: tuple[Layer, ...] = ()
+    aliases: dict[str, str] = {}
+
+
+def emit(event: Event) -> None:
+    sys.stdout.buffer.write(msgspec.json.encode(event) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def build(job: Job) -> Event:
+    """Build and write the plan; the event of its end, or of its failure."""
+    trt = FLAVOURS[job.flavour].load()
+    messages: list[str] = []
+
+    class Logger(trt.ILogger):
+        """Keeps what TensorRT calls errors."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                messages.append(message)
+
+    class Monitor(trt.IProgressMonitor):
+        """Passes progress on."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+            emit(Event(phase_name, 0, num_steps))
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            emit(Event(phase_name, step + 1, self.steps.get(phase_name, 0)))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            emit(Event(phase_name, self.steps.get(phase_name, 0), self.steps.pop(phase_name, 0)))
+
+    begun = time.perf_counter()
+    logger, monitor = Logger(), Monitor()
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    if job.plugin:
+        from exporter.tensorrt.compile import line_attention_kernels_of
+
+        kernels = functools.cache(
+            lambda launch: line_attention_kernels_of(launch, job.capabilities or (current_capability(),))
+        )
+        trt.get_plugin_registry().register_creator(make_creator(trt, kernels), NAMESPACE)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse_from_file(job.onnx):
+        faults = [parser.get_error(index) for index in range(parser.num_errors)]
+        text = "; ".join(f"{fault.node_name()} ({fault.node_operator()}): {fault.desc()}" for fault in faults)
+        return Event(error=f"TensorRT cannot read {job.onnx}: {text}")
+    config = builder.create_builder_config()
+    config.progress_monitor = monitor
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+    if job.capabilities:
+        config.num_compute_capabilities = len(job.capabilities)
+        for index, capability in enumerate(job.capabilities):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    layers, aliases = described(trt, network)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        return Event(error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}")
+    with Path(job.plan).open("wb") as file:
+        file.write(memoryview(plan))
+    return Event(seconds=time.perf_counter() - begun, layers=layers, aliases=aliases)
+
+
+def described(trt: Any, network: Any) -> tuple[tuple[Layer, ...], dict[str, str]]:
+    """The network's layers, and its outputs that a plugin aliases to an input."""
+    layers, aliases = [], {}
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        outputs = tuple(
+            f"{tensor.name}: {tensor.dtype.name} {list(tensor.shape)}"
+            for tensor in (layer.get_output(index) for index in range(layer.num_outputs))
+        )
+        plugin = ""
+        if layer.type == trt.LayerType.PLUGIN_V3:
+            held = layer
+            held.__class__ = trt.IPluginV3Layer
+            plugin = held.plugin.plugin_name
+            for index in range(layer.num_outputs):
+                source = held.plugin.get_aliased_input(index)
+                if source >= 0:
+                    aliases[layer.get_output(index).name] = layer.get_input(source).name
+        layers.append(Layer(layer.name, layer.type.name, outputs, plugin))
+    return tuple(layers), aliases
+
+
+def current_capability() -> int:
+    """Of the GPU at hand.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    from cuda.bindings import driver
+
+    from runtime.kernels import checked
+
+    checked(driver, driver.cuInit(0))
+    device = checked(driver, driver.cuDeviceGet(0))
+    kind = driver.CUdevice_attribute
+    major, minor = (
+        checked(driver, driver.cuDeviceGetAttribute(attribute, device))
+        for attribute in (
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return int(10 * major + minor)
+
+
+def main(arguments: Sequence[str]) -> None:
+    emit(build(msgspec.json.decode(arguments[0], type=Job)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

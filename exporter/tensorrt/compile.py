@@ -1,0 +1,100 @@
+"""Compile the plugins' kernels ahead of time, with no GPU present."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from exporter.tensorrt import line_attention_kernels
+from runtime.kernels import CompiledKernel, KernelSet
+from runtime.line_attention_launch import WARPS, LineAttentionLaunch
+
+PTX_CAPABILITY = 80
+"""The text is compiled for the oldest GPU, so that all later ones can take it."""
+
+ALIGNMENT = 16
+"""Of every buffer's address. Without the promise kernels load number by number."""
+
+TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+ENTRY = re.compile(rb"\.entry\s+\w+\s*\((.*?)\)", re.DOTALL)
+
+
+def line_attention_kernels_of(launch: LineAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:
+    """The kernels that a LineAttention of this shape needs, for GPUs of ``capabilities`` (80 means 8.0) and later ones."""
+    held = f"*{TYPES[launch.dtype]}"
+    scores = {"scores": "*fp32", "slot_pos": "*i32"}
+    accounting = {"fresh_from": "*i32", "score_max": "*i1"}
+    scratch = {"attended": held, "logits": "*fp32", "partial": "*fp32"}
+    signatures = {
+        "attend": {
+            **dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), held),
+            **scores,
+            "write_slot": "*i64",
+            "position": "*i32",
+            **accounting,
+            **scratch,
+            "slots": "i32",
+            "part_slots": "i32",
+        },
+        "combine": {**scores, **accounting, **scratch, "slots": "i32", "parts": "i32"},
+    }
+    names = ["attend", "combine"] if launch.split else ["attend"]
+    return KernelSet(
+        {
+            name: _compile(
+                getattr(line_attention_kernels, name), signatures[name], launch.constants(name), capabilities
+            )
+            for name in names
+        }
+    )
+
+
+def _compile(
+    function: triton.JITFunction,
+    signature: Mapping[str, str],
+    constants: Mapping[str, int],
+    capabilities: Sequence[int],
+) -> CompiledKernel:
+    found = {}
+    with triton.knobs.compilation.scope():
+        # Half of the machine code's size.
+        triton.knobs.compilation.disable_line_info = True
+        for capability in sorted({*capabilities, PTX_CAPABILITY}):
+            found[capability] = triton.compile(
+                _source(function, signature, constants),
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": WARPS, "enable_fp_fusion": True},
+            )
+    oldest = found[PTX_CAPABILITY]
+    ptx = oldest.asm["ptx"].encode()
+    parameters = ENTRY.search(ptx)
+    if parameters is None:
+        raise RuntimeError(f"{function.__name__}: Triton's PTX has no entry point")
+    return CompiledKernel(
+        name=oldest.metadata.name,
+        warps=oldest.metadata.num_warps,
+        shared_bytes=max(kernel.metadata.shared for kernel in found.values()),
+        hidden=parameters.group(1).count(b".param") - len(signature),
+        cubins={capability: found[capability].asm["cubin"] for capability in sorted(set(capabilities))},
+        ptx=ptx,
+    )
+
+
+def _source(
+    function: triton.JITFunction, signature: Mapping[str, str], constants: Mapping[str, int]
+) -> ASTSource:
+    aligned = {
+        (index,): [["tt.divisibility", ALIGNMENT]]
+        for index, kind in enumerate(signature.values())
+        if kind.startswith("*")
+    }
+    return ASTSource(
+        function,
+        {**signature, **dict.fromkeys(constants, "constexpr")},
+        constexprs=dict(constants),
+        attrs=aligned,
+    )

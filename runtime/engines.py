@@ -1,0 +1,93 @@
+"""TensorRT plans of a bundle: what they were built from, and whether they still belong to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from runtime.bundle import Bundle, file_sha256
+from runtime.errors import BundleError
+
+ENGINES_FOLDER = "engines"
+RECORD_NAME = "engine.json"
+SCHEMA = 1
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """A layer of the network that a plan was built from: ``plugin`` is the plugin's name, empty for TensorRT's own."""
+
+    name: str
+    kind: str
+    outputs: tuple[str, ...]
+    plugin: str = ""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """One stage's plan; ``aliases`` are outputs that lie where an input lies."""
+
+    file: str
+    sha256: str
+    bytes: int
+    seconds: float
+    layers: tuple[Layer, ...]
+    aliases: dict[str, str]
+
+    @property
+    def plugins(self) -> int:
+        """How many layers are plugins."""
+        return sum(bool(layer.plugin) for layer in self.layers)
+
+
+class Engines(msgspec.Struct, frozen=True):
+    """The record of a build.
+
+    ``flavour``: ``rtx`` or ``tensorrt``. ``version``: of TensorRT. ``capabilities``: of the GPUs it was built for (80 means 8.0).
+    ``plugin_version``: of LineAttention, empty where the plans hold the function's body instead; ``kernels``: digest of its
+    kernels' source, likewise. ``bundle``: digest of the manifest, which covers every file.
+    """
+
+    schema: int
+    flavour: str
+    version: str
+    capabilities: tuple[int, ...]
+    plugin_version: str
+    kernels: str
+    bundle: str
+    plans: dict[str, Plan]
+
+
+def engines_folder(bundle: Bundle, flavour: str) -> Path:
+    """Where the plans of a flavour lie."""
+    return bundle.path / ENGINES_FOLDER / flavour
+
+
+def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engines:
+    """The plans of ``bundle`` for ``flavour``.
+
+    Args:
+        digests: compare the sha256 of every plan.
+
+    Raises:
+        BundleError: there are none, they were built from another export, or a file is missing or changed; the message says
+            what to build again.
+    """
+    folder = engines_folder(bundle, flavour)
+    again = f"build them again: linert build {bundle.path} --target {flavour}"
+    try:
+        engines = msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=Engines)
+    except FileNotFoundError:
+        raise BundleError(f"{bundle.path} has no {flavour} plans; {again}") from None
+    except (OSError, msgspec.DecodeError) as error:
+        raise BundleError(f"{folder / RECORD_NAME} cannot be read ({error}); {again}") from error
+    if engines.schema != SCHEMA or engines.flavour != flavour:
+        raise BundleError(f"the plans in {folder} are of another linert; {again}")
+    if engines.bundle != bundle.manifest.sha256:
+        raise BundleError(f"the plans in {folder} were built from another export; {again}")
+    for stage, plan in engines.plans.items():
+        path = folder / plan.file
+        if not path.is_file() or path.stat().st_size != plan.bytes:
+            raise BundleError(f"the plan of {stage}, {path}, is missing or incomplete; {again}")
+        if digests and file_sha256(path) != plan.sha256:
+            raise BundleError(f"the plan of {stage}, {path}, was changed; {again}")
+    return engines

@@ -1,0 +1,102 @@
+"""Compiled GPU kernels as a plan carries them, and their launch through the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+
+class CompiledKernel(msgspec.Struct, frozen=True):
+    """One kernel for several GPUs.
+
+    ``name``: of its entry point. ``warps``: of 32 threads each. ``shared_bytes``: dynamic shared memory. ``hidden``: pointers that
+    follow its own parameters, all null. ``cubins``: machine code by compute capability (80 means 8.0). ``ptx``: for all
+    later GPUs.
+    """
+
+    name: str
+    warps: int
+    shared_bytes: int
+    hidden: int
+    cubins: dict[int, bytes]
+    ptx: bytes
+
+    def image(self, capability: int) -> bytes:
+        """What a GPU of this compute capability loads: its own machine code, or the text that its driver compiles."""
+        # Machine code runs on later GPUs of the same generation.
+        same = [sm for sm in self.cubins if sm // 10 == capability // 10 and sm <= capability]
+        architecture_specific = {90, 100, 120}
+        same = [sm for sm in same if sm == capability or sm not in architecture_specific]
+        return self.cubins[max(same)] if same else self.ptx
+
+
+class KernelSet(msgspec.Struct, frozen=True):
+    """The kernels of a plugin by the names that it calls them."""
+
+    kernels: dict[str, CompiledKernel]
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @staticmethod
+    def decode(data: bytes) -> KernelSet:
+        """Raises msgspec.DecodeError where ``data`` is no kernel set."""
+        return msgspec.msgpack.decode(data, type=KernelSet)
+
+
+class LoadedKernel:
+    """A kernel on the current device, ready to be launched.
+
+    Args:
+        kernel: what to load.
+        driver: ``cuda.bindings.driver``.
+        capability: of the current device (80 means 8.0).
+
+    Raises:
+        RuntimeError: the driver refuses it.
+    """
+
+    def __init__(self, kernel: CompiledKernel, driver: Any, capability: int) -> None:
+        self.kernel, self.driver = kernel, driver
+        # The text must end with a zero.
+        self._module = checked(driver, driver.cuModuleLoadData(kernel.image(capability) + b"\0"))
+        self._function = checked(driver, driver.cuModuleGetFunction(self._module, kernel.name.encode()))
+        if kernel.shared_bytes > 48 << 10:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            checked(driver, driver.cuFuncSetAttribute(self._function, attribute, kernel.shared_bytes))
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, *arguments: ctypes._SimpleCData[Any]) -> None:
+        """Launch on ``stream``; ``arguments`` are the kernel's own parameters as C values."""
+        values: Sequence[Any] = [*arguments, *(ctypes.c_void_p(0) for _ in range(self.kernel.hidden))]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        checked(
+            self.driver,
+            self.driver.cuLaunchKernel(
+                self._function,
+                *grid,
+                *(32 * self.kernel.warps, 1, 1),
+                self.kernel.shared_bytes,
+                stream,
+                ctypes.addressof(pointers),
+                0,
+            ),
+        )
+
+    def unload(self) -> None:
+        checked(self.driver, self.driver.cuModuleUnload(self._module))
+
+
+def checked(driver: Any, result: Sequence[Any]) -> Any:
+    """The value of a driver call.
+
+    Raises:
+        RuntimeError: the call failed; the message is the driver's.
+    """
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        _, text = driver.cuGetErrorString(error)
+        raise RuntimeError(f"CUDA: {text.decode() if text else error}")
+    return values[0] if values else None

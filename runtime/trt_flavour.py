@@ -1,0 +1,50 @@
+"""The two TensorRTs behind one seam: which one, where its library is, and whether it is there at all."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import LinertError
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """``module``: its Python package. ``library``: the name that its own parser loads it by, if its wheel lacks that name."""
+
+    name: str
+    module: str
+    library: str = ""
+
+    def load(self) -> Any:
+        """The Python module.
+
+        Raises:
+            LinertError: it is not installed, or its library cannot be loaded.
+        """
+        try:
+            return importlib.import_module(self.module)
+        except (ImportError, OSError) as error:
+            raise LinertError(
+                f"{self.module} cannot be loaded ({error}): pip install 'linert[{self.name}]'"
+            ) from error
+
+    def library_path(self) -> Path | None:
+        """The file that ``library`` should be a name of."""
+        found = importlib.util.find_spec(f"{self.module}_libs")
+        if not self.library or found is None or not found.submodule_search_locations:
+            return None
+        for folder in found.submodule_search_locations:
+            files = sorted(Path(folder).glob(f"{self.library}.*"))
+            if files and not (Path(folder) / self.library).exists():
+                return files[-1]
+        return None
+
+
+FLAVOURS = {
+    "rtx": Flavour("rtx", "tensorrt_rtx", "libtensorrt_rtx.so"),
+    "tensorrt": Flavour("tensorrt", "tensorrt"),
+}

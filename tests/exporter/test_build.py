@@ -1,0 +1,156 @@
+"""Plans from bundles with TensorRT for RTX, which builds them without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("triton")
+
+from exporter.tensorrt.build import BuildPlan, parse_capabilities
+from runtime.bundle import open_bundle
+from runtime.engines import engines_folder, read_engines
+from runtime.errors import BundleError, ExportError
+from runtime.kernels import KernelSet
+from runtime.line_attention_launch import LineAttentionLaunch
+from runtime.trt_flavour import FLAVOURS
+from tests.conftest import ROOT, TINY, Result
+
+Linert = Callable[..., Result]
+OPTIONS = ("--grid", 6, "--heads", 4, "--batch", 2, "--guidance", 3, "--budget-lines", 3)
+SM = ("--target", "rtx", "--sm", "80,89")
+
+
+@pytest.fixture(scope="module")
+def half(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
+    """A tiny bundle in halves."""
+    return export(*tiny_files, *OPTIONS, "--precision", "fp16", "--activations", "fp16")
+
+
+@pytest.fixture(scope="module")
+def built(half: Path, linert: Linert) -> Path:
+    """The same with plans that hold the plugin."""
+    result = linert("build", half, *SM)
+    assert result.code == 0, result.err
+    assert "6 stages" in result.out
+    return half
+
+
+def test_every_stage_has_a_plan_and_every_layer_the_plugin(built: Path) -> None:
+    bundle = open_bundle(built)
+    engines = read_engines(bundle, "rtx")
+    assert set(engines.plans) == set(bundle.manifest.stages)
+    assert engines.capabilities == (80, 89)
+    for stage in ("decode", "decode.unfiltered"):
+        plan = engines.plans[stage]
+        assert [layer.plugin for layer in plan.layers if layer.plugin] == ["LineAttention"] * TINY.layers
+        for layer in range(TINY.layers):
+            for name in ("k_cache", "v_cache", "scores", "slot_pos"):
+                assert plan.aliases[f"{name}.{layer}.next"] == f"{name}.{layer}"
+        # What the plugin was compiled to travels in the plan.
+        data = (engines_folder(bundle, "rtx") / plan.file).read_bytes()
+        assert data.count(b"LineAttention") >= TINY.layers
+    assert not engines.plans["vq_decoder"].plugins
+
+
+def test_building_again_with_nothing_changed_does_nothing(built: Path, linert: Linert) -> None:
+    record = engines_folder(open_bundle(built), "rtx") / "engine.json"
+    before = record.stat().st_mtime_ns
+    result = linert("build", built, *SM)
+    assert result.code == 0, result.err
+    assert "nothing changed" in result.out
+    assert record.stat().st_mtime_ns == before
+
+
+def test_without_the_plugin_its_body_is_built(built: Path, linert: Linert, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "bundle"))
+    result = linert("build", copy, *SM, "--no-plugin")
+    assert result.code == 0, result.err
+    engines = read_engines(open_bundle(copy), "rtx")
+    assert engines.plugin_version == ""
+    assert not any(plan.plugins for plan in engines.plans.values())
+    kinds = {layer.kind for layer in engines.plans["decode"].layers}
+    assert "SOFTMAX" in kinds
+
+
+@pytest.mark.parametrize("damage", ["changed", "shorter", "missing", "another export", "no record"])
+def test_plans_that_do_not_belong_are_refused(damage: str, built: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(Path(shutil.copytree(built, tmp_path / "bundle")))
+    folder = engines_folder(bundle, "rtx")
+    plan, record = folder / "prefill.plan", folder / "engine.json"
+    if damage == "changed":
+        data = bytearray(plan.read_bytes())
+        data[100] ^= 1
+        plan.write_bytes(data)
+    elif damage == "shorter":
+        plan.write_bytes(plan.read_bytes()[:-1])
+    elif damage == "missing":
+        plan.unlink()
+    elif damage == "another export":
+        held = json.loads(record.read_text())
+        record.write_text(json.dumps(held | {"bundle": "0" * 64}))
+    else:
+        record.unlink()
+    with pytest.raises(BundleError, match=r"linert build .* --target rtx"):
+        read_engines(bundle, "rtx")
+
+
+def test_what_tensorrt_cannot_read_is_said_and_leaves_nothing(
+    export: Callable[..., Path], tiny_files: tuple[Path, Path], linert: Linert
+) -> None:
+    bundle = export(*tiny_files, *OPTIONS, "--precision", "int8", "--calibration-images", 1)
+    result = linert("build", bundle, *SM)
+    assert result.code == 2
+    assert "vq_decoder" in result.err
+    assert "--image-decoder-precision fp16" in result.err
+    assert "Traceback" not in result.err
+    assert not list((bundle / "engines").iterdir())
+
+
+def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> None:
+    result = linert("build", half, "--target", "rtx", "--sm", "fast")
+    assert result.code == 2
+    assert "80,86,89,120" in result.err
+    result = linert("build", half, "--target", "tensorrt", "--sm", "80")
+    assert result.code == 2
+    assert "GPU at hand" in result.err
+    assert parse_capabilities("sm89, 8.0") == (80, 89)
+    with pytest.raises(ExportError):
+        parse_capabilities("")
+
+
+def test_launches_follow_the_state(half: Path) -> None:
+    plan = BuildPlan(open_bundle(half), FLAVOURS["rtx"], (80,), True)
+    rows, head = 4 * TINY.heads, TINY.head_dim
+    assert plan.launches() == [LineAttentionLaunch(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
+
+
+def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
+    compiled = tmp_path / "kernels"
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from exporter.tensorrt.compile import line_attention_kernels_of\n"
+        "from runtime.line_attention_launch import LineAttentionLaunch\n"
+        "found = line_attention_kernels_of(LineAttentionLaunch(24, 1, 97, 100, 'bfloat16'), [80, 90])\n"
+        "Path(sys.argv[1]).write_bytes(found.encode())\n"
+    )
+    # A process of its own: in this one kernels are interpreted.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script, compiled], env=environment, cwd=ROOT, check=True)
+    kernels = KernelSet.decode(compiled.read_bytes())
+    assert set(kernels.kernels) == {"attend", "combine"}
+    for kernel in kernels.kernels.values():
+        assert set(kernel.cubins) == {80, 90}
+        assert all(code.startswith(b"\x7fELF") for code in kernel.cubins.values())
+        assert b".target sm_80" in kernel.ptx
+        assert kernel.image(86) == kernel.cubins[80]
+        assert kernel.image(90) == kernel.cubins[90]
+        assert kernel.image(100) == kernel.ptx
