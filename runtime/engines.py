@@ -56,6 +56,17 @@ class Engines(msgspec.Struct, frozen=True):
     bundle: str
     plans: dict[str, Plan]
 
+    @property
+    def made_for(self) -> str:
+        """The GPUs, for people."""
+        return ", ".join(f"SM{number}" for number in self.capabilities) or "the GPU at hand"
+
+
+def built_flavours(bundle: Bundle) -> list[str]:
+    """The flavours that ``bundle`` has plans for, whether they still belong to it or not."""
+    records = sorted((bundle.path / ENGINES_FOLDER).glob(f"*/{RECORD_NAME}"))
+    return [record.parent.name for record in records]
+
 
 def engines_folder(bundle: Bundle, flavour: str) -> Path:
     """Where the plans of a flavour lie."""

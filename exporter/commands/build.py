@@ -69,5 +69,4 @@ def summary(engines: Engines) -> str:
     size = sum(plan.bytes for plan in engines.plans.values())
     seconds = sum(plan.seconds for plan in engines.plans.values())
     how = "LineAttention as a plugin" if engines.plugin_version else "LineAttention from standard operators"
-    made_for = ", ".join(f"SM{number}" for number in engines.capabilities) or "the GPU at hand"
-    return f"{len(engines.plans)} stages, {size_text(size)}, {seconds:.0f} s; {how}; for {made_for}"
+    return f"{len(engines.plans)} stages, {size_text(size)}, {seconds:.0f} s; {how}; for {engines.made_for}"

@@ -12,20 +12,28 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.bundle import Bundle, open_bundle
+from runtime.engines import built_flavours, read_engines
 from runtime.manifest import Manifest
 from runtime.text import lines_text, size_text
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--layers", "stage", metavar="STAGE", help="List the layers of a stage's TensorRT plans as well."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def command(bundle: Path, as_json: bool) -> None:
-    """Tell what BUNDLE is, costs and needs. Reads the manifest and file sizes; loads no weights."""
+def command(bundle: Path, stage: str | None, as_json: bool) -> None:
+    """Tell what BUNDLE is, costs and needs, and what plans it has. Reads records and file sizes; loads no weights."""
     opened = open_bundle(bundle, digests=False)
+    if stage is not None:
+        opened.stage_path(stage)
     if as_json:
         click.echo(json.dumps(describe(opened), indent=1))
         return
-    _print(opened, Console(highlight=False))
+    console = Console(highlight=False)
+    _print(opened, console)
+    _print_plans(opened, stage, console)
 
 
 def describe(bundle: Bundle) -> dict[str, object]:
@@ -39,6 +47,10 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "state_bytes_by_kind": state_by_kind(manifest),
         "file_bytes": sum(record.bytes for record in manifest.files.values()),
         "decode_steps": manifest.raster.image_tokens - 1,
+        "engines": {
+            flavour: msgspec.to_builtins(read_engines(bundle, flavour, digests=False))
+            for flavour in built_flavours(bundle)
+        },
     }
 
 
@@ -102,3 +114,28 @@ def _print(bundle: Bundle, console: Console) -> None:
     for name, record in sorted(manifest.files.items()):
         files.add_row(name, f"{record.bytes:,}", stage_of.get(name, "shared weights"))
     console.print(files)
+
+
+def _print_plans(bundle: Bundle, stage: str | None, console: Console) -> None:
+    """The plans of every flavour; all layers of one ``stage``."""
+    for flavour in built_flavours(bundle):
+        engines = read_engines(bundle, flavour, digests=False)
+        table = Table(
+            *("plan", "bytes", "layers", "LineAttention", "in place"),
+            title=f"{flavour} {engines.version}, for {engines.made_for}",
+            title_justify="left",
+        )
+        for name, plan in engines.plans.items():
+            if not name.startswith("decode"):
+                how = ""
+            elif plan.plugins:
+                how = f"{plan.plugins} plugins, version {engines.plugin_version}"
+            else:
+                how = "standard operators"
+            table.add_row(name, f"{plan.bytes:,}", str(len(plan.layers)), how, f"{len(plan.aliases)} states")
+        console.print(table)
+        if stage is not None:
+            layers = Table("layer", "kind", "outputs", title=f"layers of {stage}", title_justify="left")
+            for layer in engines.plans[stage].layers:
+                layers.add_row(layer.name, layer.plugin or layer.kind, "\n".join(layer.outputs))
+            console.print(layers)

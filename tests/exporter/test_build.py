@@ -61,6 +61,17 @@ def test_every_stage_has_a_plan_and_every_layer_the_plugin(built: Path) -> None:
     assert not engines.plans["vq_decoder"].plugins
 
 
+def test_inspect_tells_what_the_plans_hold(built: Path, linert: Linert) -> None:
+    result = linert("inspect", built, "--layers", "decode.unfiltered")
+    assert result.code == 0, result.err
+    assert f"{TINY.layers} plugins, version 1" in result.out
+    assert f"{4 * TINY.layers} states" in result.out
+    assert "SM80, SM89" in result.out
+    assert "k_cache.1.next: HALF" in result.out
+    told = json.loads(linert("inspect", built, "--json").out)
+    assert told["engines"]["rtx"]["plans"]["decode"]["aliases"]["scores.0.next"] == "scores.0"
+
+
 def test_building_again_with_nothing_changed_does_nothing(built: Path, linert: Linert) -> None:
     record = engines_folder(open_bundle(built), "rtx") / "engine.json"
     before = record.stat().st_mtime_ns
