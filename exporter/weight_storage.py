@@ -140,7 +140,10 @@ def _round_trip(
 def _store_float(
     graph: ir.Graph, weights: WeightsFile, value: ir.Value, parts: Sequence[Weight], *, transposed: bool
 ) -> None:
-    """A parameter in floats; matrices that are narrower than what the graph computes in are widened by a Cast."""
+    """A parameter in floats; matrices that are narrower than what the graph computes in are widened by a Cast.
+
+    Of a table only the rows that were looked up are: a table that is widened as a whole is widened once and held so.
+    """
     tensor = parts[0].tensor if len(parts) == 1 else torch.cat([part.tensor for part in parts])
     tensor, name = tensor.detach(), value.name or ""
     computed = tensor_adapters.to_torch_dtype(_dtype(value))
@@ -149,6 +152,13 @@ def _store_float(
         tensor, name = tensor.t(), f"{name}.T"
         value = _through_transposes(graph, value)
     stored = _initializer(graph, weights, name, tensor, dtype)
+    lookups = [usage.node for usage in value.uses()]
+    if dtype is not computed and all(_looks_up_rows(node) for node in lookups):
+        for lookup in lookups:
+            narrow = ir.node("Gather", [stored, lookup.inputs[1]])
+            wide = ir.node("Cast", [narrow.outputs[0]], attributes={"to": _dtype(value)})
+            _replace_node(graph, lookup, [narrow, wide])
+        return
     if dtype is not computed:
         cast = ir.node("Cast", [stored], attributes={"to": _dtype(value)})
         stored = _insert(graph, cast, value, f"{name}.wide")
@@ -203,14 +213,21 @@ def _store_table(graph: ir.Graph, weights: WeightsFile, value: ir.Value, parts: 
     one = _initializer(graph, weights, f"{name}.one", torch.ones(()), dtype)
     for usage in list(value.uses()):
         lookup = usage.node
-        ids, looked_up = lookup.inputs[1], lookup.outputs[0]
+        ids = lookup.inputs[1]
         nodes = [ir.node("Gather", [integers, ids]), ir.node("Gather", [scales, ids])]
         nodes.append(ir.node("DequantizeLinear", [nodes[0].outputs[0], one]))
         nodes.append(ir.node("Mul", [nodes[2].outputs[0], nodes[1].outputs[0]]))
-        graph.insert_before(lookup, nodes)
-        looked_up.replace_all_uses_with(nodes[3].outputs[0])
-        nodes[3].outputs[0].name = looked_up.name
-        graph.remove(lookup, safe=True)
+        _replace_node(graph, lookup, nodes)
+
+
+def _replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> None:
+    """Let ``nodes`` do what ``node`` does; the last one's output takes its output's place."""
+    old, new = node.outputs[0], nodes[-1].outputs[0]
+    graph.insert_before(node, nodes)
+    new.shape, new.type = old.shape, old.type
+    old.replace_all_uses_with(new)
+    new.name = old.name
+    graph.remove(node, safe=True)
 
 
 def _packed(quantized: Quantized) -> Tensor:

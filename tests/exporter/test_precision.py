@@ -208,6 +208,20 @@ def test_integers_lie_in_the_file_as_they_were_found(precise: Callable[..., Path
     np.testing.assert_allclose(numpy_helper.to_array(scales), wanted.scales.T.numpy(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+def test_only_looked_up_rows_of_a_narrow_table_are_widened(
+    precision: str, precise: Callable[..., Path]
+) -> None:
+    graph = onnx.load(precise("--precision", precision) / "decode.onnx", load_external_data=False).graph
+    kind = TensorProto.BFLOAT16 if precision == "bf16" else TensorProto.FLOAT16
+    [table] = [tensor for tensor in graph.initializer if "tok_embeddings" in tensor.name]
+    assert table.data_type == kind
+    [lookup] = [node for node in graph.node if table.name in node.input]
+    assert lookup.op_type == "Gather"
+    [reader] = [node for node in graph.node if lookup.output[0] in node.input]
+    assert reader.op_type == "Cast"
+
+
 def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
     bundle = precise(
         "--precision", "int4", "--quantization", "rtn", "--keep", "output=int8", "--keep", "first=fp16"
