@@ -47,30 +47,37 @@ class LineBufferState(NamedTuple):
     slot_pos: Tensor
 
 
-def reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: LineBufferState,
-    write_slot: Tensor,
-    position: Tensor,
-    accounting: ScoreParams,
-) -> tuple[Tensor, LineBufferState]:
+class LineAttentionInputs(NamedTuple):
+    """What one call takes.
+
+    ``q``: ``[R, 1, G, D]`` queries, rotated and already multiplied by the softmax scale. ``k``, ``v``: ``[R, 1, 1, D]``,
+    rotated key of the new token and its value. ``state``: the layer's line buffer. ``write_slot``: ``[R]`` int64, the slot
+    that the new token overwrites. ``position``: ``[R, 1]`` int32, its sequence position. ``accounting``: how scores go on.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: LineBufferState
+    write_slot: Tensor
+    position: Tensor
+    accounting: ScoreParams
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """The tensors in the operation's order."""
+        return (self.q, self.k, self.v, *self.state, self.write_slot, self.position, *self.accounting)
+
+
+def reference(inputs: LineAttentionInputs) -> tuple[Tensor, LineBufferState]:
     """Attend one new token a row, in eager PyTorch. Softmax and scores are float32 whatever q, k and v are.
 
-    Args:
-        q: ``[R, 1, G, D]`` queries, rotated and already multiplied by the softmax scale.
-        k: ``[R, 1, 1, D]`` rotated key of the new token.
-        v: ``[R, 1, 1, D]`` its value.
-        state: the layer's line buffer; it is not modified.
-        write_slot: ``[R]`` int64, the slot that the new token overwrites.
-        position: ``[R, 1]`` int32, the new token's sequence position.
-        accounting: how scores go on.
+    The state is not modified.
 
     Returns:
         The attention output ``[R, 1, G, D]`` and the buffer with the token written. A slot that is empty
         afterwards receives nothing.
     """
+    q, k, v, state, write_slot, position, accounting = inputs
     rows = torch.arange(len(write_slot), device=q.device)
     k_cache, v_cache, slot_pos = (t.clone() for t in (state.k_cache, state.v_cache, state.slot_pos))
     k_cache[rows, 0, write_slot] = k[:, 0, 0]
@@ -88,23 +95,14 @@ def accumulate(scores: Tensor, received: Tensor, slot_pos: Tensor, accounting: S
     return torch.where(accounting.score_max, torch.maximum(kept, received), kept + received)
 
 
-def line_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: LineBufferState,
-    write_slot: Tensor,
-    position: Tensor,
-    accounting: ScoreParams,
-) -> tuple[Tensor, LineBufferState]:
+def line_attention(inputs: LineAttentionInputs) -> tuple[Tensor, LineBufferState]:
     """:func:`reference`, or one opaque ``LineAttention`` node while a graph is being exported."""
     if not torch.compiler.is_exporting():
-        return reference(q, k, v, state, write_slot, position, accounting)
-    inputs = (q, k, v, *state, write_slot, position, *accounting)
-    outputs = (q, *state)
+        return reference(inputs)
+    outputs = (inputs.q, *inputs.state)
     attended, *written = torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{OP_TYPE}",
-        inputs,
+        inputs.flat(),
         attrs={"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)},
         dtypes=[t.dtype for t in outputs],
         shapes=[t.shape for t in outputs],

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from graphs.families.base import FamilyConfig, RasterTransformer
 from graphs.families.vq import VQModel
-from graphs.line_attention import LineBufferState, ScoreParams, line_attention
+from graphs.line_attention import LineAttentionInputs, LineBufferState, ScoreParams, line_attention
 from graphs.policies import FinishedLine, LineEndParams, Policy, end_line, evict
 from graphs.sampling import SamplingParams, guide, sample
 
@@ -247,13 +247,15 @@ class Decode(Stage):
         for layer, block in enumerate(model.blocks()):
             q, k, v = block.qkv(x, rope)
             attended, state = line_attention(
-                q.reshape(geometry.rows, 1, geometry.query_group, -1),
-                k.reshape(geometry.rows, 1, 1, -1),
-                v.reshape(geometry.rows, 1, 1, -1),
-                LineBufferState(*layers[4 * layer : 4 * layer + 4]),
-                slots[layer],
-                held_rows,
-                accounting,
+                LineAttentionInputs(
+                    q.reshape(geometry.rows, 1, geometry.query_group, -1),
+                    k.reshape(geometry.rows, 1, 1, -1),
+                    v.reshape(geometry.rows, 1, 1, -1),
+                    LineBufferState(*layers[4 * layer : 4 * layer + 4]),
+                    slots[layer],
+                    held_rows,
+                    accounting,
+                )
             )
             x = block.finish(x, attended.reshape(geometry.sequences, 1, config.heads, -1))
             written += state

@@ -89,6 +89,23 @@ class LoadedKernel:
         checked(self.driver, self.driver.cuModuleUnload(self._module))
 
 
+def current_capability(driver: Any, device: Any) -> int:
+    """Compute capability of ``device`` (80 means 8.0).
+
+    Raises:
+        RuntimeError: the driver does not know the device.
+    """
+    kind = driver.CUdevice_attribute
+    major, minor = (
+        checked(driver, driver.cuDeviceGetAttribute(attribute, device))
+        for attribute in (
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    return int(10 * major + minor)
+
+
 def checked(driver: Any, result: Sequence[Any]) -> Any:
     """The value of a driver call.
 

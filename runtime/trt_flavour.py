@@ -1,4 +1,4 @@
-"""The two TensorRTs behind one seam: which one, where its library is, and whether it is there at all."""
+"""The two TensorRTs behind one seam: which one, where its shared object is, and whether it is there at all."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from runtime.errors import LinertError
 
 @dataclass(frozen=True)
 class Flavour:
-    """``module``: its Python package. ``library``: the name that its own parser loads it by, if its wheel lacks that name."""
+    """``module``: its Python package. ``soname``: the name that its own parser loads it by, if its wheel lacks that name."""
 
     name: str
     module: str
-    library: str = ""
+    soname: str = ""
 
     def load(self) -> Any:
         """The Python module.
 
         Raises:
-            LinertError: it is not installed, or its library cannot be loaded.
+            LinertError: it is not installed, or its shared object cannot be loaded.
         """
         try:
             return importlib.import_module(self.module)
@@ -32,14 +32,14 @@ class Flavour:
                 f"{self.module} cannot be loaded ({error}): pip install 'linert[{self.name}]'"
             ) from error
 
-    def library_path(self) -> Path | None:
-        """The file that ``library`` should be a name of."""
+    def shared_object(self) -> Path | None:
+        """The file that ``soname`` should be a name of, None where nothing is missing."""
         found = importlib.util.find_spec(f"{self.module}_libs")
-        if not self.library or found is None or not found.submodule_search_locations:
+        if not self.soname or found is None or not found.submodule_search_locations:
             return None
         for folder in found.submodule_search_locations:
-            files = sorted(Path(folder).glob(f"{self.library}.*"))
-            if files and not (Path(folder) / self.library).exists():
+            files = sorted(Path(folder).glob(f"{self.soname}.*"))
+            if files and not (Path(folder) / self.soname).exists():
                 return files[-1]
         return None
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from runtime.kernels import KernelSet, LoadedKernel, checked
+from runtime.kernels import KernelSet, LoadedKernel, checked, current_capability
 from runtime.line_attention_launch import LineAttentionLaunch
 
 NAMESPACE, NAME, VERSION = "linert", "LineAttention", "1"
@@ -60,17 +60,9 @@ class Devices:
         from cuda.bindings import driver
 
         device = checked(driver, driver.cuCtxGetDevice())
-        kind = driver.CUdevice_attribute
-        major, minor = (
-            checked(driver, driver.cuDeviceGetAttribute(attribute, device))
-            for attribute in (
-                kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        )
         key = int(device), kernels.encode()
         if key not in self._loaded:
-            capability = 10 * major + minor
+            capability = current_capability(driver, device)
             self._loaded[key] = {
                 name: LoadedKernel(kernel, driver, capability) for name, kernel in kernels.kernels.items()
             }

@@ -104,7 +104,7 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
     manifest = plan.bundle.manifest
     plans = {}
     target = engines_folder(plan.bundle, plan.flavour.name)
-    with new_folder(target, force=True) as folder, library_path(plan.flavour) as environment:
+    with new_folder(target, force=True) as folder, environment_of(plan.flavour) as environment:
         for stage, spec in manifest.stages.items():
             file = f"{stage}.plan"
             job = Job(
@@ -176,15 +176,15 @@ def run_job(job: Job, environment: dict[str, str], report: Callable[[Event], Non
 
 
 @contextmanager
-def library_path(flavour: Flavour) -> Iterator[dict[str, str]]:
-    """The environment in which the flavour finds its own library, under a name that its wheel may lack."""
+def environment_of(flavour: Flavour) -> Iterator[dict[str, str]]:
+    """The environment in which the flavour finds its own shared object, under a name that its wheel may lack."""
     environment = dict(os.environ)
     # The interpreter is for tests of the kernels: here they are compiled.
     environment.pop("TRITON_INTERPRET", None)
-    file = flavour.library_path()
+    file = flavour.shared_object()
     with tempfile.TemporaryDirectory() as folder:
         if file is not None:
-            (Path(folder) / flavour.library).symlink_to(file)
+            (Path(folder) / flavour.soname).symlink_to(file)
             held = environment.get("LD_LIBRARY_PATH")
             environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, held)))
         yield environment

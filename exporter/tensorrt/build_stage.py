@@ -88,7 +88,7 @@ def build(job: Job) -> Event:
         from exporter.tensorrt.compile import line_attention_kernels_of
 
         kernels = functools.cache(
-            lambda launch: line_attention_kernels_of(launch, job.capabilities or (current_capability(),))
+            lambda launch: line_attention_kernels_of(launch, job.capabilities or (capability_at_hand(),))
         )
         trt.get_plugin_registry().register_creator(make_creator(trt, kernels), NAMESPACE)
     parser = trt.OnnxParser(network, logger)
@@ -134,7 +134,7 @@ def described(trt: Any, network: Any) -> tuple[tuple[Layer, ...], dict[str, str]
     return tuple(layers), aliases
 
 
-def current_capability() -> int:
+def capability_at_hand() -> int:
     """Of the GPU at hand.
 
     Raises:
@@ -142,19 +142,10 @@ def current_capability() -> int:
     """
     from cuda.bindings import driver
 
-    from runtime.kernels import checked
+    from runtime.kernels import checked, current_capability
 
     checked(driver, driver.cuInit(0))
-    device = checked(driver, driver.cuDeviceGet(0))
-    kind = driver.CUdevice_attribute
-    major, minor = (
-        checked(driver, driver.cuDeviceGetAttribute(attribute, device))
-        for attribute in (
-            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            kind.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
-    )
-    return int(10 * major + minor)
+    return current_capability(driver, checked(driver, driver.cuDeviceGet(0)))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -6,20 +6,12 @@ import torch
 from torch import Tensor
 
 from exporter.tensorrt import line_attention_kernels as kernels
-from graphs.line_attention import LineBufferState, ScoreParams
+from graphs.line_attention import LineAttentionInputs
 from runtime.line_attention_launch import WARPS, LineAttentionLaunch
+from runtime.trt_plugin import INPUTS
 
 
-def line_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: LineBufferState,
-    write_slot: Tensor,
-    position: Tensor,
-    accounting: ScoreParams,
-    launch: LineAttentionLaunch | None = None,
-) -> Tensor:
+def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | None = None) -> Tensor:
     """What :func:`graphs.line_attention.reference` does, in place: returns what was attended, ``[R, 1, G, D]``.
 
     Needs ``TRITON_INTERPRET=1`` set before the first import of triton where the tensors are on the CPU.
@@ -30,24 +22,23 @@ def line_attention(
     Raises:
         ValueError: a shape or type that the kernels do not know.
     """
-    rows, _, group, head_dim = q.shape
-    slots = state.scores.shape[1]
-    launch = launch or LineAttentionLaunch(
-        rows, group, slots, head_dim, str(state.k_cache.dtype).removeprefix("torch.")
-    )
-    check(q, k, v, state, write_slot, position, accounting, launch)
-    attended = torch.empty_like(q)
-    logits = q.new_empty(launch.logits_floats, dtype=torch.float32)
-    partial = q.new_empty(max(1, launch.partial_floats), dtype=torch.float32)
+    rows, _, group, head_dim = inputs.q.shape
+    slots = inputs.state.scores.shape[1]
+    dtype = str(inputs.state.k_cache.dtype).removeprefix("torch.")
+    launch = launch or LineAttentionLaunch(rows, group, slots, head_dim, dtype)
+    check(inputs, launch)
+    attended = torch.empty_like(inputs.q)
+    logits = inputs.q.new_empty(launch.logits_floats, dtype=torch.float32)
+    partial = inputs.q.new_empty(max(1, launch.partial_floats), dtype=torch.float32)
     kernels.attend[launch.attend_grid](
-        *(q, k, v, *state, write_slot, position, *accounting, attended, logits, partial),
+        *(*inputs.flat(), attended, logits, partial),
         *(launch.slots, launch.part_slots),
         **launch.constants("attend"),
         num_warps=WARPS,
     )
     if launch.split:
         kernels.combine[launch.combine_grid](
-            *(state.scores, state.slot_pos, *accounting, attended, logits, partial),
+            *(inputs.state.scores, inputs.state.slot_pos, *inputs.accounting, attended, logits, partial),
             *(launch.slots, launch.parts),
             **launch.constants("combine"),
             num_warps=WARPS,
@@ -55,16 +46,7 @@ def line_attention(
     return attended
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: LineBufferState,
-    write_slot: Tensor,
-    position: Tensor,
-    accounting: ScoreParams,
-    launch: LineAttentionLaunch,
-) -> None:
+def check(inputs: LineAttentionInputs, launch: LineAttentionLaunch) -> None:
     """Compare every tensor with what ``launch`` says.
 
     Raises:
@@ -72,20 +54,18 @@ def check(
     """
     rows, slots, head = launch.rows, launch.slots, launch.head_dim
     dtype = getattr(torch, launch.dtype)
-    wanted = {
-        "q": (q, (rows, 1, launch.group, head), dtype),
-        "k": (k, (rows, 1, 1, head), dtype),
-        "v": (v, (rows, 1, 1, head), dtype),
-        "k_cache": (state.k_cache, (rows, 1, slots, head), dtype),
-        "v_cache": (state.v_cache, (rows, 1, slots, head), dtype),
-        "scores": (state.scores, (rows, slots), torch.float32),
-        "slot_pos": (state.slot_pos, (rows, slots), torch.int32),
-        "write_slot": (write_slot, (rows,), torch.int64),
-        "position": (position, (rows, 1), torch.int32),
-        "fresh_from": (accounting.fresh_from, (rows, 1), torch.int32),
-        "score_max": (accounting.score_max, (), torch.bool),
-    }
-    for name, (tensor, shape, kind) in wanted.items():
+    wanted = (
+        ((rows, 1, launch.group, head), dtype),
+        *[((rows, 1, 1, head), dtype)] * 2,
+        *[((rows, 1, slots, head), dtype)] * 2,
+        ((rows, slots), torch.float32),
+        ((rows, slots), torch.int32),
+        ((rows,), torch.int64),
+        ((rows, 1), torch.int32),
+        ((rows, 1), torch.int32),
+        ((), torch.bool),
+    )
+    for name, tensor, (shape, kind) in zip(INPUTS, inputs.flat(), wanted, strict=True):
         if tuple(tensor.shape) != shape or tensor.dtype is not kind:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; LineAttention wants {kind} {shape}"

@@ -34,6 +34,20 @@ def _received(logits, row, slot, inside, largest, weight, slots, G: tl.constexpr
 
 
 @triton.jit
+def _store_attended(
+    attended, row, total, weight, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr
+):
+    """Write the weighted mean ``total / weight`` of one row."""
+    g = tl.arange(0, G_PAD)
+    d = tl.arange(0, D_PAD)
+    tl.store(
+        attended + (row * G + g[:, None]) * D + d[None, :],
+        (total / weight[:, None]).to(attended.dtype.element_ty),
+        mask=(g[:, None] < G) & (d[None, :] < D),
+    )
+
+
+@triton.jit
 def attend(
     q,
     k,
@@ -123,11 +137,7 @@ def attend(
         tl.store(base + D_PAD, largest)
         tl.store(base + D_PAD + 1, weight)
     else:
-        tl.store(
-            attended + (row * G + g[:, None]) * D + d[None, :],
-            (total / weight[:, None]).to(attended.dtype.element_ty),
-            mask=(g[:, None] < G) & (d[None, :] < D),
-        )
+        _store_attended(attended, row, total, weight, G, G_PAD, D, D_PAD)
         # Logits were stored by other threads of this program.
         tl.debug_barrier()
         since = tl.load(fresh_from + row)
@@ -178,11 +188,7 @@ def combine(
         total = total * before[:, None] + tl.load(base[:, None] + d[None, :]) * here[:, None]
         largest = highest
     if tl.program_id(1) == 0:
-        tl.store(
-            attended + (row * G + g[:, None]) * D + d[None, :],
-            (total / weight[:, None]).to(attended.dtype.element_ty),
-            mask=(g[:, None] < G) & (d[None, :] < D),
-        )
+        _store_attended(attended, row, total, weight, G, G_PAD, D, D_PAD)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = slot < slots
     held = tl.load(slot_pos + row * slots + slot, mask=inside, other=-1)

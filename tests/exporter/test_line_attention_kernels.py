@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from exporter.tensorrt.launch import line_attention
-from graphs.line_attention import LineBufferState, ScoreParams, reference
+from graphs.line_attention import reference
 from runtime.line_attention_launch import LineAttentionLaunch
-from tests.graphs.test_line_attention import BUFFER, Inputs, random_inputs
+from tests.graphs.test_line_attention import Inputs, bundled, random_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -51,24 +51,10 @@ def poisoned(inputs: Inputs) -> Inputs:
 def check(inputs: Inputs, launch: LineAttentionLaunch | None = None) -> None:
     dtype = inputs["q"].dtype
     wide = {name: t.float() if t.dtype is dtype else t for name, t in inputs.items()}
-    order = ("q", "k", "v")
-    attended, after = reference(
-        *(wide[name] for name in order),
-        LineBufferState(*(wide[name] for name in BUFFER)),
-        wide["write_slot"],
-        wide["position"],
-        ScoreParams(wide["fresh_from"], wide["score_max"]),
-    )
-    given = {name: tensor.to(DEVICE) for name, tensor in poisoned(inputs).items()}
-    state = LineBufferState(*(given[name] for name in BUFFER))
-    found = line_attention(
-        *(given[name] for name in order),
-        state,
-        given["write_slot"],
-        given["position"],
-        ScoreParams(given["fresh_from"], given["score_max"]),
-        launch,
-    )
+    attended, after = reference(bundled(wide))
+    given = bundled({name: tensor.to(DEVICE) for name, tensor in poisoned(inputs).items()})
+    state = given.state
+    found = line_attention(given, launch)
     torch.testing.assert_close(found.cpu().float(), attended, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(state.scores.cpu(), after.scores, atol=3e-6, rtol=1e-6)
     assert torch.equal(state.slot_pos.cpu(), after.slot_pos)

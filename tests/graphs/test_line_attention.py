@@ -13,6 +13,7 @@ from graphs.line_attention import (
     DOMAIN,
     OP_TYPE,
     OPSET,
+    LineAttentionInputs,
     LineBufferState,
     ScoreParams,
     function_proto,
@@ -49,14 +50,18 @@ def random_inputs(rows: int, group: int, slots: int, head_dim: int, seed: int = 
     }
 
 
-def run_reference(inputs: Inputs) -> dict[str, torch.Tensor]:
-    attended, after = reference(
+def bundled(inputs: Inputs) -> LineAttentionInputs:
+    return LineAttentionInputs(
         *(inputs[name] for name in ("q", "k", "v")),
         LineBufferState(*(inputs[name] for name in BUFFER)),
         inputs["write_slot"],
         inputs["position"],
         ScoreParams(inputs["fresh_from"], inputs["score_max"]),
     )
+
+
+def run_reference(inputs: Inputs) -> dict[str, torch.Tensor]:
+    attended, after = reference(bundled(inputs))
     return dict(zip(OUTPUTS, (attended, *after), strict=True))
 
 
