@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -124,6 +127,39 @@ def test_what_tensorrt_cannot_read_is_said_and_leaves_nothing(
     assert "--image-decoder-precision fp16" in result.err
     assert "Traceback" not in result.err
     assert not list((bundle / "engines").iterdir())
+
+
+def running_commands() -> Iterator[str]:
+    """The command lines of all processes."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        # It may have ended.
+        with contextlib.suppress(OSError):
+            yield file.read_text(errors="replace")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="sends POSIX signals and reads /proc")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_leaves_nothing(kind: signal.Signals, half: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(half, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")))
+    # A shell starts jobs in the background with SIGINT ignored.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from runtime.cli import main; main()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "build", bundle, *SM], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(bundle.glob("engines/.rtx.*/prefill.plan")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(kind)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert not list((bundle / "engines").iterdir())
+    assert not any(str(bundle) in command for command in running_commands())
 
 
 def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> None:
