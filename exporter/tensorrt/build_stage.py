@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -80,6 +80,16 @@ def build(job: Job) -> Event:
         def phase_finish(self, phase_name: str) -> None:
             emit(Event(phase_name, self.steps.get(phase_name, 0), self.steps.pop(phase_name, 0)))
 
+    class Writer(trt.IStreamWriter):
+        """Writes the plan while it is serialised, so that it is never whole in memory."""
+
+        def __init__(self, file: BinaryIO) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.file = file
+
+        def write(self, data: bytes) -> int:
+            return self.file.write(data)
+
     begun = time.perf_counter()
     logger, monitor = Logger(), Monitor()
     builder = trt.Builder(logger)
@@ -105,11 +115,11 @@ def build(job: Job) -> Event:
         for index, capability in enumerate(job.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
     layers, aliases = described(trt, network)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        return Event(error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}")
     with Path(job.plan).open("wb") as file:
-        file.write(memoryview(plan))
+        if not builder.build_serialized_network_to_stream(network, config, Writer(file)):
+            return Event(
+                error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}"
+            )
     return Event(seconds=time.perf_counter() - begun, layers=layers, aliases=aliases)
 
 
