@@ -18,11 +18,12 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 
+from exporter.line_evict import as_operation
 from exporter.precision import Weight
 from exporter.weight_storage import lift_weights, store_weights
 from exporter.weights_file import WeightsFile
 from graphs import line_attention
-from graphs.stages import Stage
+from graphs.stages import LineEnd, Stage
 
 PRODUCER = "linert"
 
@@ -42,7 +43,9 @@ def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weigh
         RuntimeError: the tracer failed, or an input that is updated in place has more than one reader.
     """
     model = _trace(stage)
-    lifted = lift_weights(model, tensors)
+    operation = stage.plugin_attributes() if isinstance(stage, LineEnd) else None
+    # An operation's body has no tensors in files.
+    lifted = lift_weights(model, tensors, constants=operation is None)
     with _quiet():
         onnxscript.optimizer.optimize(
             model,
@@ -58,6 +61,8 @@ def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weigh
     if any(node.domain == line_attention.DOMAIN for node in proto.graph.node):
         geometry = stage.geometry
         proto.functions.append(line_attention.function_proto(geometry.query_group, geometry.cache_dtype))
+    if operation is not None:
+        as_operation(proto, operation)
     _check_in_place(proto, stage)
     return proto
 

@@ -23,18 +23,21 @@ INLINE_BYTES = 1024
 COPY_BYTES = 64 << 20
 
 
-def lift_weights(model: ir.Model, tensors: Mapping[str, Weight]) -> dict[str, Weight | Tensor]:
+def lift_weights(
+    model: ir.Model, tensors: Mapping[str, Weight], *, constants: bool = True
+) -> dict[str, Weight | Tensor]:
     """Turn parameters, and constants too large to be inlined, into graph inputs; return what they hold.
 
     Args:
         tensors: what the parameters hold and are stored in, by their name in the graph.
+        constants: False leaves them in the graph, however large.
     """
     lifted: dict[str, Weight | Tensor] = {}
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if name in tensors:
             lifted[name] = tensors[name]
-        elif value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
+        elif constants and value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
             lifted[name] = torch.from_numpy(value.const_value.numpy())
         else:
             continue

@@ -316,6 +316,21 @@ class LineEnd(Stage):
         replaced = left if self.policy.carries_scores else restarted + left
         return torch.stack(chosen), *replaced
 
+    def plugin_attributes(self) -> dict[str, int] | None:
+        """Attributes of the LineEvict operation that this stage is; None where its plugin has no such policy."""
+        if self.policy.plugin_importance is None:
+            return None
+        config = self.geometry.config
+        return {
+            "layers": config.layers,
+            "line_width": config.line_width,
+            "prefix_len": config.prefix_len,
+            "kv_heads": config.kv_heads,
+            "branches": self.geometry.branches,
+            "importance": int(self.policy.plugin_importance),
+            "carries_scores": int(self.policy.carries_scores),
+        }
+
     def _groups(self) -> list[list[int]]:
         """Layers that end their lines together, in one operation instead of one each: runs of the same slots.
 

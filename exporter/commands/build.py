@@ -68,5 +68,5 @@ def summary(engines: Engines) -> str:
     """The plans in a line."""
     size = sum(plan.bytes for plan in engines.plans.values())
     seconds = sum(plan.seconds for plan in engines.plans.values())
-    how = "LineAttention as a plugin" if engines.plugin_version else "LineAttention from standard operators"
+    how = "with plugins" if engines.plugin_version else "from standard operators"
     return f"{len(engines.plans)} stages, {size_text(size)}, {seconds:.0f} s; {how}; for {engines.made_for}"

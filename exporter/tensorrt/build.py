@@ -16,15 +16,18 @@ import msgspec
 
 from exporter.bundle_export import new_folder
 from exporter.tensorrt.build_stage import Event, Job
-from runtime import line_attention_launch
+from runtime import plugins
 from runtime.bundle import Bundle, file_sha256
 from runtime.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, read_engines
 from runtime.errors import BundleError, ExportError
-from runtime.line_attention_launch import LineAttentionLaunch
+from runtime.plugins.line_attention import LineAttentionLaunch
 from runtime.trt_flavour import Flavour
-from runtime.trt_plugin import VERSION as PLUGIN_VERSION
 
-KERNELS = Path(__file__).with_name("line_attention_kernels.py")
+PLUGIN_SOURCES = (
+    *sorted(Path(__file__).parent.glob("*_kernels.py")),
+    *sorted(Path(plugins.__file__).parent.glob("*.py")),
+)
+"""What decides how the plugins in a plan run."""
 
 Progress = Callable[[str, Event], None]
 """Called with a stage's name and an event of its build."""
@@ -83,9 +86,8 @@ class BuildPlan:
         """Version of the plugin and digest of its kernels; empty without it."""
         if not self.plugin:
             return "", ""
-        sources = (KERNELS, Path(line_attention_launch.__file__))
-        digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
-        return PLUGIN_VERSION, digest.hexdigest()
+        digest = hashlib.sha256(b"".join(source.read_bytes() for source in PLUGIN_SOURCES))
+        return plugins.VERSION, digest.hexdigest()
 
     @property
     def version(self) -> str:
@@ -120,11 +122,19 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
                 raise ExportError(f"{error}{_remedy(plan, stage)}") from error
             path = folder / file
             plans[stage] = Plan(
-                file, file_sha256(path), path.stat().st_size, end.seconds, end.layers, end.aliases
+                file,
+                file_sha256(path),
+                path.stat().st_size,
+                end.seconds,
+                end.layers,
+                end.operations,
+                end.aliases,
+                end.weights_bytes,
+                end.activation_bytes,
             )
-            if plan.plugin and stage.startswith("decode") and plans[stage].plugins != manifest.model.layers:
+            if plan.plugin and plans[stage].plugins != end.operations:
                 raise ExportError(
-                    f"{stage} has {plans[stage].plugins} LineAttention plugins in {manifest.model.layers} layers"
+                    f"TensorRT made plugins of {plans[stage].plugins} and not of {end.operations} in {stage}"
                 )
         engines = Engines(
             SCHEMA,

@@ -7,8 +7,10 @@ when the process starts. JOB is a :class:`Job` as JSON; events go to standard ou
 from __future__ import annotations
 
 import functools
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,8 +18,12 @@ from typing import Any, BinaryIO
 import msgspec
 
 from runtime.engines import Layer
+from runtime.plugins import NAMESPACE
+from runtime.plugins.trt import register
 from runtime.trt_flavour import FLAVOURS
-from runtime.trt_plugin import NAMESPACE, make_creator
+
+MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
+"""What TensorRT logs of an engine's device memory."""
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -31,7 +37,10 @@ class Job(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Progress (``phase``, ``step`` of ``steps``), a failure (``error``), or the end (``layers`` and ``seconds``)."""
+    """Progress (``phase``, ``step`` of ``steps``), a failure (``error``), or the end (the rest).
+
+    ``operations``, ``aliases`` and the bytes are those of :class:`runtime.engines.Plan`.
+    """
 
     phase: str = ""
     step: int = 0
@@ -39,7 +48,10 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str = ""
     seconds: float = 0.0
     layers: tuple[Layer, ...] = ()
+    operations: dict[str, int] = {}
     aliases: dict[str, str] = {}
+    weights_bytes: int | None = None
+    activation_bytes: int | None = None
 
 
 def emit(event: Event) -> None:
@@ -51,9 +63,10 @@ def build(job: Job) -> Event:
     """Build and write the plan; the event of its end, or of its failure."""
     trt = FLAVOURS[job.flavour].load()
     messages: list[str] = []
+    memory: dict[str, int] = {}
 
     class Logger(trt.ILogger):
-        """Keeps what TensorRT calls errors."""
+        """Keeps what TensorRT calls errors, and what it says of memory."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -61,6 +74,8 @@ def build(job: Job) -> Event:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 messages.append(message)
+            for kind, size in MEMORY.findall(message):
+                memory[kind] = int(size)
 
     class Monitor(trt.IProgressMonitor):
         """Passes progress on."""
@@ -95,12 +110,12 @@ def build(job: Job) -> Event:
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if job.plugin:
-        from exporter.tensorrt.compile import line_attention_kernels_of
+        from exporter.tensorrt.compile import kernels_of
 
         kernels = functools.cache(
-            lambda launch: line_attention_kernels_of(launch, job.capabilities or (capability_at_hand(),))
+            lambda _, launch: kernels_of(launch, job.capabilities or (capability_at_hand(),))
         )
-        trt.get_plugin_registry().register_creator(make_creator(trt, kernels), NAMESPACE)
+        register(trt, kernels)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.onnx):
         faults = [parser.get_error(index) for index in range(parser.num_errors)]
@@ -120,7 +135,22 @@ def build(job: Job) -> Event:
             return Event(
                 error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}"
             )
-    return Event(seconds=time.perf_counter() - begun, layers=layers, aliases=aliases)
+    return Event(
+        seconds=time.perf_counter() - begun,
+        layers=layers,
+        operations=operations_of(Path(job.onnx)),
+        aliases=aliases,
+        weights_bytes=memory.get("Weights"),
+        activation_bytes=memory.get("Activation"),
+    )
+
+
+def operations_of(onnx_file: Path) -> dict[str, int]:
+    """How many nodes of linert's own operations a file has, by type."""
+    import onnx
+
+    nodes = onnx.load(onnx_file, load_external_data=False).graph.node
+    return dict(Counter(node.op_type for node in nodes if node.domain == NAMESPACE))
 
 
 def described(trt: Any, network: Any) -> tuple[tuple[Layer, ...], dict[str, str]]:
@@ -152,7 +182,7 @@ def capability_at_hand() -> int:
     """
     from cuda.bindings import driver
 
-    from runtime.kernels import checked, current_capability
+    from runtime.plugins.kernels import checked, current_capability
 
     checked(driver, driver.cuInit(0))
     return current_capability(driver, checked(driver, driver.cuDeviceGet(0)))

@@ -9,9 +9,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from exporter.tensorrt import line_attention_kernels
-from runtime.kernels import CompiledKernel, KernelSet
-from runtime.line_attention_launch import WARPS, LineAttentionLaunch
+from exporter.tensorrt import line_attention_kernels, line_evict_kernels
+from runtime.plugins import line_attention, line_evict
+from runtime.plugins.base import Launch
+from runtime.plugins.kernels import CompiledKernel, KernelSet
+from runtime.plugins.line_attention import LineAttentionLaunch
+from runtime.plugins.line_evict import SETTINGS, LineEvictLaunch
 
 PTX_CAPABILITY = 80
 """The text is compiled for the oldest GPU, so that all later ones can take it."""
@@ -23,8 +26,30 @@ TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 ENTRY = re.compile(rb"\.entry\s+\w+\s*\((.*?)\)", re.DOTALL)
 
 
-def line_attention_kernels_of(launch: LineAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:
-    """The kernels that a LineAttention of this shape needs, for GPUs of ``capabilities`` (80 means 8.0) and later ones."""
+def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
+    """The kernels that a launch needs, for GPUs of ``capabilities`` (80 means 8.0) and later ones.
+
+    Raises:
+        TypeError: an operation that has no kernels.
+    """
+    if isinstance(launch, LineAttentionLaunch):
+        return _line_attention(launch, capabilities)
+    if isinstance(launch, LineEvictLaunch):
+        return _line_evict(launch, capabilities)
+    raise TypeError(f"no kernels for {type(launch).__name__}")
+
+
+def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelSet:
+    inputs = ("table", *SETTINGS, "position", "write_slots")
+    scratch = {"keys": "*fp32", "ranks": "*i32", "rows": "i32", "most_slots": "i32"}
+    signature = {**dict.fromkeys(inputs, "*i64"), **scratch}
+    kernel = _compile(
+        line_evict_kernels.line_evict, signature, launch.constants, capabilities, line_evict.WARPS
+    )
+    return KernelSet({"line_evict": kernel})
+
+
+def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:
     held = f"*{TYPES[launch.dtype]}"
     scores = {"scores": "*fp32", "slot_pos": "*i32"}
     accounting = {"fresh_from": "*i32", "score_max": "*i1"}
@@ -46,7 +71,11 @@ def line_attention_kernels_of(launch: LineAttentionLaunch, capabilities: Sequenc
     return KernelSet(
         {
             name: _compile(
-                getattr(line_attention_kernels, name), signatures[name], launch.constants(name), capabilities
+                getattr(line_attention_kernels, name),
+                signatures[name],
+                launch.constants(name),
+                capabilities,
+                line_attention.WARPS,
             )
             for name in names
         }
@@ -58,6 +87,7 @@ def _compile(
     signature: Mapping[str, str],
     constants: Mapping[str, int],
     capabilities: Sequence[int],
+    warps: int,
 ) -> CompiledKernel:
     found = {}
     with triton.knobs.compilation.scope():
@@ -67,7 +97,7 @@ def _compile(
             found[capability] = triton.compile(
                 _source(function, signature, constants),
                 target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": WARPS, "enable_fp_fusion": True},
+                options={"num_warps": warps, "enable_fp_fusion": True},
             )
     oldest = found[PTX_CAPABILITY]
     ptx = oldest.asm["ptx"].encode()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from exporter.tensorrt import line_attention_kernels as kernels
+from exporter.tensorrt.line_evict_kernels import line_evict as line_evict_kernel
 from graphs.line_attention import LineAttentionInputs
-from runtime.line_attention_launch import WARPS, LineAttentionLaunch
-from runtime.trt_plugin import INPUTS
+from runtime.plugins.line_attention import INPUTS, WARPS, LineAttentionLaunch
+from runtime.plugins.line_evict import WARPS as EVICT_WARPS
+from runtime.plugins.line_evict import LineEvictLaunch
 
 
 def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | None = None) -> Tensor:
@@ -72,3 +76,33 @@ def check(inputs: LineAttentionInputs, launch: LineAttentionLaunch) -> None:
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
+
+
+def line_evict(
+    launch: LineEvictLaunch, settings: Sequence[Tensor], scores: Sequence[Tensor], slot_pos: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """What :class:`graphs.stages.LineEnd` does, for the policies that the plugin has.
+
+    Args:
+        settings: capacity ... position, the stage's inputs in front of the state.
+        scores, slot_pos: of every layer.
+
+    Returns:
+        The stage's outputs.
+    """
+    write_slots = settings[0].new_empty(launch.layers, launch.rows, launch.line_width)
+    scores_after = [] if launch.carries_scores else [torch.empty_like(held) for held in scores]
+    after = [torch.empty_like(held) for held in slot_pos]
+    addresses = [
+        [tensor.data_ptr() for tensor in tensors]
+        for tensors in (scores, slot_pos, scores_after or scores, after)
+    ]
+    table = settings[0].new_tensor(launch.table(*addresses))
+    keys = torch.empty(launch.entries, dtype=torch.float32, device=table.device)
+    line_evict_kernel[launch.grid](
+        *(table, *settings, write_slots, keys, torch.empty_like(keys, dtype=torch.int32)),
+        *(launch.rows, launch.most_slots),
+        **launch.constants,
+        num_warps=EVICT_WARPS,
+    )
+    return write_slots, *scores_after, *after

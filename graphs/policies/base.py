@@ -15,6 +15,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from graphs.line_evict import Importance
+
 
 class LineEndParams(NamedTuple):
     """Run-time settings of the cache, int64, of shape ``[]`` unless said otherwise.
@@ -68,13 +70,15 @@ class Policy(ABC):
 
     ``window``: only the last so many queries of a line count in the scores; None counts all of them.
     ``carries_scores``: scores of kept tokens go on from line to line instead of starting again.
-    ``reads_keys``: the policy looks at keys as well.
+    ``reads_keys``: the policy looks at keys as well. ``plugin_importance``: which of the LineEvict plugin's kinds of importance
+    it is; None where a GPU runs the standard operators.
     """
 
     name: ClassVar[str]
     window: ClassVar[int | None] = None
     carries_scores: ClassVar[bool] = False
     reads_keys: ClassVar[bool] = False
+    plugin_importance: ClassVar[Importance | None] = None
 
     @abstractmethod
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphs.line_evict import Importance
 from graphs.policies.base import FinishedLine, LineEndParams, Policy
 
 
@@ -12,6 +13,7 @@ class Full(Policy):
     """The full KV cache. Its capacity holds the whole image, so that only empty slots are ever chosen."""
 
     name = "full"
+    plugin_importance = Importance.NOTHING
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         return torch.zeros_like(line.scores)

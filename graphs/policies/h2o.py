@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from graphs.line_evict import Importance
 from graphs.policies.base import FinishedLine, LineEndParams, Policy
 
 
@@ -12,6 +13,7 @@ class H2O(Policy):
 
     name = "h2o"
     carries_scores = True
+    plugin_importance = Importance.ATTENTION
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         return line.scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graphs.line_evict import Importance
 from graphs.policies.base import FinishedLine, LineEndParams, Policy
 
 
@@ -17,6 +18,7 @@ class Linear(Policy):
     """
 
     name = "linear"
+    plugin_importance = Importance.ATTENTION_PER_QUERY
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         seen_by = (line.position - line.slot_pos).clamp(max=line.line_width)

@@ -45,12 +45,14 @@ def redundancy(line: FinishedLine) -> Tensor:
     directions = keys / keys.square().sum(-1, keepdim=True).sqrt().clamp(min=1e-8)
     similarity = directions @ directions.mT
     # A key is not its own duplicate: no similarity is above 2.
-    bound = torch.where(torch.eye(keys.shape[1], dtype=torch.bool), 2.0, NEAR_DUPLICATE)
+    slot = torch.arange(keys.shape[1])
+    bound = torch.where(slot[:, None] == slot, 2.0, NEAR_DUPLICATE)
     duplicate_pos = torch.where(similarity > bound, line.slot_pos[:, None].float(), -1.0)
     latest = duplicate_pos.argmax(2, keepdim=True)
-    exempt = torch.where(duplicate_pos.gather(2, latest) >= 0, similarity.gather(2, latest), 0.0)
-    # The column sums of the similarities, without the big matrix: its own, and those exempt, do not count.
+    exempt = torch.where((slot == latest) & (duplicate_pos >= 0), similarity, 0.0)
+    # The column sums of the similarities, without the big matrix: its own, and those exempt, do not count. No scatter_add:
+    # TensorRT has no reducing scatter.
     totals = (directions * directions.sum(1, keepdim=True)).sum(-1) - directions.square().sum(-1)
-    counted = totals.scatter_add(1, latest.squeeze(2), -exempt.squeeze(2))
+    counted = totals - exempt.sum(1)
     mean = counted / visible.sum(1, keepdim=True)
     return torch.where(visible, mean, float("-inf")).softmax(-1)

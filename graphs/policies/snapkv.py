@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
+from graphs.line_evict import Importance
 from graphs.policies.base import FinishedLine, LineEndParams, Policy, pool_along_raster
 
 KERNEL = 5
@@ -17,6 +18,7 @@ class SnapKV(Policy):
     """
 
     name = "snapkv"
+    plugin_importance = Importance.POOLED_ATTENTION
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         return pool_along_raster(

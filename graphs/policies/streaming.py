@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from graphs.line_evict import Importance
 from graphs.policies.base import FinishedLine, LineEndParams, Policy
 
 
@@ -14,6 +15,7 @@ class Streaming(Policy):
     """
 
     name = "streaming"
+    plugin_importance = Importance.POSITION
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         return line.slot_pos.float()

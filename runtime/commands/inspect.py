@@ -121,18 +121,30 @@ def _print_plans(bundle: Bundle, stage: str | None, console: Console) -> None:
     for flavour in built_flavours(bundle):
         engines = read_engines(bundle, flavour, digests=False)
         table = Table(
-            *("plan", "bytes", "layers", "LineAttention", "in place"),
-            title=f"{flavour} {engines.version}, for {engines.made_for}",
+            *("plan", "file", "on GPU", "layers", "plugins", "aliases"),
+            box=None,
+            padding=(0, 2, 0, 0),
+            title=f"{flavour} {engines.version}, for {engines.made_for}"
+            + (
+                f", plugins version {engines.plugin_version}"
+                if engines.plugin_version
+                else ", without plugins"
+            ),
             title_justify="left",
         )
         for name, plan in engines.plans.items():
-            if not name.startswith("decode"):
-                how = ""
-            elif plan.plugins:
-                how = f"{plan.plugins} plugins, version {engines.plugin_version}"
-            else:
-                how = "standard operators"
-            table.add_row(name, f"{plan.bytes:,}", str(len(plan.layers)), how, f"{len(plan.aliases)} states")
+            held = plan.plugins
+            how = [
+                f"{held.get(operation, 0)}/{count} {operation}"
+                for operation, count in plan.operations.items()
+            ]
+            memory = "not told"
+            if plan.weights_bytes is not None and plan.activation_bytes is not None:
+                memory = size_text(plan.weights_bytes + plan.activation_bytes)
+            table.add_row(
+                *(name, size_text(plan.bytes), memory, str(len(plan.layers))),
+                *("\n".join(how), str(len(plan.aliases))),
+            )
         console.print(table)
         if stage is not None:
             layers = Table("layer", "kind", "outputs", title=f"layers of {stage}", title_justify="left")

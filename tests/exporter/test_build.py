@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 pytest.importorskip("tensorrt_rtx")
@@ -20,10 +21,10 @@ pytest.importorskip("triton")
 
 from exporter.tensorrt.build import BuildPlan, parse_capabilities
 from runtime.bundle import open_bundle
-from runtime.engines import engines_folder, read_engines
+from runtime.engines import engines_folder, missing_plugins, read_engines
 from runtime.errors import BundleError, ExportError
-from runtime.kernels import KernelSet
-from runtime.line_attention_launch import LineAttentionLaunch
+from runtime.plugins.kernels import CompiledKernel
+from runtime.plugins.line_attention import LineAttentionLaunch
 from runtime.trt_flavour import FLAVOURS
 from tests.conftest import ROOT, TINY, Result
 
@@ -54,21 +55,25 @@ def test_every_stage_has_a_plan_and_every_layer_the_plugin(built: Path) -> None:
     assert engines.capabilities == (80, 89)
     for stage in ("decode", "decode.unfiltered"):
         plan = engines.plans[stage]
-        assert [layer.plugin for layer in plan.layers if layer.plugin] == ["LineAttention"] * TINY.layers
+        assert plan.plugins == plan.operations == {"LineAttention": TINY.layers}
         for layer in range(TINY.layers):
             for name in ("k_cache", "v_cache", "scores", "slot_pos"):
                 assert plan.aliases[f"{name}.{layer}.next"] == f"{name}.{layer}"
-        # What the plugin was compiled to travels in the plan.
-        data = (engines_folder(bundle, "rtx") / plan.file).read_bytes()
-        assert data.count(b"LineAttention") >= TINY.layers
-    assert not engines.plans["vq_decoder"].plugins
+    assert engines.plans["line_end.linear"].plugins == {"LineEvict": 1}
+    assert len(engines.plans["line_end.linear"].layers) == 1
+    assert not engines.plans["vq_decoder"].operations
+    assert missing_plugins(bundle, engines) == []
+    weights = engines.plans["decode"].weights_bytes
+    assert weights is not None
+    assert weights >= 2 * 12 * TINY.layers * TINY.dim**2
 
 
 def test_inspect_tells_what_the_plans_hold(built: Path, linert: Linert) -> None:
     result = linert("inspect", built, "--layers", "decode.unfiltered")
     assert result.code == 0, result.err
-    assert f"{TINY.layers} plugins, version 1" in result.out
-    assert f"{4 * TINY.layers} states" in result.out
+    assert f"{TINY.layers}/{TINY.layers} LineAttention" in result.out
+    assert "1/1 LineEvict" in result.out
+    assert "plugins version 1" in result.out
     assert "SM80, SM89" in result.out
     assert "k_cache.1.next: HALF" in result.out
     told = json.loads(linert("inspect", built, "--json").out)
@@ -91,6 +96,7 @@ def test_without_the_plugin_its_body_is_built(built: Path, linert: Linert, tmp_p
     engines = read_engines(open_bundle(copy), "rtx")
     assert engines.plugin_version == ""
     assert not any(plan.plugins for plan in engines.plans.values())
+    assert "0/1 LineEvict" in linert("inspect", copy).out
     kinds = {layer.kind for layer in engines.plans["decode"].layers}
     assert "SOFTMAX" in kinds
 
@@ -183,18 +189,20 @@ def test_launches_follow_the_state(half: Path) -> None:
 def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
     compiled = tmp_path / "kernels"
     script = (
-        "import sys; from pathlib import Path\n"
-        "from exporter.tensorrt.compile import line_attention_kernels_of\n"
-        "from runtime.line_attention_launch import LineAttentionLaunch\n"
-        "found = line_attention_kernels_of(LineAttentionLaunch(24, 1, 97, 100, 'bfloat16'), [80, 90])\n"
-        "Path(sys.argv[1]).write_bytes(found.encode())\n"
+        "import sys, msgspec; from pathlib import Path\n"
+        "from exporter.tensorrt.compile import kernels_of\n"
+        "from runtime.plugins.line_attention import LineAttentionLaunch\n"
+        "from runtime.plugins.line_evict import LineEvictLaunch\n"
+        "found = kernels_of(LineAttentionLaunch(24, 1, 97, 100, 'bfloat16'), [80, 90]).kernels\n"
+        "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90]).kernels\n"
+        "Path(sys.argv[1]).write_bytes(msgspec.msgpack.encode(found))\n"
     )
     # A process of its own: in this one kernels are interpreted.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", script, compiled], env=environment, cwd=ROOT, check=True)
-    kernels = KernelSet.decode(compiled.read_bytes())
-    assert set(kernels.kernels) == {"attend", "combine"}
-    for kernel in kernels.kernels.values():
+    kernels = msgspec.msgpack.decode(compiled.read_bytes(), type=dict[str, CompiledKernel])
+    assert set(kernels) == {"attend", "combine", "line_evict"}
+    for kernel in kernels.values():
         assert set(kernel.cubins) == {80, 90}
         assert all(code.startswith(b"\x7fELF") for code in kernel.cubins.values())
         assert b".target sm_80" in kernel.ptx

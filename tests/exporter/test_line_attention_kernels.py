@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from exporter.tensorrt.launch import line_attention
 from graphs.line_attention import reference
-from runtime.line_attention_launch import LineAttentionLaunch
+from runtime.plugins.line_attention import LineAttentionLaunch
 from tests.graphs.test_line_attention import Inputs, bundled, random_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,17 +1,40 @@
-"""How the LineAttention kernels are launched: blocks, parts and scratch memory of a shape.
+"""LineAttention as a plugin: its tensors, and how its kernels are launched on a shape.
 
-The exporter compiles kernels for it and the plugin launches them by it, so that both see the same numbers. Axes: R =
-sequences x KV heads, G = query heads of a KV head, C = slots, D = head size.
+The exporter compiles kernels for a :class:`LineAttentionLaunch` and the plugin launches them by it, so that both see the
+same numbers. Axes: R = sequences x KV heads, G = query heads of a KV head, C = slots, D = head size.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
+
+from runtime.plugins.base import HELD, HELD_TYPES, Launch, Operation, TensorKind
+from runtime.plugins.kernels import DeviceKernels
+
+INPUTS = {
+    "q": HELD,
+    "k": HELD,
+    "v": HELD,
+    "k_cache": HELD,
+    "v_cache": HELD,
+    "scores": "float32",
+    "slot_pos": "int32",
+    "write_slot": "int64",
+    "position": "int32",
+    "fresh_from": "int32",
+    "score_max": "bool",
+}
+"""Type of each input (see :mod:`graphs.line_attention`)."""
+
+ALIASED = ("k_cache", "v_cache", "scores", "slot_pos")
+"""Inputs that the outputs behind the first are written over."""
 
 MAX_SLOTS = 8192
 MAX_GROUP = 16
 MAX_HEAD = 256
-DTYPES = ("float32", "float16", "bfloat16")
 
 TILE = 4096
 """Numbers of K that a program works on at a time."""
@@ -41,8 +64,8 @@ class LineAttentionLaunch:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.dtype not in DTYPES:
-            faults.append(f"caches of {self.dtype}; can be {', '.join(DTYPES)}")
+        if self.dtype not in HELD_TYPES:
+            faults.append(f"caches of {self.dtype}; can be {', '.join(HELD_TYPES)}")
         if not 1 <= self.slots <= MAX_SLOTS:
             faults.append(f"{self.slots} slots; can be 1 to {MAX_SLOTS}")
         if not 1 <= self.group <= MAX_GROUP:
@@ -116,6 +139,56 @@ class LineAttentionLaunch:
             "BLOCK": self.block,
         }
         return found | {"SPLIT": int(self.split)} if kernel == "attend" else found
+
+
+@dataclass(frozen=True)
+class LineAttention(Operation):
+    """Write a token into its slots, attend over the line buffer, account for the attention."""
+
+    name: ClassVar[str] = "LineAttention"
+    launch_type: ClassVar[type[Launch]] = LineAttentionLaunch
+
+    @property
+    def input_types(self) -> tuple[str, ...]:
+        return tuple(INPUTS.values())
+
+    @property
+    def output_types(self) -> tuple[str, ...]:
+        return HELD, *(INPUTS[name] for name in ALIASED)
+
+    def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        shapes = dict(zip(INPUTS, inputs, strict=True))
+        return [shapes["q"], *(shapes[name] for name in ALIASED)]
+
+    def aliased_input(self, output: int) -> int:
+        return list(INPUTS).index(ALIASED[output - 1]) if output else -1
+
+    def launch(self, inputs: Sequence[TensorKind]) -> LineAttentionLaunch:
+        kinds = dict(zip(INPUTS, inputs, strict=True))
+        rows, _, group, head_dim = kinds["q"].shape
+        return LineAttentionLaunch(rows, group, kinds["scores"].shape[1], head_dim, kinds["q"].dtype)
+
+    def enqueue(
+        self,
+        launch: LineAttentionLaunch,
+        kernels: DeviceKernels,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        scratch: int,
+        stream: int,
+    ) -> None:
+        at = {name: ctypes.c_void_p(address) for name, address in zip(INPUTS, inputs, strict=True)}
+        results = (
+            ctypes.c_void_p(outputs[0]),
+            ctypes.c_void_p(scratch),
+            ctypes.c_void_p(scratch + 4 * launch.logits_floats),
+        )
+        slots, of_part = ctypes.c_int32(launch.slots), ctypes.c_int32(launch.part_slots)
+        kernels["attend"](launch.attend_grid, stream, *at.values(), *results, slots, of_part)
+        if launch.split:
+            read = (at[name] for name in ("scores", "slot_pos", "fresh_from", "score_max"))
+            parts = ctypes.c_int32(launch.parts)
+            kernels["combine"](launch.combine_grid, stream, *read, *results, slots, parts)
 
 
 def power_of_two(number: int) -> int:

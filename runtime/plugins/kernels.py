@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -37,14 +38,6 @@ class KernelSet(msgspec.Struct, frozen=True):
     """The kernels of a plugin by the names that it calls them."""
 
     kernels: dict[str, CompiledKernel]
-
-    def encode(self) -> bytes:
-        return msgspec.msgpack.encode(self)
-
-    @staticmethod
-    def decode(data: bytes) -> KernelSet:
-        """Raises msgspec.DecodeError where ``data`` is no kernel set."""
-        return msgspec.msgpack.decode(data, type=KernelSet)
 
 
 class LoadedKernel:
@@ -87,6 +80,46 @@ class LoadedKernel:
 
     def unload(self) -> None:
         checked(self.driver, self.driver.cuModuleUnload(self._module))
+
+
+class DeviceKernels:
+    """The kernels of one plugin on the current device, and the small tables that they read.
+
+    Args:
+        driver: ``cuda.bindings.driver``.
+    """
+
+    def __init__(self, kernels: Mapping[str, LoadedKernel], driver: Any) -> None:
+        self.driver = driver
+        self._kernels = kernels
+        self._tables: dict[tuple[int, ...], int] = {}
+        weakref.finalize(self, _free_host, driver, self._tables)
+
+    def __getitem__(self, name: str) -> LoadedKernel:
+        return self._kernels[name]
+
+    def table(self, numbers: Sequence[int], address: int, stream: int) -> None:
+        """Copy ``numbers`` to ``address`` on the device as int64, on ``stream``.
+
+        They lie in page-locked memory that is never written again, so that a CUDA graph in which the copy was captured can be
+        replayed at any time. Memory is allocated when numbers are new, which must not be while a graph is captured.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
+        key = tuple(numbers)
+        size = 8 * len(key)
+        if key not in self._tables:
+            host = int(checked(self.driver, self.driver.cuMemHostAlloc(size, 0)))
+            ctypes.memmove(host, (ctypes.c_int64 * len(key))(*key), size)
+            self._tables[key] = host
+        checked(self.driver, self.driver.cuMemcpyHtoDAsync(address, self._tables[key], size, stream))
+
+
+def _free_host(driver: Any, tables: Mapping[tuple[int, ...], int]) -> None:
+    # The device may be gone already, and its memory with it: errors mean nothing here.
+    for host in tables.values():
+        driver.cuMemFreeHost(host)
 
 
 def current_capability(driver: Any, device: Any) -> int:

@@ -1,0 +1,16 @@
+"""Operations that TensorRT runs as plugins: one file each, registered here."""
+
+from __future__ import annotations
+
+from runtime.plugins.base import Operation
+from runtime.plugins.line_attention import LineAttention
+from runtime.plugins.line_evict import LineEvict
+
+NAMESPACE, VERSION = "linert", "1"
+CONTENTS = "linert_contents"
+"""The field in which a plan stores a plugin: attributes, launch parameters, kernels."""
+
+
+OPERATIONS: dict[str, type[Operation]] = {
+    operation.name: operation for operation in (LineAttention, LineEvict)
+}

@@ -1,0 +1,75 @@
+"""What an operation has to say of itself to become a plugin, in terms that need no TensorRT."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from runtime.plugins.kernels import DeviceKernels
+
+HELD = "held"
+"""Type of tensors that have the type of the first input: one of :data:`HELD_TYPES`."""
+
+HELD_TYPES = ("float32", "float16", "bfloat16")
+
+
+class TensorKind(NamedTuple):
+    """Type and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Launch(Protocol):
+    """How an operation of one shape is launched; a dataclass of numbers, stored in the plan."""
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that a launch needs beside its inputs and outputs."""
+
+
+class Operation(ABC):
+    """An operation of the domain ``linert``. Subclasses are frozen dataclasses; their fields are the attributes, all
+    integers, that its ONNX node has."""
+
+    name: ClassVar[str]
+    launch_type: ClassVar[type[Launch]]
+
+    @property
+    @abstractmethod
+    def input_types(self) -> tuple[str, ...]:
+        """Type of each input, or :data:`HELD`."""
+
+    @property
+    @abstractmethod
+    def output_types(self) -> tuple[str, ...]:
+        """Type of each output, or :data:`HELD`."""
+
+    @abstractmethod
+    def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Shape of each output where the inputs have these."""
+
+    def aliased_input(self, output: int) -> int:
+        """Number of the input that an output is written over; -1 where it has memory of its own."""
+        return -1
+
+    @abstractmethod
+    def launch(self, inputs: Sequence[TensorKind]) -> Launch:
+        """How it is launched on these inputs.
+
+        Raises:
+            ValueError: the kernels cannot do that; the message says what they can.
+        """
+
+    @abstractmethod
+    def enqueue(
+        self,
+        launch: Any,
+        kernels: DeviceKernels,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        scratch: int,
+        stream: int,
+    ) -> None:
+        """Launch on ``stream``; inputs, outputs and scratch memory are device addresses."""

@@ -1,0 +1,185 @@
+"""LineEvict as a plugin: a line's end for all layers in one launch.
+
+Axes: L = layers, B = sequences, H = KV heads, R = B H, C = slots of a layer, W = line width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from runtime.plugins.base import Launch, Operation, TensorKind
+from runtime.plugins.kernels import DeviceKernels
+
+SETTINGS = (
+    "capacity",
+    "recent_tokens",
+    "anchor_tokens",
+    "strict",
+    "score_max",
+    "average_heads",
+    "share_guidance",
+)
+"""Inputs in front of the state, int64; ``capacity`` ``[L]``, the others scalars."""
+
+BLOCK = 64
+"""Slots that a program compares with as many others at a time."""
+
+WARPS = 4
+ADDRESSES = 5
+"""Numbers a layer in the table: its slots, and where its scores, its positions and the new ones of both lie."""
+
+MAX_SLOTS = 8192
+
+
+@dataclass(frozen=True)
+class LineEvictLaunch:
+    """Launch parameters of one stage: ``slots`` of each layer, the rest as :class:`LineEvict`.
+
+    Raises:
+        ValueError: the kernel cannot do that; the message says what it can.
+    """
+
+    slots: tuple[int, ...]
+    rows: int
+    line_width: int
+    prefix_len: int
+    kv_heads: int
+    branches: int
+    importance: int
+    carries_scores: int
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not all(self.line_width <= slots <= MAX_SLOTS for slots in self.slots):
+            faults.append(f"{self.slots} slots; can be a line's {self.line_width} to {MAX_SLOTS}")
+        if self.rows < 1 or self.rows % (self.kv_heads * self.branches):
+            faults.append(f"{self.rows} rows; must be a multiple of {self.kv_heads} heads x {self.branches}")
+        if faults:
+            raise ValueError(f"LineEvict: {'; '.join(faults)}")
+
+    @property
+    def layers(self) -> int:
+        return len(self.slots)
+
+    @property
+    def most_slots(self) -> int:
+        return max(self.slots)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.rows, self.layers, 1
+
+    @property
+    def entries(self) -> int:
+        """Slots of all rows and layers, each layer taken as large as the largest."""
+        return self.layers * self.rows * self.most_slots
+
+    @property
+    def table_bytes(self) -> int:
+        return -(-8 * ADDRESSES * self.layers // 256) * 256
+
+    @property
+    def scratch_bytes(self) -> int:
+        """The table, then a float32 and an int32 for every entry."""
+        return self.table_bytes + 8 * self.entries
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time parameters of the kernel."""
+        return {
+            "HEADS": self.kv_heads,
+            "BRANCHES": self.branches,
+            "PREFIX": self.prefix_len,
+            "W": self.line_width,
+            "KIND": self.importance,
+            "CARRIES": self.carries_scores,
+            "BLOCK": BLOCK,
+        }
+
+    def table(self, *addresses: Sequence[int]) -> list[int]:
+        """The table's numbers from the addresses of every layer's scores, positions, new scores and new positions."""
+        return [number for row in zip(self.slots, *addresses, strict=True) for number in row]
+
+
+@dataclass(frozen=True)
+class LineEvict(Operation):
+    """Choose the slots that the next line overwrites and evict what they hold.
+
+    Inputs: :data:`SETTINGS`, ``position [B]`` int64, then ``scores [R, C]`` float32 and ``slot_pos [R, C]`` int32 of every
+    layer. Outputs: ``write_slots [L, R, W]`` int64, new scores of every layer unless they are carried on, new positions.
+
+    ``branches``: 2 where unconditional rows follow the conditional ones. ``importance``: a number of
+    :class:`graphs.line_evict.Importance`.
+    """
+
+    name: ClassVar[str] = "LineEvict"
+    launch_type: ClassVar[type[Launch]] = LineEvictLaunch
+
+    layers: int = 0
+    line_width: int = 0
+    prefix_len: int = 0
+    kv_heads: int = 0
+    branches: int = 0
+    importance: int = 0
+    carries_scores: int = 0
+
+    @property
+    def input_types(self) -> tuple[str, ...]:
+        numbers = ("int64",) * (len(SETTINGS) + 1)
+        return (*numbers, *("float32",) * self.layers, *("int32",) * self.layers)
+
+    @property
+    def output_types(self) -> tuple[str, ...]:
+        scores = () if self.carries_scores else ("float32",) * self.layers
+        return "int64", *scores, *("int32",) * self.layers
+
+    def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        layers = self._layers(inputs)
+        rows = layers[0][0]
+        scores = [] if self.carries_scores else layers
+        return [(self.layers, rows, self.line_width), *scores, *layers]
+
+    def launch(self, inputs: Sequence[TensorKind]) -> LineEvictLaunch:
+        layers = self._layers([kind.shape for kind in inputs])
+        return LineEvictLaunch(
+            tuple(slots for _, slots in layers),
+            layers[0][0],
+            self.line_width,
+            self.prefix_len,
+            self.kv_heads,
+            self.branches,
+            self.importance,
+            self.carries_scores,
+        )
+
+    def _layers(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """``(rows, slots)`` of each layer."""
+        return [tuple(shape) for shape in inputs[-self.layers :]]
+
+    def enqueue(
+        self,
+        launch: LineEvictLaunch,
+        kernels: DeviceKernels,
+        inputs: Sequence[int],
+        outputs: Sequence[int],
+        scratch: int,
+        stream: int,
+    ) -> None:
+        layers = self.layers
+        settings, state = inputs[: len(SETTINGS) + 1], inputs[len(SETTINGS) + 1 :]
+        write_slots, after = outputs[0], outputs[1:]
+        scores_after = [0] * layers if self.carries_scores else after[:layers]
+        table = launch.table(state[:layers], state[layers:], scores_after, after[-layers:])
+        kernels.table(table, scratch, stream)
+        keys = scratch + launch.table_bytes
+        pointers = (scratch, *settings, write_slots, keys, keys + 4 * launch.entries)
+        numbers = (launch.rows, launch.most_slots)
+        kernels["line_evict"](
+            launch.grid,
+            stream,
+            *(ctypes.c_void_p(pointer) for pointer in pointers),
+            *(ctypes.c_int32(number) for number in numbers),
+        )

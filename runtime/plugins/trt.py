@@ -1,0 +1,196 @@
+"""Operations as plugins of TensorRT and TensorRT for RTX, one implementation for both.
+
+At build time kernels are handed to the creator; a plan carries them as a field, so that where it runs neither Triton nor a
+compiler is needed, only the CUDA driver.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from runtime.plugins import CONTENTS, NAMESPACE, OPERATIONS, VERSION
+from runtime.plugins.base import HELD, HELD_TYPES, Launch, Operation, TensorKind
+from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel, checked, current_capability
+
+Compile = Callable[[Operation, Launch], KernelSet]
+
+
+class Contents(msgspec.Struct, frozen=True):
+    """What a plan stores of a plugin: attributes, launch parameters, kernels."""
+
+    attributes: dict[str, int]
+    launch: dict[str, Any]
+    kernels: KernelSet
+
+
+class Devices:
+    """Kernels loaded on the current device, each once however many layers use it."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[tuple[int, bytes], dict[str, LoadedKernel]] = {}
+
+    def load(self, kernels: KernelSet) -> DeviceKernels:
+        """Ready-made launches of ``kernels``.
+
+        Raises:
+            RuntimeError: the driver refuses them.
+            ImportError: cuda-bindings are not installed.
+        """
+        from cuda.bindings import driver
+
+        device = checked(driver, driver.cuCtxGetDevice())
+        key = int(device), msgspec.msgpack.encode(kernels)
+        if key not in self._loaded:
+            capability = current_capability(driver, device)
+            self._loaded[key] = {
+                name: LoadedKernel(kernel, driver, capability) for name, kernel in kernels.kernels.items()
+            }
+        return DeviceKernels(self._loaded[key], driver)
+
+
+def register(trt: Any, compile_kernels: Compile | None = None) -> None:
+    """Register every operation with ``trt`` (the module ``tensorrt`` or ``tensorrt_rtx``), where it was not yet.
+
+    Args:
+        compile_kernels: what makes kernels while a plan is built; plans can be run without.
+    """
+    registry = trt.get_plugin_registry()
+    known = {(creator.name, creator.plugin_namespace) for creator in registry.all_creators}
+    for operation in OPERATIONS.values():
+        if (operation.name, NAMESPACE) not in known:
+            registry.register_creator(make_creator(trt, operation, compile_kernels), NAMESPACE)
+
+
+def make_creator(trt: Any, kind: type[Operation], compile_kernels: Compile | None = None) -> Any:
+    """A plugin creator for one operation; see :func:`register`."""
+    devices = Devices()
+    types = {name: getattr(trt, name) for name in (*HELD_TYPES, "int32", "int64", "bool")}
+    names = {kind: name for name, kind in types.items()}
+    attributes = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
+        """The operation with its attributes; with kernels once it is configured."""
+
+        def __init__(
+            self, operation: Operation, launch: Launch | None = None, kernels: KernelSet | None = None
+        ) -> None:
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuildV2.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.plugin_namespace, self.plugin_name, self.plugin_version = NAMESPACE, kind.name, VERSION
+            self.operation, self.launch, self.kernels = operation, launch, kernels
+            self.num_outputs = len(operation.output_types)
+            self.loaded: DeviceKernels | None = None
+
+        def get_capability_interface(self, interface: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            copy = Plugin(self.operation, self.launch, self.kernels)
+            copy.loaded = self.loaded
+            return copy
+
+        def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
+            return [input_types[0] if name == HELD else types[name] for name in self.operation.output_types]
+
+        def get_output_shapes(
+            self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
+        ) -> list[Any]:
+            shapes = [tuple(side.get_constant_value() for side in shape) for shape in inputs]
+            return [
+                trt.DimsExprs([builder.constant(side) for side in shape])
+                for shape in self.operation.output_shapes(shapes)
+            ]
+
+        def get_aliased_input(self, output_index: int) -> int:
+            return self.operation.aliased_input(output_index)
+
+        def supports_format_combination(self, pos: int, in_out: Sequence[Any], num_inputs: int) -> bool:
+            described = in_out[pos].desc
+            if described.format != trt.TensorFormat.LINEAR:
+                return False
+            wanted = (*self.operation.input_types, *self.operation.output_types)[pos]
+            if wanted == HELD:
+                return names.get(described.type) in HELD_TYPES and described.type == in_out[0].desc.type
+            return bool(described.type == types[wanted])
+
+        def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            if compile_kernels is None:
+                raise RuntimeError(f"a plan with {kind.name} can only be built by linert build")
+            kinds = [TensorKind(names[held.desc.type], tuple(held.desc.dims)) for held in inputs]
+            self.launch = self.operation.launch(kinds)
+            self.kernels = compile_kernels(self.operation, self.launch)
+
+        def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+            """Shapes are static."""
+
+        def get_workspace_size(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+            return self.launch.scratch_bytes if self.launch else 0
+
+        def get_valid_tactics(self) -> list[int]:
+            return [1]
+
+        def set_tactic(self, tactic: int) -> None:
+            """There is one."""
+
+        def get_fields_to_serialize(self) -> Any:
+            data = np.frombuffer(self.contents(), np.int8)
+            return trt.PluginFieldCollection([trt.PluginField(CONTENTS, data, trt.PluginFieldType.INT8)])
+
+        def contents(self) -> bytes:
+            """What the plan stores, compressed: a quarter of the size, and every layer has its own."""
+            if self.launch is None or self.kernels is None:
+                return b""
+            launch = msgspec.to_builtins(self.launch)
+            held = Contents(asdict(self.operation), launch, self.kernels)  # type: ignore[call-overload]
+            return zlib.compress(msgspec.msgpack.encode(held))
+
+        def attach_to_context(self, context: Any) -> Any:
+            copy = self.clone()
+            if copy.kernels is not None:
+                copy.loaded = devices.load(copy.kernels)
+            return copy
+
+        def enqueue(
+            self,
+            input_desc: Sequence[Any],
+            output_desc: Sequence[Any],
+            inputs: Sequence[int],
+            outputs: Sequence[int],
+            workspace: int,
+            stream: int,
+        ) -> None:
+            if self.launch is None or self.loaded is None:
+                raise RuntimeError(f"{kind.name} has no kernels loaded")
+            self.operation.enqueue(self.launch, self.loaded, inputs, outputs, workspace, stream)
+
+    class Creator(trt.IPluginCreatorV3One):
+        """Makes plugins for the parser, which gives attributes, and for plans, which give what they stored."""
+
+        def __init__(self) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_namespace, self.plugin_version = kind.name, NAMESPACE, VERSION
+            numbers = [
+                trt.PluginField(name, np.array([], np.int32), trt.PluginFieldType.INT32)
+                for name in attributes
+            ]
+            stored = trt.PluginField(CONTENTS, np.array([], np.int8), trt.PluginFieldType.INT8)
+            self.field_names = trt.PluginFieldCollection([*numbers, stored])
+
+        def create_plugin(self, name: str, given: Any, phase: Any) -> Any:
+            found = {field.name: field.data for field in given}
+            stored = bytes(found.pop(CONTENTS, b""))
+            if not stored:
+                return Plugin(kind(**{name: int(found[name][0]) for name in attributes}))
+            held = msgspec.msgpack.decode(zlib.decompress(stored), type=Contents)
+            launch = msgspec.convert(held.launch, kind.launch_type)
+            return Plugin(kind(**held.attributes), launch, held.kernels)
+
+    return Creator()

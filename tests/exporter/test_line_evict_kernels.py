@@ -1,0 +1,143 @@
+"""The LineEvict kernel against the traced stage: interpreted on the CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from exporter.tensorrt.launch import line_evict
+from graphs.families.llamagen import LlamaGenConfig
+from graphs.policies import POLICIES
+from graphs.stages import Geometry, LineEnd
+from runtime.plugins.line_evict import LineEvict, LineEvictLaunch
+from tests.exporter.test_line_attention_kernels import DEVICE
+
+NAMES = sorted(name for name, policy in POLICIES.items() if policy.plugin_importance is not None)
+GRID = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A stage and settings; ``budgets`` in lines, one a layer, ``spare`` slots beyond the largest."""
+
+    policy: str
+    budgets: tuple[int, ...]
+    guided: bool
+    recent: int
+    anchors: int
+    flags: tuple[bool, bool, bool, bool]
+    seed: int
+    heads: int = 2
+    spare: int = 0
+
+    @property
+    def stage(self) -> LineEnd:
+        config = LlamaGenConfig(
+            len(self.budgets), 4 * self.heads, self.heads, 8, 16, 2, grid=GRID, prefix_len=1
+        )
+        capacities = tuple(1 + lines * GRID + self.spare for lines in self.budgets)
+        return LineEnd(POLICIES[self.policy](), Geometry(config, 2, self.guided, capacities))
+
+
+def tensors_of(
+    case: Case, stage: LineEnd
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Settings, scores and positions in the middle of an image.
+
+    Scores are multiples of 1/64, of which there are few: sums are exact and many are equal. Rows that share a choice hold the
+    same positions, as they would.
+    """
+    generator = torch.Generator().manual_seed(case.seed)
+    rows = stage.geometry.rows
+    now = 1 + 4 * GRID
+    settings = [
+        torch.tensor([1 + lines * GRID for lines in case.budgets]),
+        torch.tensor(case.recent),
+        torch.tensor(case.anchors),
+        *(torch.tensor(int(flag)) for flag in case.flags),
+        torch.full((stage.geometry.sequences,), now),
+    ]
+    scores, slot_pos = [], []
+    shared = case.flags[2] or case.flags[3]
+    for capacity in stage.geometry.capacities:
+        scores.append(torch.randint(0, 40, (rows, capacity), generator=generator) / 64)
+        held = torch.full((rows, capacity), -1, dtype=torch.int32)
+        for row in range(rows):
+            some = torch.randperm(now - 1, generator=generator)[: capacity - 1] + 1
+            held[row, 1 : 1 + len(some)] = some.to(torch.int32)
+        held[:, 0] = 0
+        held[torch.rand(rows, capacity, generator=generator) < 0.1] = -1
+        slot_pos.append(held[:1].expand(rows, -1).contiguous() if shared else held)
+    return settings, scores, slot_pos
+
+
+def check(case: Case) -> None:
+    stage = case.stage
+    attributes = stage.plugin_attributes()
+    assert attributes is not None
+    settings, scores, slot_pos = tensors_of(case, stage)
+    wanted = stage(*settings, *scores, *slot_pos)
+    capacities = stage.geometry.capacities
+    launch = LineEvictLaunch(capacities, stage.geometry.rows, *list(attributes.values())[1:])
+    found = line_evict(
+        launch, *([tensor.to(DEVICE) for tensor in part] for part in (settings, scores, slot_pos))
+    )
+    for spec, ours, theirs in zip(stage.outputs, found, wanted, strict=True):
+        assert torch.equal(ours.cpu(), theirs), spec.name
+
+
+@given(
+    policy=st.sampled_from(NAMES),
+    budgets=st.lists(st.integers(3, 5), min_size=1, max_size=3).map(tuple),
+    guided=st.booleans(),
+    recent=st.integers(0, GRID),
+    anchors=st.integers(0, GRID),
+    flags=st.tuples(*[st.booleans()] * 4),
+    seed=st.integers(0, 1000),
+    spare=st.integers(0, 70),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_kernel_does_what_the_stage_does(
+    policy: str,
+    budgets: tuple[int, ...],
+    guided: bool,
+    recent: int,
+    anchors: int,
+    flags: tuple[bool, bool, bool, bool],
+    seed: int,
+    spare: int,
+) -> None:
+    check(
+        Case(policy, budgets, guided, recent, anchors, (*flags[:3], flags[3] and guided), seed, spare=spare)
+    )
+
+
+@pytest.mark.parametrize("policy", NAMES)
+def test_more_slots_than_a_program_looks_at(policy: str) -> None:
+    check(Case(policy, (12, 20, 12), True, 3, 2, (True, False, False, False), 5, heads=1))
+
+
+def test_shapes_and_types_of_the_plugin_are_the_stage_s() -> None:
+    for name in NAMES:
+        stage = Case(name, (3, 4), True, 0, 0, (False,) * 4, 0).stage
+        attributes = stage.plugin_attributes()
+        assert attributes is not None
+        operation = LineEvict(**attributes)
+        types = {torch.int64: "int64", torch.int32: "int32", torch.float32: "float32"}
+        assert operation.input_types == tuple(types[spec.dtype] for spec in stage.inputs)
+        assert operation.output_types == tuple(types[spec.dtype] for spec in stage.outputs)
+        shapes = operation.output_shapes([spec.shape for spec in stage.inputs])
+        assert shapes == [spec.shape for spec in stage.outputs]
+
+
+def test_shapes_that_the_kernel_cannot_do_are_refused() -> None:
+    with pytest.raises(ValueError, match="9000"):
+        LineEvictLaunch((9000,), 4, 24, 1, 2, 2, 0, 0)
+    with pytest.raises(ValueError, match="5 rows"):
+        LineEvictLaunch((97,), 5, 24, 1, 2, 2, 0, 0)
