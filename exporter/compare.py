@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from exporter.compare_grid import Cell, labels_of
 from exporter.quality import measure_rows
 from exporter.timing import decode_backend, step_times
+from runtime.backend import Backend
 from runtime.bench import milliseconds
 from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, begin, run_step
 from runtime.manifest import Record, SamplingSettings
 from runtime.metrics import Bootstrap, Interval, Metric
-from runtime.ort import OrtBackend
 from runtime.output import RUN_NAME, RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
 
 CELLS = "cells"
@@ -241,7 +241,7 @@ class Comparison:
         for number, (_, budget) in enumerate(turns):
             self.progress("timing decode", number, len(turns))
             with decode_backend(
-                self.generator.bundle, stage, budget, self.generator.backend.threads
+                self.generator.bundle, stage, budget, self.generator.options.threads
             ) as backend:
                 decode[budget] += step_times(backend, stage, self.manifest)
         line_ends = {}
@@ -275,7 +275,7 @@ def distances(
     return {"kl": np.array(kl), "top1": np.array(top1)}
 
 
-def forced_logits(backend: OrtBackend, batch: Batch, tokens: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+def forced_logits(backend: Backend, batch: Batch, tokens: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
     """The logits ``[B, V]`` before each token of an image, when ``tokens [n, N]`` are fed whatever is drawn."""
     missing = backend.bundle.manifest.images - len(tokens)
     fed = np.pad(tokens, ((0, missing), (0, 0)), mode="edge")

@@ -15,6 +15,7 @@ from exporter.bundle_export import export_bundle
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.precision import PrecisionPlan
 from exporter.sources import plan_like
+from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator, PixelDecoder
 from runtime.geometry import CacheSettings
@@ -56,7 +57,7 @@ def quality_cost(
     cache: CacheSettings,
     metrics: Sequence[Metric],
     *,
-    threads: int,
+    options: BackendOptions,
     progress: Progress,
 ) -> list[QualityCost]:
     """Draw ``samples`` from ``bundle`` and from a float32 bundle like it, which is exported for the purpose.
@@ -68,8 +69,9 @@ def quality_cost(
         plan = plan_like(bundle, transformer, image_decoder, PrecisionPlan())
         wide = export_bundle(plan, Path(folder) / "float32", report=lambda line: None)
         found = []
-        for name, path in (("bundle", bundle.path), ("float32", wide)):
-            generator = Generator(open_bundle(path, digests=False), threads=threads)
+        on_cpu = BackendOptions(threads=options.threads)
+        for name, path, chosen in (("bundle", bundle.path, options), ("float32", wide, on_cpu)):
+            generator = Generator(open_bundle(path, digests=False), chosen)
             tokens = []
             for group in generator.batches(samples):
                 progress(f"{name} draws", sum(map(len, tokens)), len(samples))

@@ -7,7 +7,8 @@ images[0].picture().save("three.png")
 
 from __future__ import annotations
 
+from runtime.backends import BackendName, BackendOptions
 from runtime.errors import LinertError
 from runtime.generator import Generator, Image
 
-__all__ = ["Generator", "Image", "LinertError"]
+__all__ = ["BackendName", "BackendOptions", "Generator", "Image", "LinertError"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,12 +16,26 @@ from runtime.manifest import StageSpec, TensorSpec
 Array = NDArray[np.generic]
 
 
+class DeviceMemory(Protocol):
+    """Memory of a GPU."""
+
+    @property
+    def name(self) -> str:
+        """As the driver calls the device."""
+
+    def copy_bandwidth(self) -> float:
+        """Bytes a second that a copy on the device reads and writes."""
+
+
 class Backend(ABC):
     """Named tensors that live on a device, and stages that read and replace them.
 
     Every input and output name of the loaded stages is one tensor: stages that use the same name share it. A
     state keeps its memory for the life of the backend.
     """
+
+    asynchronous: ClassVar[bool] = False
+    """Whether :meth:`run` may return before the stage is done."""
 
     def __init__(self, bundle: Bundle, stages: Iterable[str]) -> None:
         """Load ``stages`` of ``bundle``.
@@ -74,6 +89,17 @@ class Backend(ABC):
         known = self.specs.setdefault(tensor.name, tensor)
         if known != tensor:
             raise RequestError(f"stages disagree about {tensor.name}: {known} and {tensor}")
+
+    def synchronize(self) -> None:  # noqa: B027 (most backends are done when they return)
+        """Wait until every stage that was run is done."""
+
+    def device_memory(self) -> DeviceMemory | None:
+        """What measures the memory that tensors lie in; None where that is the host's."""
+        return None
+
+    @abstractmethod
+    def load(self, stage: str) -> None:
+        """Make ``stage`` ready to run, if it is not yet; otherwise its first run does."""
 
     @abstractmethod
     def _run(self, stage: str) -> None: ...

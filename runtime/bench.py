@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import tempfile
@@ -15,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from runtime.backend import Backend
+from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator, Pixels, make_batch, picture, plan
-from runtime.geometry import CacheSettings
+from runtime.geometry import CacheSettings, Step
 from runtime.loop import Batch, begin, run_step
 from runtime.machine import ReadBandwidth, peak_macs, resident_bytes
 from runtime.manifest import Manifest
@@ -32,14 +35,15 @@ class Limit:
     """The least time of one decode step, on this machine now.
 
     ``weight_bytes``, ``state_bytes``: what a step has to read. ``macs``: what it has to multiply. ``read_bandwidth``:
-    bytes a second. ``mac_rate``: a second. ``floor_ms``: the longer of reading and multiplying.
+    bytes a second; on a GPU, of a copy. ``mac_rate``: a second, None where it was not measured. ``floor_ms``: the longer of
+    reading and multiplying.
     """
 
     weight_bytes: int
     state_bytes: int
     macs: int
     read_bandwidth: float
-    mac_rate: float
+    mac_rate: float | None
 
     @property
     def read_ms(self) -> float:
@@ -47,7 +51,7 @@ class Limit:
 
     @property
     def compute_ms(self) -> float:
-        return self.macs / self.mac_rate * 1e3
+        return self.macs / self.mac_rate * 1e3 if self.mac_rate else 0.0
 
     @property
     def floor_ms(self) -> float:
@@ -85,7 +89,7 @@ class Start:
     first_token: float
 
 
-def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float) -> Limit:
+def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) -> Limit:
     """Of one decode step of a bundle. All of its buffer is read, whatever the budget."""
     stage = "decode" if manifest.sampling.filtered else "decode.unfiltered"
     work = manifest.stages[stage].work
@@ -98,20 +102,21 @@ class Measured:
     Args:
         path: the bundle's folder.
         cache: policy, budget and the rest; the bundle's defaults if None.
-        threads: CPU threads.
+        options: where stages run.
     """
 
-    def __init__(self, path: Path, cache: CacheSettings | None, threads: int) -> None:
+    def __init__(self, path: Path, cache: CacheSettings | None, options: BackendOptions) -> None:
         begun = time.perf_counter()
         bundle = open_bundle(path)
         verified = time.perf_counter()
         manifest = bundle.manifest
-        self.generator = Generator(bundle, threads=threads)
+        self.generator = Generator(bundle, options)
         classes = [image % manifest.model.num_classes for image in range(manifest.images)]
         self.samples = plan(manifest, classes, manifest.images, seed=0)
         self.batch = make_batch(manifest, self.samples, manifest.sampling, cache or manifest.cache)
         manifest.check_cache(self.batch.cache)
         begin(self.backend, self.batch)
+        self.backend.synchronize()
         self.start = Start(verified - begun, time.perf_counter() - verified)
         self.resident = resident_bytes()
         self._line = 0
@@ -121,7 +126,7 @@ class Measured:
         return self.generator.manifest
 
     @property
-    def backend(self) -> OrtBackend:
+    def backend(self) -> Backend:
         return self.generator.backend
 
     def line(self) -> list[float]:
@@ -134,11 +139,22 @@ class Measured:
         position = self.backend.specs["position"]
         self.backend.write("position", np.full(position.shape, first, np.int64))
         steps = raster.line_width - 1
-        return [milliseconds(lambda: self.backend.run(self.batch.stages["decode"])) for _ in range(steps)]
+        run = partial(self.backend.run, self.batch.stages["decode"])
+        if not self.backend.asynchronous:
+            return [milliseconds(run) for _ in range(steps)]
+
+        def all_steps() -> None:
+            for _ in range(steps):
+                run()
+            self.backend.synchronize()
+
+        self.backend.synchronize()
+        return [milliseconds(all_steps) / steps] * steps
 
     def line_end(self) -> float:
         """Milliseconds of one line end."""
-        return milliseconds(lambda: self.backend.run(self.batch.stages["line_end"]))
+        self.backend.synchronize()
+        return milliseconds(lambda: self._finished(lambda: self.backend.run(self.batch.stages["line_end"])))
 
     def vq_decode(self) -> float:
         """Milliseconds of decoding one image's pixels."""
@@ -151,13 +167,13 @@ class Measured:
 
         def timed(name: str, action: Callable[[], Any]) -> Any:
             start = time.perf_counter()
-            result = action()
+            result = self._finished(action)
             spent[name] += time.perf_counter() - start
             return result
 
         timed("prefill", lambda: begin(self.backend, self.batch))
-        for step in self.manifest.raster.schedule():
-            timed(step.stage, partial(run_step, self.backend, self.batch, step))
+        for stage, steps in itertools.groupby(self.manifest.raster.schedule(), lambda step: step.stage):
+            timed(stage, partial(self._run_steps, list(steps)))
         tokens = self.backend.read("tokens")
         with tempfile.TemporaryDirectory() as folder:
             for index, row in enumerate(tokens):
@@ -165,6 +181,16 @@ class Measured:
                 timed("png", partial(_write, Path(folder) / f"{index}.png", pixels))
         self._line = 0
         return Image(spent["prefill"], spent["decode"], spent["line_end"], spent["vq_decoder"], spent["png"])
+
+    def _run_steps(self, steps: Sequence[Step]) -> None:
+        for step in steps:
+            run_step(self.backend, self.batch, step)
+
+    def _finished(self, action: Callable[[], Any]) -> Any:
+        """What ``action`` returns, once everything that it asked of the backend is done."""
+        result = action()
+        self.backend.synchronize()
+        return result
 
     def _fill(self) -> None:
         """Let every slot hold a position."""
@@ -242,8 +268,7 @@ def measure(
         each_round, each_image: called once a round of steps or images, for what is to be measured beside.
         progress: called with rounds done and rounds in all.
     """
-    bandwidth = ReadBandwidth(threads)
-    rate = peak_macs()
+    bandwidth, rate = limits_of(under_test[0].backend, threads)
     reads: list[float] = []
     decode: list[list[float]] = [[] for _ in under_test]
     line_ends: list[list[float]] = [[] for _ in under_test]
@@ -255,7 +280,7 @@ def measure(
         measured.vq_decode()
     for round_ in range(rounds):
         progress(round_, total)
-        reads += [bandwidth.measure() for _ in range(3)]
+        reads += [bandwidth() for _ in range(3)]
         for number, measured in enumerate(under_test):
             times = measured.line()
             decode[number] += times[min(WARM_UP, len(times) - 1) :]
@@ -288,6 +313,17 @@ def measure(
         )
         for number, measured in enumerate(under_test)
     ]
+
+
+def limits_of(backend: Backend, threads: int) -> tuple[Callable[[], float], float | None]:
+    """What measures bytes a second of the memory that ``backend`` uses, and multiply-accumulates a second where known.
+
+    On a GPU bandwidth is that of a copy on the device, and the multiply-accumulate rate is not measured.
+    """
+    device = backend.device_memory()
+    if device is None:
+        return ReadBandwidth(threads).measure, peak_macs()
+    return device.copy_bandwidth, None
 
 
 @dataclass(frozen=True)

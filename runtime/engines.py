@@ -82,6 +82,11 @@ def engines_folder(bundle: Bundle, flavour: str) -> Path:
     return bundle.path / ENGINES_FOLDER / flavour
 
 
+def build_again(bundle: Bundle, flavour: str) -> str:
+    """What to do about plans that do not fit."""
+    return f"build them again: linert build {bundle.path} --target {flavour}"
+
+
 def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engines:
     """The plans of ``bundle`` for ``flavour``.
 
@@ -93,7 +98,7 @@ def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engin
             what to build again.
     """
     folder = engines_folder(bundle, flavour)
-    again = f"build them again: linert build {bundle.path} --target {flavour}"
+    again = build_again(bundle, flavour)
     try:
         engines = msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=Engines)
     except FileNotFoundError:

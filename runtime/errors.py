@@ -31,3 +31,7 @@ class CheckpointError(LinertError):
 
 class ExportError(LinertError):
     """A bundle cannot be made as asked."""
+
+
+class DeviceError(LinertError):
+    """There is no such device here, or it cannot do what it was asked."""

@@ -12,12 +12,12 @@ import PIL.Image
 from numpy.typing import NDArray
 
 from runtime.backend import Array, Backend
+from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, generate, uniform_row
 from runtime.manifest import Manifest, SamplingSettings
-from runtime.ort import OrtBackend
 from runtime.output import Sample
 from runtime.trace import Trace
 
@@ -114,19 +114,20 @@ def make_batch(
 
 
 class Generator:
-    """Draws images from a bundle on ONNX Runtime.
+    """Draws images from a bundle.
 
     Args:
         bundle: its folder, or an opened bundle.
-        threads: CPU threads a session; 0 is one a core.
+        options: where its stages run; on the CPU if None.
     """
 
-    def __init__(self, bundle: str | Path | Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: str | Path | Bundle, options: BackendOptions | None = None) -> None:
+        self.options = options or BackendOptions()
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.manifest = self.bundle.manifest
         drawing = [name for name in self.manifest.stages if name != "vq_decoder"]
-        self.backend = OrtBackend(self.bundle, drawing, threads=threads)
-        self.decoder = PixelDecoder(self.bundle, threads=threads)
+        self.backend = self.options.open(self.bundle, drawing)
+        self.decoder = PixelDecoder(self.bundle, self.options)
 
     def generate(
         self,
@@ -169,14 +170,14 @@ class Generator:
         *,
         replay: Replay | None = None,
         watcher: LineEndWatcher | None = None,
-        on_line: Callable[[int, Tokens], None] | None = None,
+        on_line: Callable[[int], None] | None = None,
     ) -> Tokens:
         """Draw the tokens ``[len(samples), N]`` int64 of at most one batch of samples.
 
         Args:
             replay: a trace and which of its images these samples are; its evictions are imposed.
             watcher: sees the state after every line end.
-            on_line: called after each line with the number of lines drawn and a copy of the tokens so far.
+            on_line: called after each line with the number of lines drawn (:meth:`tokens` has them).
         """
         count = len(samples)
         manifest = self.manifest
@@ -185,23 +186,23 @@ class Generator:
             filled = [*replay.images, *[replay.images[-1]] * (self.manifest.images - count)]
             batch = replace(batch, replay=replay.trace.batch(filled))
 
-        def report(lines: int) -> None:
-            if on_line:
-                on_line(lines, cast("Tokens", self.backend.read("tokens"))[:count])
-
         def watch(line: int) -> None:
             if watcher:
                 watcher(self.backend, line)
 
-        return generate(self.backend, batch, report, watch)[:count]
+        return generate(self.backend, batch, on_line, watch)[:count]
+
+    def tokens(self, count: int) -> Tokens:
+        """A copy of the tokens ``[count, N]`` int64 of the batch's first images, as far as they are drawn."""
+        return cast("Tokens", self.backend.read("tokens"))[:count]
 
 
 class PixelDecoder:
     """Turns tokens into pixels with a bundle's vq_decoder stage alone."""
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
         self.manifest = bundle.manifest
-        self.backend = OrtBackend(bundle, ["vq_decoder"], threads=threads)
+        self.backend = (options or BackendOptions()).open(bundle, ["vq_decoder"])
         self.size = self.backend.specs["grid_tokens"].shape[0]
 
     def __call__(self, tokens: Array) -> Pixels:

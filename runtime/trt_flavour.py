@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,22 @@ class Flavour:
             if files and not (Path(folder) / self.soname).exists():
                 return files[-1]
         return None
+
+
+def make_logger(trt: Any, on_message: Callable[[str, bool], None]) -> Any:
+    """A logger for ``trt`` that passes on every message, and whether it is an error."""
+    errors = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
+
+    class Logger(trt.ILogger):
+        """TensorRT's own prints to standard error."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            on_message(message, severity in errors)
+
+    return Logger()
 
 
 FLAVOURS = {

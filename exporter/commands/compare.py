@@ -19,6 +19,7 @@ from rich.table import Table
 from exporter.compare import CellResult, CompareRequest, Comparison
 from exporter.compare_grid import Grid
 from exporter.report import header, render_page, row_of
+from runtime.backends import BackendOptions
 from runtime.bundle import file_sha256
 from runtime.cache_request import PYRAMID, UNIFORM
 from runtime.commands.run import parse_classes
@@ -123,7 +124,7 @@ def command(
     """
     if out.exists() and not resume:
         raise OutputError(f"{out} exists; give another --out, or --resume to continue the comparison in it")
-    generator = Generator(bundle, threads=threads)
+    generator = Generator(bundle, BackendOptions(threads=threads))
     manifest = generator.manifest
     metric_file = metric_source.partition(":")[0]
     listed = Grid(policies or tuple(manifest.policies), budgets, **grid)

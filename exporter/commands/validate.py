@@ -18,8 +18,10 @@ from exporter.parity import validate
 from exporter.parity_report import Bounds, Choices, Report
 from exporter.quality import QualityCost, quality_cost
 from exporter.sources import load_sources
+from runtime.backends import BackendOptions
 from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
+from runtime.commands.backend_options import backend_options
 from runtime.commands.cache_options import cache_options
 from runtime.commands.run import parse_classes
 from runtime.errors import RequestError
@@ -27,7 +29,6 @@ from runtime.generator import PixelDecoder, make_batch, plan
 from runtime.loop import Batch
 from runtime.manifest import Manifest
 from runtime.metrics import load_metrics
-from runtime.ort import OrtBackend
 from runtime.trace import Trace, read_trace
 
 
@@ -73,7 +74,7 @@ from runtime.trace import Trace, read_trace
 )
 @click.option("--samples", default=500, show_default=True, help="Images drawn for --metrics.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+@backend_options()
 def command(
     bundle: Path,
     checkpoint: Path | None,
@@ -88,7 +89,7 @@ def command(
     metrics: str | None,
     samples: int,
     as_json: bool,
-    threads: int,
+    options: BackendOptions,
 ) -> None:
     """Prove that BUNDLE computes what PyTorch computes from its checkpoints, or say what its precision costs.
 
@@ -120,8 +121,8 @@ def command(
     ) as bar:
         task = bar.add_task("loading", total=manifest.raster.lines)
         report = validate(
-            OrtBackend(opened, batch.stages.values(), threads=threads),
-            PixelDecoder(opened, threads=threads),
+            options.open(opened, batch.stages.values()),
+            PixelDecoder(opened, options),
             transformer,
             image_decoder,
             batch,
@@ -143,7 +144,7 @@ def command(
                 batch.sampling,
                 batch.cache,
                 measures,
-                threads=threads,
+                options=options,
                 progress=lambda phase, done, total: bar.update(
                     task, description=phase, completed=done, total=total
                 ),

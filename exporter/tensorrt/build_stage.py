@@ -20,7 +20,7 @@ import msgspec
 from runtime.engines import Layer
 from runtime.plugins import NAMESPACE
 from runtime.plugins.trt import register
-from runtime.trt_flavour import FLAVOURS
+from runtime.trt_flavour import FLAVOURS, make_logger
 
 MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 """What TensorRT logs of an engine's device memory."""
@@ -65,17 +65,11 @@ def build(job: Job) -> Event:
     messages: list[str] = []
     memory: dict[str, int] = {}
 
-    class Logger(trt.ILogger):
-        """Keeps what TensorRT calls errors, and what it says of memory."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(message)
-            for kind, size in MEMORY.findall(message):
-                memory[kind] = int(size)
+    def listen(message: str, is_error: bool) -> None:
+        if is_error:
+            messages.append(message)
+        for kind, size in MEMORY.findall(message):
+            memory[kind] = int(size)
 
     class Monitor(trt.IProgressMonitor):
         """Passes progress on."""
@@ -106,7 +100,7 @@ def build(job: Job) -> Event:
             return self.file.write(data)
 
     begun = time.perf_counter()
-    logger, monitor = Logger(), Monitor()
+    logger, monitor = make_logger(trt, listen), Monitor()
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if job.plugin:

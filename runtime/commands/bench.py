@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from runtime.backends import BackendName, BackendOptions
 from runtime.bench import Limit, Measured, NodeTime, Timings, limit_of, measure, profile
 from runtime.bundle import Bundle, open_bundle
 from runtime.cache_request import CacheRequest
+from runtime.commands.backend_options import backend_options
 from runtime.commands.cache_options import cache_options
 from runtime.errors import LinertError, RequestError
 from runtime.machine import (
@@ -64,7 +66,7 @@ class PeerTimes:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @cache_options()
-@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+@backend_options()
 @click.option("--rounds", default=8, show_default=True, help="Lines of decode steps to time.")
 @click.option(
     "--images", "image_rounds", default=1, show_default=True, help="Whole batches to draw and time."
@@ -93,7 +95,7 @@ class PeerTimes:
 def command(
     bundle: Path,
     cache: CacheRequest,
-    threads: int,
+    options: BackendOptions,
     rounds: int,
     image_rounds: int,
     compare_pytorch: bool,
@@ -115,10 +117,13 @@ def command(
         raise RequestError("--sweep makes its own bundles: leave --profile and cache options out")
     if plot and not sweep:
         raise RequestError("--plot draws a sweep: give --sweep")
-    threads = threads or default_threads()
+    if options.name is not BackendName.CPU and (sweep or profiled):
+        raise RequestError(f"--sweep and --profile measure the CPU: leave --backend {options.name} out")
+    threads = options.threads or default_threads()
+    options = replace(options, threads=threads)
     console = Console(highlight=False, quiet=as_json)
     opened = open_bundle(bundle, digests=False)
-    machine = {"processor": processor_name(), "threads": threads}
+    machine: dict[str, Any] = {"processor": processor_name(), "threads": threads}
     console.print(f"machine: {machine['processor']}, {threads} threads")
     if sweep:
         result = _sweep(
@@ -136,9 +141,15 @@ def command(
         click.echo(json.dumps({"machine": machine, **result}))
         return
     settled = cache.settle(opened.manifest.raster, opened.manifest.capacity_lines, opened.manifest.cache)
-    _print_limit(console, limit_of(opened.manifest, ReadBandwidth(threads).measure(), peak_macs()))
+    if options.name is BackendName.CPU:
+        # Before anything of the bundle is in memory.
+        _print_limit(console, limit_of(opened.manifest, ReadBandwidth(threads).measure(), peak_macs()))
     forget_peak()
-    measured = Measured(bundle, settled, threads)
+    measured = Measured(bundle, settled, options)
+    if device := measured.backend.device_memory():
+        machine["gpu"] = device.name
+        console.print(f"device: {device.name}, {options.name}")
+        _print_limit(console, limit_of(opened.manifest, device.copy_bandwidth(), None))
     if image_rounds:
         measured.image()
     peak = peak_resident_bytes()
@@ -190,7 +201,7 @@ def _sweep(
         for grid, batch in sizes:
             made = _peers(console, loaded[grid], threads, batch, bundle.manifest.sampling.guidance)
             peers |= {f"{name}, batch {batch}, grid {grid}": peer for name, peer in made.items()}
-        under_test = [Measured(path, None, threads) for path in paths]
+        under_test = [Measured(path, None, BackendOptions(threads=threads)) for path in paths]
         with _progress(console.quiet) as report:
             timings, times = measure_beside(
                 under_test, peers, threads=threads, rounds=rounds, image_rounds=image_rounds, progress=report
@@ -216,7 +227,7 @@ def _print_sweep(
     first = timings[0]
     limit = first.limit
     console.print(
-        f"read bandwidth {limit.read_bandwidth / 1e9:.1f} GB/s, {limit.mac_rate / 1e9:.0f} GMAC/s in float32"
+        f"read bandwidth {limit.read_bandwidth / 1e9:.1f} GB/s, {(limit.mac_rate or 0) / 1e9:.0f} GMAC/s in float32"
     )
     measures = ("limit", "decode", "/ limit", "/ first", "line end", "s/image", "state")
     table = Table(
@@ -333,10 +344,11 @@ def _print_limit(console: Console, limit: Limit) -> None:
         f"one decode step reads {size_text(limit.weight_bytes)} of weights and {size_text(limit.state_bytes)} of state; "
         f"at {limit.read_bandwidth / 1e9:.1f} GB/s that takes {limit.read_ms:.2f} ms"
     )
-    console.print(
-        f"and multiplies {limit.macs / 1e6:.0f} M times; at {limit.mac_rate / 1e9:.0f} GMAC/s (float32) "
-        f"that takes {limit.compute_ms:.2f} ms"
-    )
+    if limit.mac_rate:
+        console.print(
+            f"and multiplies {limit.macs / 1e6:.0f} M times; at {limit.mac_rate / 1e9:.0f} GMAC/s (float32) "
+            f"that takes {limit.compute_ms:.2f} ms"
+        )
     console.print(f"limit: {limit.floor_ms:.2f} ms a step")
 
 
@@ -348,7 +360,8 @@ def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], p
         f"{timings.decode_ms:.2f} ms",
         f"{timings.over_limit:.2f} x the limit of {limit.floor_ms:.2f} ms "
         f"({limit.read_bandwidth / 1e9:.1f} GB/s in the same rounds); "
-        f"{timings.bandwidth_share:.0%} of the bandwidth, {timings.compute_share:.0%} of the float32 rate",
+        f"{timings.bandwidth_share:.0%} of the bandwidth"
+        + (f", {timings.compute_share:.0%} of the float32 rate" if limit.mac_rate else ""),
     )
     table.add_row(
         "line end", f"{timings.line_end_ms:.2f} ms", f"{timings.to_json()['line_end_share']:.1%} of a line"

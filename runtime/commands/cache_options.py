@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields
-from functools import wraps
-from typing import Any
 
 import click
 
 from runtime.cache_request import CacheRequest
+from runtime.commands.option_group import Decorator, option_group
 from runtime.geometry import Aggregation, HeadScores, Mode
 
 
-def cache_options(policy: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def cache_options(policy: bool = True) -> Decorator:
     """Give a command the cache options; it gets them as one ``cache`` argument, a :class:`CacheRequest`.
 
     ``policy=False`` leaves ``--policy`` out, for a command that takes several.
@@ -53,15 +51,4 @@ def cache_options(policy: bool = True) -> Callable[[Callable[..., Any]], Callabl
     if not policy:
         del options[0]
         names.remove("policy")
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def wrapped(**arguments: Any) -> Any:
-            values = {name: arguments.pop(name) for name in names}
-            return function(cache=CacheRequest(**values), **arguments)
-
-        for option in reversed(options):
-            wrapped = option(wrapped)
-        return wrapped
-
-    return decorate
+    return option_group("cache", options, names, CacheRequest)

@@ -7,7 +7,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from runtime.backends import BackendOptions
 from runtime.bundle import open_bundle
+from runtime.commands.backend_options import backend_options
 from runtime.errors import OutputError, RequestError
 from runtime.generator import PixelDecoder, picture
 from runtime.output import (
@@ -31,9 +33,9 @@ from runtime.output import (
     help="Also write the pixels (float32 NCHW before clamping) to this npz file.",
 )
 @click.option("--force", is_flag=True, help="Write into OUT though it exists.")
-@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+@backend_options()
 def command(
-    bundle: Path, tokens: Path, out: Path, save_pixels: Path | None, force: bool, threads: int
+    bundle: Path, tokens: Path, out: Path, save_pixels: Path | None, force: bool, options: BackendOptions
 ) -> None:
     """Turn the saved TOKENS of ``linert run --save-tokens`` into pictures again, with BUNDLE's image decoder."""
     if out.exists() and not out.is_dir():
@@ -47,7 +49,7 @@ def command(
         raise RequestError(f"{tokens} holds no images")
     if classes is not None and classes.shape != rows.shape[:1]:
         raise RequestError(f"{tokens}: {len(rows)} images and {classes.shape} classes")
-    pixels = PixelDecoder(open_bundle(bundle), threads=threads)(rows)
+    pixels = PixelDecoder(open_bundle(bundle), options)(rows)
     make_folder(out)
     shown = [picture(image) for image in pixels]
     captions = []

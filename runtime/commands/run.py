@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from runtime.backend import Array, Backend
+from runtime.backends import BackendOptions
 from runtime.cache_request import CacheRequest
+from runtime.commands.backend_options import backend_options
 from runtime.commands.cache_options import cache_options
 from runtime.errors import RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
@@ -91,7 +93,7 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @click.option("--preview", is_flag=True, help=f"Refresh OUT/{PREVIEW_NAME} as lines finish.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in OUT.")
 @click.option("--force", is_flag=True, help="Write into OUT though it exists.")
-@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+@backend_options()
 def command(
     bundle: Path,
     classes: tuple[int, ...] | None,
@@ -112,7 +114,7 @@ def command(
     preview: bool,
     resume: bool,
     force: bool,
-    threads: int,
+    options: BackendOptions,
 ) -> None:
     """Draw images from BUNDLE, one PNG an image and a contact sheet.
 
@@ -142,7 +144,7 @@ def command(
         trace = read_trace(replay_trace)
     elif classes is None:
         raise RequestError("say what to draw with --classes, or with --replay-trace")
-    generator = Generator(bundle, threads=threads)
+    generator = Generator(bundle, options)
     manifest = generator.manifest
     if trace is not None:
         trace.check(manifest)
@@ -216,14 +218,15 @@ class _Run:
                         self._write_pictures(group, tokens, missing=True)
                     else:
                         advance = partial(_advance, progress, task, number * lines)
-                        on_line = _line_report(generator, preview_path if self.preview else None, advance)
+                        shown = preview_path if self.preview else None
+                        on_line = _line_report(generator, len(group), shown, advance)
                         self._draw_batch(group, indices, on_line)
                     progress.update(task, completed=(number + 1) * lines)
         finally:
             preview_path.unlink(missing_ok=True)
 
     def _draw_batch(
-        self, group: Sequence[Sample], indices: Sequence[int], on_line: Callable[[int, Tokens], None]
+        self, group: Sequence[Sample], indices: Sequence[int], on_line: Callable[[int], None]
     ) -> None:
         manifest = self.generator.manifest
         residency = Residency(manifest) if self.map_kind else None
@@ -272,12 +275,12 @@ def _advance(progress: Progress, task: TaskID, before: int, lines: int) -> None:
 
 
 def _line_report(
-    generator: Generator, preview_path: Path | None, advance: Callable[[int], object]
-) -> Callable[[int, Tokens], None]:
-    def report(lines: int, tokens: Tokens) -> None:
+    generator: Generator, count: int, preview_path: Path | None, advance: Callable[[int], object]
+) -> Callable[[int], None]:
+    def report(lines: int) -> None:
         advance(lines)
         if preview_path is not None:
-            write_png(preview_path, _preview(generator, tokens, lines))
+            write_png(preview_path, _preview(generator, generator.tokens(count), lines))
 
     return report
 

@@ -149,4 +149,4 @@ def checked(driver: Any, result: Sequence[Any]) -> Any:
     if error != driver.CUresult.CUDA_SUCCESS:
         _, text = driver.cuGetErrorString(error)
         raise RuntimeError(f"CUDA: {text.decode() if text else error}")
-    return values[0] if values else None
+    return values[0] if len(values) == 1 else tuple(values) or None

@@ -169,6 +169,10 @@ def make_creator(trt: Any, kind: type[Operation], compile_kernels: Compile | Non
         ) -> None:
             if self.launch is None or self.loaded is None:
                 raise RuntimeError(f"{kind.name} has no kernels loaded")
+            for number, address in enumerate(outputs):
+                source = self.operation.aliased_input(number)
+                if source >= 0 and address != inputs[source]:
+                    raise RuntimeError(f"{kind.name}: output {number} does not lie where input {source} lies")
             self.operation.enqueue(self.launch, self.loaded, inputs, outputs, workspace, stream)
 
     class Creator(trt.IPluginCreatorV3One):

@@ -10,6 +10,7 @@ import pytest
 
 from exporter.sources import Checkpoints
 from exporter.sweep import cell_plan, cells, parse_axes
+from runtime.backends import BackendOptions
 from runtime.bench import Limit, Measured, limit_of, profile
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
@@ -61,7 +62,7 @@ def test_the_machine_tells_sensible_numbers() -> None:
 
 
 def test_a_measured_bundle_still_draws_the_same_images(tiny_bundle: Path) -> None:
-    measured = Measured(tiny_bundle, None, threads=1)
+    measured = Measured(tiny_bundle, None, BackendOptions(threads=1))
     wanted = measured.generator.draw(measured.samples)
     assert len(measured.line()) == TINY.line_width - 1
     assert measured.line_end() > 0
@@ -73,7 +74,7 @@ def test_a_measured_bundle_still_draws_the_same_images(tiny_bundle: Path) -> Non
 
 
 def test_profile_names_the_nodes(tiny_bundle: Path) -> None:
-    measured = Measured(tiny_bundle, None, threads=1)
+    measured = Measured(tiny_bundle, None, BackendOptions(threads=1))
     kinds, nodes = profile(open_bundle(tiny_bundle), measured.batch, threads=1, steps=5)
     products = next(kind for kind in kinds if kind.name == "MatMul")
     assert products.count >= 4 * TINY.layers + 1

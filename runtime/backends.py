@@ -1,0 +1,49 @@
+"""The backends by name; each is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from runtime.backend import Backend
+from runtime.bundle import Bundle
+
+
+class BackendName(StrEnum):
+    """Where stages run: ONNX Runtime on the CPU or on a CUDA device, TensorRT for RTX, TensorRT."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+    RTX = "rtx"
+    TENSORRT = "tensorrt"
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How stages run. ``threads``: of the CPU, 0 is one a core. ``cuda_graphs``: False launches operations one by one."""
+
+    name: BackendName = BackendName.CPU
+    threads: int = 0
+    cuda_graphs: bool = True
+
+    def open(self, bundle: Bundle, stages: Iterable[str]) -> Backend:
+        """A backend for ``stages`` of ``bundle``.
+
+        Raises:
+            BundleError: the bundle cannot run there.
+            DeviceError: there is no such device here.
+            LinertError: the runtime is not installed.
+        """
+        if self.name is BackendName.CPU:
+            from runtime.ort import OrtBackend
+
+            return OrtBackend(bundle, stages, threads=self.threads)
+        if self.name is BackendName.CUDA:
+            from runtime.ort_cuda import OrtCudaBackend
+
+            return OrtCudaBackend(bundle, stages, cuda_graphs=self.cuda_graphs)
+        from runtime.trt import TrtBackend
+        from runtime.trt_flavour import FLAVOURS
+
+        return TrtBackend(bundle, stages, FLAVOURS[self.name], cuda_graphs=self.cuda_graphs)

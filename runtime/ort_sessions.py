@@ -1,0 +1,116 @@
+"""ONNX Runtime sessions over tensors that stay where they are, whatever the device."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+
+import onnxruntime as ort
+
+from runtime.backend import Backend
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
+from runtime.manifest import StageSpec, TensorSpec
+
+
+class SessionBackend(Backend):
+    """Every tensor is one OrtValue that all sessions are bound to once.
+
+    A state that a stage may update in place is bound as input and output alike, so nothing is copied; one
+    that it may not is written beside and copied back. A session is made when its stage first runs.
+    """
+
+    def __init__(self, bundle: Bundle, stages: Iterable[str]) -> None:
+        super().__init__(bundle, stages)
+        self._values = {name: self._allocate(spec) for name, spec in self.specs.items()}
+        self._bindings: dict[str, tuple[ort.InferenceSession, ort.IOBinding]] = {}
+        self._copy_back: dict[str, list[tuple[ort.OrtValue, ort.OrtValue]]] = {}
+
+    @abstractmethod
+    def _allocate(self, spec: TensorSpec) -> ort.OrtValue:
+        """Memory for a tensor."""
+
+    @abstractmethod
+    def _copy(self, source: ort.OrtValue, target: ort.OrtValue) -> None:
+        """Copy one tensor over another, where they lie."""
+
+    @abstractmethod
+    def _options(self, stage: str) -> ort.SessionOptions:
+        """Options of the stage's session, in addition to what all have."""
+
+    @abstractmethod
+    def _providers(self) -> list[tuple[str, Mapping[str, str]]]:
+        """Execution providers with their options."""
+
+    disabled_optimizers: tuple[str, ...] = ()
+
+    def load(self, stage: str) -> None:
+        """Make the session of ``stage`` and bind it, if that was not done yet.
+
+        Raises:
+            BundleError: ONNX Runtime refuses the file, or it has not the tensors that the manifest declares.
+        """
+        if stage in self._bindings:
+            return
+        session = self._session(stage)
+        spec = self.stages[stage]
+        check_tensors(stage, spec, session)
+        binding, self._copy_back[stage] = self._bind(spec, session)
+        self._bindings[stage] = session, binding
+
+    def _run(self, stage: str) -> None:
+        self.load(stage)
+        session, binding = self._bindings[stage]
+        session.run_with_iobinding(binding)
+        for source, target in self._copy_back[stage]:
+            self._copy(source, target)
+
+    def _session(self, stage: str) -> ort.InferenceSession:
+        options = self._options(stage)
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        options.log_severity_level = 3
+        if stage == "prefill":
+            # An empty state is a constant, which would be made when the session is and held beside the state for good.
+            options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "4096")
+        path = self.bundle.stage_path(stage)
+        try:
+            return ort.InferenceSession(
+                path, options, providers=self._providers(), disabled_optimizers=list(self.disabled_optimizers)
+            )
+        except Exception as error:
+            raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
+
+    def _bind(
+        self, spec: StageSpec, session: ort.InferenceSession
+    ) -> tuple[ort.IOBinding, list[tuple[ort.OrtValue, ort.OrtValue]]]:
+        binding = session.io_binding()
+        for tensor in spec.inputs:
+            binding.bind_ortvalue_input(tensor.name, self._values[tensor.name])
+        read = {tensor.name for tensor in spec.inputs}
+        copies = []
+        for tensor in spec.outputs:
+            state = spec.updates.get(tensor.name, tensor.name)
+            value = self._values[state]
+            if state in read and state not in spec.in_place:
+                beside = self._allocate(self.specs[state])
+                copies.append((beside, value))
+                value = beside
+            binding.bind_ortvalue_output(tensor.name, value)
+        return binding, copies
+
+
+def check_tensors(stage: str, spec: StageSpec, session: ort.InferenceSession) -> None:
+    """Raise :class:`BundleError` where a session has not the tensors that the manifest declares."""
+    for role, wanted, found in (
+        ("input", spec.inputs, session.get_inputs()),
+        ("output", spec.outputs, session.get_outputs()),
+    ):
+        held = {node.name: tuple(node.shape) for node in found}
+        declared = {tensor.name: tensor.shape for tensor in wanted}
+        if held != declared:
+            names = sorted(
+                name for name in held.keys() | declared.keys() if held.get(name) != declared.get(name)
+            )
+            raise BundleError(
+                f"stage {stage} has not the {role}s that the manifest declares: {', '.join(names)}"
+            )
