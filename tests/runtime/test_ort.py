@@ -8,11 +8,9 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import pytest
 from packaging.requirements import Requirement
 
 from runtime.bundle import open_bundle
-from runtime.errors import RequestError
 from runtime.loop import Batch, begin, generate, uniform_row  # noqa: F401 (begin: used by a script below)
 from runtime.ort import OrtBackend
 from tests.conftest import ROOT, TINY
@@ -67,38 +65,6 @@ if BREAK:
         )
         assert done.returncode == 0, done.stderr
         assert ("in-place optimization not activated" in done.stderr) is broken
-
-
-def test_one_seed_gives_the_same_tokens(tiny_bundle: Path) -> None:
-    backend = OrtBackend(open_bundle(tiny_bundle), STAGES)
-    first = generate(backend, tiny_batch(backend, seed=4))
-    other = generate(backend, tiny_batch(backend, seed=5))
-    again = generate(backend, tiny_batch(backend, seed=4))
-    assert (first == again).all()
-    assert (first != other).any()
-
-
-def test_lines_are_reported_when_their_tokens_are_drawn(tiny_bundle: Path) -> None:
-    backend = OrtBackend(open_bundle(tiny_bundle), STAGES)
-    seen: list[tuple[int, np.ndarray]] = []
-    tokens = generate(backend, tiny_batch(backend), lambda n: seen.append((n, backend.read("tokens"))))
-    assert [lines for lines, _ in seen] == list(range(1, TINY.lines + 1))
-    for lines, partial in seen:
-        drawn = lines * TINY.line_width
-        assert (partial[:, :drawn] == tokens[:, :drawn]).all()
-
-
-def test_unfit_values_are_refused(tiny_bundle: Path) -> None:
-    backend = OrtBackend(open_bundle(tiny_bundle), STAGES)
-    for name, value, message in (
-        ("nonsense", 0, "no loaded stage"),
-        ("class_ids", np.zeros(3, np.int64), "shape"),
-        ("class_ids", np.zeros(2, np.float32), "int64"),
-    ):
-        with pytest.raises(RequestError, match=message):
-            backend.write(name, value)
-    with pytest.raises(RequestError, match="not loaded"):
-        backend.run("vq_decoder")
 
 
 def test_uniforms_depend_on_the_seed_alone_and_stay_below_one() -> None:

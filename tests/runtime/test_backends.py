@@ -1,0 +1,259 @@
+"""Every backend does the same: the tests run on each that is here, and on an emulated GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+import numpy as np
+import pytest
+
+from runtime.backend import Backend
+from runtime.backends import BackendName, BackendOptions
+from runtime.bundle import Bundle, open_bundle
+from runtime.cuda import Device
+from runtime.errors import BundleError, DeviceError, LinertError, RequestError
+from runtime.generator import Generator
+from runtime.loop import generate
+from runtime.ort import OrtBackend
+from runtime.ort_cuda import OrtCudaBackend
+from runtime.trt import TrtBackend
+from runtime.trt_flavour import FLAVOURS, Flavour
+from tests.conftest import TINY, Result
+from tests.runtime.test_ort import STAGES, tiny_batch
+
+Open = Callable[..., Backend]
+SM = "80,89"
+EVERYWHERE = [*BackendName, "cuda, on the CPU", "rtx, emulated"]
+
+
+def emulated(bundle: Bundle, stages: Sequence[str], **options: bool) -> TrtBackend:
+    """The TensorRT backend on a GPU that is not there."""
+    pytest.importorskip("cuda.bindings")
+    from tests.emulated_gpu import EmulatedDriver, EmulatedTensorRT
+
+    driver = EmulatedDriver()
+    module = EmulatedTensorRT("rtx", FLAVOURS["rtx"].load(), bundle, driver)
+    flavour = cast("Flavour", SimpleNamespace(name="rtx", load=lambda: module))
+    return TrtBackend(bundle, stages, flavour, device=Device(driver), **options)
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_bundle: Path, linert: Callable[..., Result]) -> Path:
+    """The tiny bundle with plans."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("triton")
+    result = linert("build", tiny_bundle, "--target", "rtx", "--sm", SM)
+    assert result.code == 0, result.err
+    return tiny_bundle
+
+
+@pytest.fixture(params=EVERYWHERE)
+def opened(request: pytest.FixtureRequest, tiny_bundle: Path, linert: Callable[..., Result]) -> Open:
+    """Opens a bundle's stages on one backend; skips where it cannot be had, saying why."""
+    name = request.param
+    if name == "cuda, on the CPU":
+        return lambda bundle, stages: OrtCudaBackend(bundle, stages, device="cpu")
+    if name == "rtx, emulated":
+        request.getfixturevalue("planned")
+        return emulated
+    try:
+        if name is not BackendName.CPU:
+            Device()
+        if name in FLAVOURS:
+            FLAVOURS[name].load()
+            result = linert("build", tiny_bundle, "--target", name, "--sm", "current")
+            assert result.code == 0, result.err
+        options = BackendOptions(name)
+        options.open(open_bundle(tiny_bundle), ["prefill"])
+    except LinertError as error:
+        pytest.skip(f"{name}: {error}")
+    return options.open
+
+
+def test_it_draws_what_the_cpu_draws(opened: Open, tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    here, reference = opened(bundle, STAGES), OrtBackend(bundle, STAGES)
+    for seed in (0, 9):
+        found = generate(here, tiny_batch(here, seed))
+        wanted = generate(reference, tiny_batch(reference, seed))
+        assert (found == wanted).all()
+        for name in ("position", "write_slots", "slot_pos.1"):
+            assert (here.read(name) == reference.read(name)).all()
+        for name in ("logits", "scores.0", "k_cache.1"):
+            np.testing.assert_allclose(here.read(name), reference.read(name), atol=2e-4)
+
+
+def test_pixels_are_the_cpu_s(opened: Open, tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    tokens = np.arange(TINY.image_tokens)[None] % 64
+    pixels = []
+    for backend in (opened(bundle, ["vq_decoder"]), OrtBackend(bundle, ["vq_decoder"])):
+        backend.write("grid_tokens", tokens)
+        backend.run("vq_decoder")
+        pixels.append(backend.read("pixels"))
+    np.testing.assert_allclose(*pixels, atol=1e-3)
+
+
+def test_one_seed_gives_the_same_tokens(opened: Open, tiny_bundle: Path) -> None:
+    backend = opened(open_bundle(tiny_bundle), STAGES)
+    first, other, again = (generate(backend, tiny_batch(backend, seed)) for seed in (4, 5, 4))
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+def test_lines_are_reported_when_their_tokens_are_drawn(opened: Open, tiny_bundle: Path) -> None:
+    backend = opened(open_bundle(tiny_bundle), STAGES)
+    seen: list[tuple[int, np.ndarray]] = []
+    tokens = generate(backend, tiny_batch(backend), lambda n: seen.append((n, backend.read("tokens"))))
+    assert [lines for lines, _ in seen] == list(range(1, TINY.lines + 1))
+    for lines, partial in seen:
+        drawn = lines * TINY.line_width
+        assert (partial[:, :drawn] == tokens[:, :drawn]).all()
+
+
+def test_evictions_can_be_imposed(opened: Open, tiny_bundle: Path) -> None:
+    """What is written between two steps is what the next one sees."""
+    bundle = open_bundle(tiny_bundle)
+    stages = [*STAGES, "line_end.replay"]
+    here, reference = opened(bundle, stages), OrtBackend(bundle, stages)
+    rng = np.random.default_rng(3)
+    shape = reference.specs["write_slots"].shape
+    slots = rng.permuted(
+        np.broadcast_to(np.arange(1, 1 + TINY.grid * 3), (*shape[:2], TINY.grid * 3)), axis=2
+    )
+    replay = np.stack([np.roll(slots, line, axis=2)[:, :, : shape[2]] for line in range(TINY.lines - 1)])
+    drawn = []
+    for backend in (here, reference):
+        drawn.append(generate(backend, dataclasses.replace(tiny_batch(backend), replay=replay)))
+    assert (drawn[0] == drawn[1]).all()
+
+
+def test_unfit_values_are_refused(opened: Open, tiny_bundle: Path) -> None:
+    backend = opened(open_bundle(tiny_bundle), STAGES)
+    for name, value, message in (
+        ("nonsense", 0, "no loaded stage"),
+        ("class_ids", np.zeros(3, np.int64), "shape"),
+        ("class_ids", np.zeros(2, np.float32), "int64"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            backend.write(name, value)
+    with pytest.raises(RequestError, match="not loaded"):
+        backend.run("vq_decoder")
+
+
+def test_a_token_costs_one_launch(planned: Path) -> None:
+    backend = emulated(open_bundle(planned), STAGES)
+    generate(backend, tiny_batch(backend))
+    launches = backend.device.driver.launches
+    before = dict(launches)
+    batch = tiny_batch(backend, seed=1)
+    generate(backend, batch)
+    raster = backend.bundle.manifest.raster
+    steps = backend.bundle.manifest.prefix_steps + sum(1 for _ in raster.schedule())
+    # The prefill is captured in this, its second run.
+    assert launches["graph"] - before["graph"] == 1 + steps
+    # Nothing else but what the batch writes, and the tokens read at the end.
+    written = len(batch.conditions) + 1 + sum(name in backend.specs for name in SETTINGS)
+    assert launches["operation"] - before["operation"] == written + 1
+    nodes = backend.graphs["decode.unfiltered"].nodes
+    # Caches, scores and positions are updated in place; the loop's three small states are copied.
+    assert nodes == {"CU_GRAPH_NODE_TYPE_KERNEL": 1, "CU_GRAPH_NODE_TYPE_MEMCPY": 3}
+
+
+SETTINGS = (
+    *(
+        "guidance",
+        "guidance_interval",
+        "temperature",
+        "top_k",
+        "top_p",
+        "greedy",
+        "capacity",
+        "recent_tokens",
+    ),
+    *("anchor_tokens", "strict", "score_window", "score_max", "average_heads", "share_guidance"),
+)
+
+
+def test_state_stays_where_it_is(planned: Path) -> None:
+    backend = emulated(open_bundle(planned), STAGES)
+    states = [spec.name for spec in backend.bundle.manifest.state]
+    before = [backend.address(name) for name in states]
+    generate(backend, tiny_batch(backend))
+    allocated = backend.device.driver.cuMemGetInfo()
+    generate(backend, tiny_batch(backend, seed=2))
+    assert [backend.address(name) for name in states] == before
+    # Apart from page-locked memory, which the first batch needed as well.
+    assert backend.device.driver.cuMemGetInfo() == allocated
+
+
+def test_without_graphs_it_draws_the_same(planned: Path) -> None:
+    bundle = open_bundle(planned)
+    backend, plain = emulated(bundle, STAGES), emulated(bundle, STAGES, cuda_graphs=False)
+    wanted = generate(backend, tiny_batch(backend))
+    assert (generate(plain, tiny_batch(plain)) == wanted).all()
+    assert plain.device.driver.launches["graph"] == 0
+    assert not plain.graphs
+
+
+def test_falling_back_from_graphs_is_an_error(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = emulated(open_bundle(planned), STAGES)
+    copy = Device.copy
+
+    def refuse(device: Device, target: int, source: int, size: int) -> None:
+        device.allocate(1)
+        copy(device, target, source, size)
+
+    monkeypatch.setattr(Device, "copy", refuse)
+    with pytest.raises(DeviceError, match="--no-cuda-graphs"):
+        generate(backend, tiny_batch(backend))
+
+
+@pytest.mark.parametrize("wrong", ["version", "capability", "plugin", "tensors"])
+def test_plans_that_do_not_fit_this_machine_are_refused(
+    wrong: str, planned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    from tests import emulated_gpu
+
+    bundle = open_bundle(planned)
+    if wrong == "version":
+        monkeypatch.setattr(emulated_gpu.EmulatedTensorRT, "__version__", "0.1", raising=False)
+    elif wrong == "capability":
+        monkeypatch.setattr(Device, "capability", 120)
+    elif wrong == "plugin":
+        monkeypatch.setattr("runtime.trt.PLUGIN_VERSION", "2")
+    else:
+        monkeypatch.setattr(emulated_gpu.EmulatedEngine, "get_tensor_shape", lambda engine, name: (1,))
+    with pytest.raises(BundleError, match=r"linert build .* --target rtx"):
+        emulated(bundle, STAGES).run("prefill")
+
+
+def test_memory_that_is_not_there_is_said(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setattr("tests.emulated_gpu.MEMORY", 20_000)
+    with pytest.raises(DeviceError, match=r"Emulated GPU has .* free"):
+        emulated(open_bundle(planned), STAGES)
+
+
+def test_a_backend_that_is_not_here_says_what_to_do(tiny_bundle: Path, linert: Callable[..., Result]) -> None:
+    for name in (BackendName.RTX, BackendName.CUDA):
+        try:
+            Device()
+        except DeviceError:
+            result = linert(
+                "run", tiny_bundle, "--classes", 1, "--backend", name, "--out", tiny_bundle / "no"
+            )
+            assert result.code == 2
+            assert "Traceback" not in result.err
+            assert any(word in result.err for word in ("no CUDA", "linert build", "pip install"))
+            assert not (tiny_bundle / "no").exists()
+
+
+def test_the_generator_takes_a_backend(tiny_bundle: Path) -> None:
+    image = Generator(tiny_bundle, BackendOptions(BackendName.CPU, threads=1)).generate([1])[0]
+    assert (image.tokens == Generator(tiny_bundle).generate([1])[0].tokens).all()
