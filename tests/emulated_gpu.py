@@ -216,7 +216,10 @@ class EmulatedEngine:
 
     def __init__(self, module: Any, driver: EmulatedDriver, path: Path, spec: StageSpec, plan: Plan) -> None:
         self._module, self._driver, self._spec, self._plan = module, driver, spec, plan
-        self._session = ort.InferenceSession(str(path))
+        options = ort.SessionOptions()
+        # It says that caches are copied, as they are here.
+        options.log_severity_level = 3
+        self._session = ort.InferenceSession(str(path), options)
         self._tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
         self._addresses: dict[str, int] = {}
         self._ran = False

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 import msgspec
@@ -15,16 +18,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from exporter.parity import validate
-from exporter.parity_report import Bounds, Choices, Report
+from exporter.parity_report import Bounds, Check, Choices, Report
 from exporter.quality import QualityCost, quality_cost
 from exporter.sources import load_sources
-from runtime.backends import BackendOptions
-from runtime.bundle import open_bundle
+from runtime.backends import BackendName, BackendOptions
+from runtime.bundle import Bundle, open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
 from runtime.commands.cache_options import cache_options
 from runtime.commands.run import parse_classes
-from runtime.errors import RequestError
+from runtime.engines import built_flavours, missing_plugins, read_engines
+from runtime.errors import LinertError, RequestError
 from runtime.generator import PixelDecoder, make_batch, plan
 from runtime.loop import Batch
 from runtime.manifest import Manifest
@@ -73,6 +77,12 @@ from runtime.trace import Trace, read_trace
     help="Also draw images from the bundle and in float32 and compare these metrics: package.module or FILE.py.",
 )
 @click.option("--samples", default=500, show_default=True, help="Images drawn for --metrics.")
+@click.option(
+    "--stages",
+    "by_stages",
+    is_flag=True,
+    help="Also compare every stage on --backend with the CPU, by Polygraphy, fed the same state.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @backend_options()
 def command(
@@ -88,6 +98,7 @@ def command(
     max_logit_error: float,
     metrics: str | None,
     samples: int,
+    by_stages: bool,
     as_json: bool,
     options: BackendOptions,
 ) -> None:
@@ -114,6 +125,8 @@ def command(
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=trace is not None)
+    if by_stages and options.name is BackendName.CPU:
+        raise RequestError("--stages compares a backend with the CPU: say which with --backend")
     measures = load_metrics(metrics) if metrics else []
     console = Console(stderr=True)
     with Progress(
@@ -149,13 +162,50 @@ def command(
                     task, description=phase, completed=done, total=total
                 ),
             )
+        differences = []
+        if by_stages:
+            on_cpu = BackendOptions(threads=options.threads)
+            compare = _stage_parity().compare_stages
+            differences = compare(
+                *(chosen.open(opened, manifest.stages) for chosen in (on_cpu, options)),
+                batch,
+                lambda stage: bar.update(task, description=stage),
+            )
+    report.checks += plan_checks(opened)
+    for stage, outputs in itertools.groupby(differences, key=lambda far: far.stage):
+        worst = max(outputs, key=lambda far: far.share)
+        report.checks.append(
+            Check(f"{stage} on {options.name}: {worst.output}, error / bound", worst.share, 1)
+        )
     if as_json:
         values = {"bundle_sha256": manifest.sha256, **report.to_json()}
-        click.echo(json.dumps({**values, "quality": [cost.to_json() for cost in quality]}))
+        values["quality"] = [cost.to_json() for cost in quality]
+        values["stages"] = [far.to_json() for far in differences]
+        click.echo(json.dumps(values))
     else:
         _print(report, quality, Console(highlight=False))
     if not report.passed:
         raise click.exceptions.Exit(1)
+
+
+def plan_checks(bundle: Bundle) -> list[Check]:
+    """Plans that say that they hold plugins must hold them.
+
+    Raises:
+        BundleError: plans that do not belong to the bundle; the message says what to build again.
+    """
+    return [
+        Check(f"{flavour} plans, stages without their plugins", len(missing_plugins(bundle, engines)), 0)
+        for flavour in built_flavours(bundle)
+        if (engines := read_engines(bundle, flavour)).plugin_version
+    ]
+
+
+def _stage_parity() -> Any:
+    try:
+        return importlib.import_module("exporter.stage_parity")
+    except ModuleNotFoundError as error:
+        raise LinertError(f"--stages needs {error.name}: pip install 'linert[stages]'") from error
 
 
 def listed_classes(manifest: Manifest) -> tuple[int, ...]:

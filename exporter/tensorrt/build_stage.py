@@ -117,6 +117,8 @@ def build(job: Job) -> Event:
         return Event(error=f"TensorRT cannot read {job.onnx}: {text}")
     config = builder.create_builder_config()
     config.progress_monitor = monitor
+    # What is float32 is computed in float32: whoever wants less exports in less.
+    config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if job.capabilities:

@@ -1,0 +1,122 @@
+"""Stage by stage: backends against each other, Polygraphy on the bundle's own files, plans that lack what they claim."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("polygraphy")
+
+from exporter.stage_parity import compare_stages
+from runtime.bundle import open_bundle
+from runtime.engines import engines_folder, missing_plugins, read_engines
+from runtime.ort import OrtBackend
+from runtime.plugins import CONTENTS
+from tests.conftest import Result
+from tests.runtime.test_backends import emulated
+from tests.runtime.test_ort import tiny_batch
+
+Linert = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_files: tuple[Path, Path], export: Callable[..., Path], linert: Linert) -> Path:
+    """Every policy, with plans."""
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("triton")
+    bundle = export(
+        *tiny_files, "--grid", 6, "--heads", 4, "--batch", 2, "--policy", "all", "--budget-lines", 3
+    )
+    result = linert("build", bundle, "--target", "rtx", "--sm", "89")
+    assert result.code == 0, result.err
+    return bundle
+
+
+def test_all_stages_agree(planned: Path) -> None:
+    bundle = open_bundle(planned)
+    reference, other = (
+        OrtBackend(bundle, bundle.manifest.stages),
+        emulated(bundle, list(bundle.manifest.stages)),
+    )
+    found = compare_stages(reference, other, tiny_batch(reference))
+    assert {far.stage for far in found} == set(bundle.manifest.stages)
+    outputs = {(far.stage, far.output) for far in found}
+    assert outputs == {
+        (name, tensor.name) for name, spec in bundle.manifest.stages.items() for tensor in spec.outputs
+    }
+    assert all(far.judged and far.passed for far in found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "output", "error"),
+    [("decode", "logits", 0.01), ("line_end.snapkv", "write_slots", 1), ("vq_decoder", "pixels", 0.01)],
+)
+def test_a_stage_that_is_off_is_found(
+    stage: str, output: str, error: float, planned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(planned)
+    stages = list(bundle.manifest.stages)
+    reference, other = OrtBackend(bundle, stages), OrtBackend(bundle, stages)
+    run = other._run
+
+    def wrong(name: str) -> None:
+        run(name)
+        if name == stage:
+            flat = other.array(output).reshape(-1)
+            flat[0] += np.asarray(error).astype(flat.dtype)
+
+    monkeypatch.setattr(other, "_run", wrong)
+    found = compare_stages(reference, other, tiny_batch(reference))
+    off = [(far.stage, far.output.removesuffix(".next")) for far in found if not far.passed]
+    assert off == [(stage, output)]
+
+
+def test_comparing_the_cpu_with_itself_is_refused(planned: Path, linert: Linert) -> None:
+    result = linert("validate", planned, "--stages")
+    assert result.code == 2
+    assert "--backend" in result.err
+
+
+@pytest.fixture
+def damaged(planned: Path) -> Iterator[Path]:
+    """Plans of which one says that it holds plugins and does not; digests and sizes are right."""
+    folder = engines_folder(open_bundle(planned), "rtx")
+    plan, record = folder / "decode.plan", folder / "engine.json"
+    kept = plan.read_bytes(), record.read_bytes()
+    plan.write_bytes(kept[0].replace(CONTENTS.encode(), b"x" * len(CONTENTS)))
+    digest = subprocess.run(["sha256sum", plan], capture_output=True, text=True, check=True).stdout.split()[0]
+    told = json.loads(kept[1])
+    told["plans"]["decode"]["sha256"] = digest
+    record.write_text(json.dumps(told))
+    yield planned
+    plan.write_bytes(kept[0])
+    record.write_bytes(kept[1])
+
+
+def test_plans_that_lack_the_plugins_they_claim_fail_validation(damaged: Path, linert: Linert) -> None:
+    bundle = open_bundle(damaged)
+    assert missing_plugins(bundle, read_engines(bundle, "rtx")) == ["decode: 0 of 2"]
+    result = linert("validate", damaged, "--json")
+    assert result.code == 1, result.err
+    failed = [check["name"] for check in json.loads(result.out)["checks"] if not check["passed"]]
+    assert failed == ["rtx plans, stages without their plugins"]
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode.unfiltered", "line_end.linear", "vq_decoder"])
+def test_polygraphy_runs_the_files_as_they_are(stage: str, planned: Path) -> None:
+    file = planned / f"{stage}.onnx"
+    for arguments in (("inspect", "model", file), ("run", file, "--onnxrt")):
+        done = subprocess.run(
+            [Path(sys.executable).with_name("polygraphy"), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
