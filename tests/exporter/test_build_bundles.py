@@ -1,0 +1,98 @@
+"""Plans of bundles that people have: the demo, and models of LlamaGen-B's size in halves and with 4-bit weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("triton")
+
+from random_checkpoint import random_tensors, transformer_shapes, vq_shapes
+
+from runtime.bundle import Bundle, open_bundle
+from runtime.engines import Engines, missing_plugins, read_engines
+from tests.conftest import ROOT, Result
+
+Export = Callable[..., Path]
+Linert = Callable[..., Result]
+HALVES = ("--activations", "fp16", "--image-decoder-precision", "fp16")
+SIZE_B = ("--grid", 24, "--guidance", 4, "--budget-lines", 4)
+LAYERS_B = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Random weights of LlamaGen-B at 384 px and of its tokenizer."""
+    folder = tmp_path_factory.mktemp("size_b")
+    files = folder / "B.pt", folder / "vq16.pt"
+    for file, shapes in zip(files, (transformer_shapes("B"), vq_shapes(16)), strict=True):
+        torch.save({"model": random_tensors(shapes)}, file)
+    return files
+
+
+def build(linert: Linert, bundle: Path, *options: str) -> tuple[Bundle, Engines]:
+    result = linert("build", bundle, "--target", "rtx", "--sm", "89", *options)
+    assert result.code == 0, result.err
+    opened = open_bundle(bundle)
+    return opened, read_engines(opened, "rtx")
+
+
+def check_layers(bundle: Bundle, engines: Engines, *, plugins: bool, weights: str) -> None:
+    """Every stage has a plan, whose layers are what was asked for."""
+    manifest = bundle.manifest
+    assert set(engines.plans) == set(manifest.stages)
+    for stage, plan in engines.plans.items():
+        layers = manifest.model.layers
+        decoding, ending = stage.startswith("decode"), stage == "line_end.linear"
+        wanted = {"LineAttention": layers} if decoding else {"LineEvict": 1} if ending else {}
+        assert plan.operations == wanted, stage
+        assert plan.plugins == (wanted if plugins else {}), stage
+        kinds = Counter(layer.kind for layer in plan.layers)
+        assert kinds["PLUGIN_V3"] == sum(plan.plugins.values())
+        if decoding:
+            # The body of LineAttention has two products and a softmax, and writes caches by TensorRT's own layer.
+            body = 0 if plugins else layers
+            assert kinds["SOFTMAX"] == body
+            assert kinds["KV_CACHE_UPDATE"] == 2 * body
+            # Queries, keys and values in one, the rest of attention, gate and up in one, down; and the head.
+            assert kinds["MATRIX_MULTIPLY"] == 4 * layers + 1 + 2 * body
+            assert kinds["DEQUANTIZE"] == (4 * layers + 1 if weights == "int4" else 0)
+            assert len(plan.aliases) == (4 * layers if plugins else 0)
+            products = [
+                layer.outputs[0].split(": ")[1].split(" ")[0]
+                for layer in plan.layers
+                if layer.kind == "MATRIX_MULTIPLY"
+            ]
+            assert Counter(products).most_common(1)[0][0] == ("FLOAT" if weights == "fp32" else "HALF")
+    assert missing_plugins(bundle, engines) == []
+
+
+def test_the_demo(export: Export, linert: Linert) -> None:
+    bundle = export(
+        ROOT / "demo" / "c2i_demo.pt",
+        ROOT / "demo" / "vq_demo.pt",
+        *("--grid", 16, "--heads", 4, "--guidance", 3, "--budget-lines", 4, "--batch", 2),
+    )
+    for options in ((), ("--no-plugin",)):
+        check_layers(*build(linert, bundle, *options), plugins=not options, weights="fp32")
+
+
+@pytest.mark.parametrize("weights", ["fp16", "int4"])
+def test_a_model_of_size_b(
+    weights: str, checkpoints: tuple[Path, Path], export: Export, linert: Linert
+) -> None:
+    quantised = ("--quantization", "rtn") if weights == "int4" else ()
+    bundle = export(*checkpoints, *SIZE_B, "--precision", weights, *quantised, *HALVES)
+    for options in ((), ("--no-plugin",)):
+        opened, engines = build(linert, bundle, *options)
+        assert opened.manifest.model.layers == LAYERS_B
+        check_layers(opened, engines, plugins=not options, weights=weights)
+        decode = engines.plans["decode"]
+        weight_bytes = opened.manifest.stages["decode"].work.weight_bytes
+        assert decode.weights_bytes is not None
+        assert weight_bytes < decode.weights_bytes < 1.3 * weight_bytes + (60 << 20)
