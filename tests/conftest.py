@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from filelock import FileLock
 
 if not torch.cuda.is_available():
     # Kernels are interpreted; triton asks once, when it is imported.
@@ -118,3 +119,27 @@ def many_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> P
         *("--grid", 6, "--heads", 4, "--batch", 2, "--policy", "all", "--budget-lines", 3),
         *("--anchor-tokens", 2),
     )
+
+
+@pytest.fixture(scope="session")
+def planned_bundle(tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in float32 with every policy, batch 2, 3 of 6 lines, and plans of TensorRT for RTX (SM 80 and 89).
+
+    All workers share one, which nobody may change.
+    """
+    pytest.importorskip("tensorrt_rtx")
+    pytest.importorskip("triton")
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    bundle, done = root / "planned" / "bundle", root / "planned.done"
+    with FileLock(root / "planned.lock"):
+        if not done.exists():
+            options = ("--grid", 6, "--heads", 4, "--batch", 2, "--policy", "all", "--budget-lines", 3)
+            for command in (
+                ("export", tiny_files[0], "--vq", tiny_files[1], *options, "--out", bundle, "--force"),
+                ("build", bundle, "--target", "rtx", "--sm", "80,89"),
+            ):
+                result = run_linert(*command)
+                assert result.code == 0, result.err
+            done.touch()
+    return bundle

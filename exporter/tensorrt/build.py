@@ -107,7 +107,8 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
     plans = {}
     target = engines_folder(plan.bundle, plan.flavour.name)
     with new_folder(target, force=True) as folder, environment_of(plan.flavour) as environment:
-        for stage, spec in manifest.stages.items():
+        # What TensorRT may refuse comes before what takes long.
+        for stage, spec in sorted(manifest.stages.items(), key=lambda item: item[0].startswith("decode")):
             file = f"{stage}.plan"
             job = Job(
                 plan.flavour.name,
@@ -136,6 +137,7 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
                 raise ExportError(
                     f"TensorRT made plugins of {plans[stage].plugins} and not of {end.operations} in {stage}"
                 )
+        plans = {stage: plans[stage] for stage in manifest.stages}
         engines = Engines(
             SCHEMA,
             plan.flavour.name,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 pytest.importorskip("polygraphy")
 
 from exporter.stage_parity import compare_stages
-from runtime.bundle import open_bundle
+from runtime.bundle import file_sha256, open_bundle
 from runtime.engines import engines_folder, missing_plugins, read_engines
 from runtime.ort import OrtBackend
 from runtime.plugins import CONTENTS
@@ -25,21 +26,8 @@ from tests.runtime.test_ort import tiny_batch
 Linert = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def planned(tiny_files: tuple[Path, Path], export: Callable[..., Path], linert: Linert) -> Path:
-    """Every policy, with plans."""
-    pytest.importorskip("tensorrt_rtx")
-    pytest.importorskip("triton")
-    bundle = export(
-        *tiny_files, "--grid", 6, "--heads", 4, "--batch", 2, "--policy", "all", "--budget-lines", 3
-    )
-    result = linert("build", bundle, "--target", "rtx", "--sm", "89")
-    assert result.code == 0, result.err
-    return bundle
-
-
-def test_all_stages_agree(planned: Path) -> None:
-    bundle = open_bundle(planned)
+def test_all_stages_agree(planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
     reference, other = (
         OrtBackend(bundle, bundle.manifest.stages),
         emulated(bundle, list(bundle.manifest.stages)),
@@ -58,9 +46,9 @@ def test_all_stages_agree(planned: Path) -> None:
     [("decode", "logits", 0.01), ("line_end.snapkv", "write_slots", 1), ("vq_decoder", "pixels", 0.01)],
 )
 def test_a_stage_that_is_off_is_found(
-    stage: str, output: str, error: float, planned: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str, output: str, error: float, planned_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = open_bundle(planned)
+    bundle = open_bundle(planned_bundle)
     stages = list(bundle.manifest.stages)
     reference, other = OrtBackend(bundle, stages), OrtBackend(bundle, stages)
     run = other._run
@@ -77,26 +65,23 @@ def test_a_stage_that_is_off_is_found(
     assert off == [(stage, output)]
 
 
-def test_comparing_the_cpu_with_itself_is_refused(planned: Path, linert: Linert) -> None:
-    result = linert("validate", planned, "--stages")
+def test_comparing_the_cpu_with_itself_is_refused(planned_bundle: Path, linert: Linert) -> None:
+    result = linert("validate", planned_bundle, "--stages")
     assert result.code == 2
     assert "--backend" in result.err
 
 
 @pytest.fixture
-def damaged(planned: Path) -> Iterator[Path]:
+def damaged(planned_bundle: Path, tmp_path: Path) -> Path:
     """Plans of which one says that it holds plugins and does not; digests and sizes are right."""
-    folder = engines_folder(open_bundle(planned), "rtx")
+    bundle = Path(shutil.copytree(planned_bundle, tmp_path / "bundle"))
+    folder = engines_folder(open_bundle(bundle), "rtx")
     plan, record = folder / "decode.plan", folder / "engine.json"
-    kept = plan.read_bytes(), record.read_bytes()
-    plan.write_bytes(kept[0].replace(CONTENTS.encode(), b"x" * len(CONTENTS)))
-    digest = subprocess.run(["sha256sum", plan], capture_output=True, text=True, check=True).stdout.split()[0]
-    told = json.loads(kept[1])
-    told["plans"]["decode"]["sha256"] = digest
+    plan.write_bytes(plan.read_bytes().replace(CONTENTS.encode(), b"x" * len(CONTENTS)))
+    told = json.loads(record.read_text())
+    told["plans"]["decode"]["sha256"] = file_sha256(plan)
     record.write_text(json.dumps(told))
-    yield planned
-    plan.write_bytes(kept[0])
-    record.write_bytes(kept[1])
+    return bundle
 
 
 def test_plans_that_lack_the_plugins_they_claim_fail_validation(damaged: Path, linert: Linert) -> None:
@@ -109,8 +94,8 @@ def test_plans_that_lack_the_plugins_they_claim_fail_validation(damaged: Path, l
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode.unfiltered", "line_end.linear", "vq_decoder"])
-def test_polygraphy_runs_the_files_as_they_are(stage: str, planned: Path) -> None:
-    file = planned / f"{stage}.onnx"
+def test_polygraphy_runs_the_files_as_they_are(stage: str, planned_bundle: Path) -> None:
+    file = planned_bundle / f"{stage}.onnx"
     for arguments in (("inspect", "model", file), ("run", file, "--onnxrt")):
         done = subprocess.run(
             [Path(sys.executable).with_name("polygraphy"), *map(str, arguments)],

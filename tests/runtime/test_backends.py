@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,6 @@ from tests.conftest import TINY, Result
 from tests.runtime.test_ort import STAGES, tiny_batch
 
 Open = Callable[..., Backend]
-SM = "80,89"
 EVERYWHERE = [*BackendName, "cuda, on the CPU", "rtx, emulated"]
 
 
@@ -41,41 +41,37 @@ def emulated(bundle: Bundle, stages: Sequence[str], **options: bool) -> TrtBacke
     return TrtBackend(bundle, stages, flavour, device=Device(driver), **options)
 
 
-@pytest.fixture(scope="module")
-def planned(tiny_bundle: Path, linert: Callable[..., Result]) -> Path:
-    """The tiny bundle with plans."""
-    pytest.importorskip("tensorrt_rtx")
-    pytest.importorskip("triton")
-    result = linert("build", tiny_bundle, "--target", "rtx", "--sm", SM)
-    assert result.code == 0, result.err
-    return tiny_bundle
-
-
 @pytest.fixture(params=EVERYWHERE)
-def opened(request: pytest.FixtureRequest, tiny_bundle: Path, linert: Callable[..., Result]) -> Open:
+def opened(
+    request: pytest.FixtureRequest, planned_bundle: Path, linert: Callable[..., Result], tmp_path: Path
+) -> Open:
     """Opens a bundle's stages on one backend; skips where it cannot be had, saying why."""
     name = request.param
     if name == "cuda, on the CPU":
         return lambda bundle, stages: OrtCudaBackend(bundle, stages, device="cpu")
     if name == "rtx, emulated":
-        request.getfixturevalue("planned")
         return emulated
+    options = BackendOptions(name)
+    if name not in FLAVOURS:
+        skip_unless(name, lambda: options.open(open_bundle(planned_bundle), ["prefill"]))
+        return options.open
+    skip_unless(name, Device)
+    skip_unless(name, FLAVOURS[name].load)
+    copy = shutil.copytree(planned_bundle, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines"))
+    result = linert("build", copy, "--target", name, "--sm", "current")
+    assert result.code == 0, result.err
+    return lambda bundle, stages: options.open(open_bundle(copy), stages)
+
+
+def skip_unless(name: str, possible: Callable[[], object]) -> None:
     try:
-        if name is not BackendName.CPU:
-            Device()
-        if name in FLAVOURS:
-            FLAVOURS[name].load()
-            result = linert("build", tiny_bundle, "--target", name, "--sm", "current")
-            assert result.code == 0, result.err
-        options = BackendOptions(name)
-        options.open(open_bundle(tiny_bundle), ["prefill"])
+        possible()
     except LinertError as error:
         pytest.skip(f"{name}: {error}")
-    return options.open
 
 
-def test_it_draws_what_the_cpu_draws(opened: Open, tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle)
+def test_it_draws_what_the_cpu_draws(opened: Open, planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
     here, reference = opened(bundle, STAGES), OrtBackend(bundle, STAGES)
     for seed in (0, 9):
         found = generate(here, tiny_batch(here, seed))
@@ -87,8 +83,8 @@ def test_it_draws_what_the_cpu_draws(opened: Open, tiny_bundle: Path) -> None:
             np.testing.assert_allclose(here.read(name), reference.read(name), atol=2e-4)
 
 
-def test_pixels_are_the_cpu_s(opened: Open, tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle)
+def test_pixels_are_the_cpu_s(opened: Open, planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
     tokens = np.arange(TINY.image_tokens)[None] % 64
     pixels = []
     for backend in (opened(bundle, ["vq_decoder"]), OrtBackend(bundle, ["vq_decoder"])):
@@ -98,15 +94,15 @@ def test_pixels_are_the_cpu_s(opened: Open, tiny_bundle: Path) -> None:
     np.testing.assert_allclose(*pixels, atol=1e-3)
 
 
-def test_one_seed_gives_the_same_tokens(opened: Open, tiny_bundle: Path) -> None:
-    backend = opened(open_bundle(tiny_bundle), STAGES)
+def test_one_seed_gives_the_same_tokens(opened: Open, planned_bundle: Path) -> None:
+    backend = opened(open_bundle(planned_bundle), STAGES)
     first, other, again = (generate(backend, tiny_batch(backend, seed)) for seed in (4, 5, 4))
     assert (first == again).all()
     assert (first != other).any()
 
 
-def test_lines_are_reported_when_their_tokens_are_drawn(opened: Open, tiny_bundle: Path) -> None:
-    backend = opened(open_bundle(tiny_bundle), STAGES)
+def test_lines_are_reported_when_their_tokens_are_drawn(opened: Open, planned_bundle: Path) -> None:
+    backend = opened(open_bundle(planned_bundle), STAGES)
     seen: list[tuple[int, np.ndarray]] = []
     tokens = generate(backend, tiny_batch(backend), lambda n: seen.append((n, backend.read("tokens"))))
     assert [lines for lines, _ in seen] == list(range(1, TINY.lines + 1))
@@ -115,9 +111,9 @@ def test_lines_are_reported_when_their_tokens_are_drawn(opened: Open, tiny_bundl
         assert (partial[:, :drawn] == tokens[:, :drawn]).all()
 
 
-def test_evictions_can_be_imposed(opened: Open, tiny_bundle: Path) -> None:
+def test_evictions_can_be_imposed(opened: Open, planned_bundle: Path) -> None:
     """What is written between two steps is what the next one sees."""
-    bundle = open_bundle(tiny_bundle)
+    bundle = open_bundle(planned_bundle)
     stages = [*STAGES, "line_end.replay"]
     here, reference = opened(bundle, stages), OrtBackend(bundle, stages)
     rng = np.random.default_rng(3)
@@ -132,8 +128,8 @@ def test_evictions_can_be_imposed(opened: Open, tiny_bundle: Path) -> None:
     assert (drawn[0] == drawn[1]).all()
 
 
-def test_unfit_values_are_refused(opened: Open, tiny_bundle: Path) -> None:
-    backend = opened(open_bundle(tiny_bundle), STAGES)
+def test_unfit_values_are_refused(opened: Open, planned_bundle: Path) -> None:
+    backend = opened(open_bundle(planned_bundle), STAGES)
     for name, value, message in (
         ("nonsense", 0, "no loaded stage"),
         ("class_ids", np.zeros(3, np.int64), "shape"),
@@ -145,8 +141,8 @@ def test_unfit_values_are_refused(opened: Open, tiny_bundle: Path) -> None:
         backend.run("vq_decoder")
 
 
-def test_a_token_costs_one_launch(planned: Path) -> None:
-    backend = emulated(open_bundle(planned), STAGES)
+def test_a_token_costs_one_launch(planned_bundle: Path) -> None:
+    backend = emulated(open_bundle(planned_bundle), STAGES)
     generate(backend, tiny_batch(backend))
     launches = backend.device.driver.launches
     before = dict(launches)
@@ -179,8 +175,8 @@ SETTINGS = (
 )
 
 
-def test_state_stays_where_it_is(planned: Path) -> None:
-    backend = emulated(open_bundle(planned), STAGES)
+def test_state_stays_where_it_is(planned_bundle: Path) -> None:
+    backend = emulated(open_bundle(planned_bundle), STAGES)
     states = [spec.name for spec in backend.bundle.manifest.state]
     before = [backend.address(name) for name in states]
     generate(backend, tiny_batch(backend))
@@ -191,8 +187,8 @@ def test_state_stays_where_it_is(planned: Path) -> None:
     assert backend.device.driver.cuMemGetInfo() == allocated
 
 
-def test_without_graphs_it_draws_the_same(planned: Path) -> None:
-    bundle = open_bundle(planned)
+def test_without_graphs_it_draws_the_same(planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
     backend, plain = emulated(bundle, STAGES), emulated(bundle, STAGES, cuda_graphs=False)
     wanted = generate(backend, tiny_batch(backend))
     assert (generate(plain, tiny_batch(plain)) == wanted).all()
@@ -200,8 +196,8 @@ def test_without_graphs_it_draws_the_same(planned: Path) -> None:
     assert not plain.graphs
 
 
-def test_falling_back_from_graphs_is_an_error(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = emulated(open_bundle(planned), STAGES)
+def test_falling_back_from_graphs_is_an_error(planned_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = emulated(open_bundle(planned_bundle), STAGES)
     copy = Device.copy
 
     def refuse(device: Device, target: int, source: int, size: int) -> None:
@@ -215,12 +211,12 @@ def test_falling_back_from_graphs_is_an_error(planned: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("wrong", ["version", "capability", "plugin", "tensors"])
 def test_plans_that_do_not_fit_this_machine_are_refused(
-    wrong: str, planned: Path, monkeypatch: pytest.MonkeyPatch
+    wrong: str, planned_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.bindings")
     from tests import emulated_gpu
 
-    bundle = open_bundle(planned)
+    bundle = open_bundle(planned_bundle)
     if wrong == "version":
         monkeypatch.setattr(emulated_gpu.EmulatedTensorRT, "__version__", "0.1", raising=False)
     elif wrong == "capability":
@@ -233,27 +229,29 @@ def test_plans_that_do_not_fit_this_machine_are_refused(
         emulated(bundle, STAGES).run("prefill")
 
 
-def test_memory_that_is_not_there_is_said(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_is_not_there_is_said(planned_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings")
     monkeypatch.setattr("tests.emulated_gpu.MEMORY", 20_000)
     with pytest.raises(DeviceError, match=r"Emulated GPU has .* free"):
-        emulated(open_bundle(planned), STAGES)
+        emulated(open_bundle(planned_bundle), STAGES)
 
 
-def test_a_backend_that_is_not_here_says_what_to_do(tiny_bundle: Path, linert: Callable[..., Result]) -> None:
+def test_a_backend_that_is_not_here_says_what_to_do(
+    planned_bundle: Path, linert: Callable[..., Result]
+) -> None:
     for name in (BackendName.RTX, BackendName.CUDA):
         try:
             Device()
         except DeviceError:
             result = linert(
-                "run", tiny_bundle, "--classes", 1, "--backend", name, "--out", tiny_bundle / "no"
+                "run", planned_bundle, "--classes", 1, "--backend", name, "--out", planned_bundle / "no"
             )
             assert result.code == 2
             assert "Traceback" not in result.err
             assert any(word in result.err for word in ("no CUDA", "linert build", "pip install"))
-            assert not (tiny_bundle / "no").exists()
+            assert not (planned_bundle / "no").exists()
 
 
-def test_the_generator_takes_a_backend(tiny_bundle: Path) -> None:
-    image = Generator(tiny_bundle, BackendOptions(BackendName.CPU, threads=1)).generate([1])[0]
-    assert (image.tokens == Generator(tiny_bundle).generate([1])[0].tokens).all()
+def test_the_generator_takes_a_backend(planned_bundle: Path) -> None:
+    image = Generator(planned_bundle, BackendOptions(BackendName.CPU, threads=1)).generate([1])[0]
+    assert (image.tokens == Generator(planned_bundle).generate([1])[0].tokens).all()
