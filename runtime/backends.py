@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from runtime.backend import Backend
 from runtime.bundle import Bundle
+from runtime.errors import LinertError
 
 
 class BackendName(StrEnum):
@@ -35,6 +36,14 @@ class BackendOptions:
             DeviceError: there is no such device here.
             LinertError: the runtime is not installed.
         """
+        try:
+            return self._open(bundle, stages)
+        except ModuleNotFoundError as error:
+            raise LinertError(
+                f"--backend {self.name} needs {error.name}, which is not installed: pip install 'linert[{self.name}]'"
+            ) from error
+
+    def _open(self, bundle: Bundle, stages: Iterable[str]) -> Backend:
         if self.name is BackendName.CPU:
             from runtime.ort import OrtBackend
 

@@ -24,7 +24,6 @@ from runtime.geometry import CacheSettings, Step
 from runtime.loop import Batch, begin, run_step
 from runtime.machine import ReadBandwidth, peak_macs, resident_bytes
 from runtime.manifest import Manifest
-from runtime.ort import OrtBackend
 from runtime.output import write_png
 
 WARM_UP = 3
@@ -343,6 +342,8 @@ def profile(
 
     Recording costs a few microseconds a node, so that the sum is more than a step takes without.
     """
+    from runtime.ort import OrtBackend
+
     with tempfile.TemporaryDirectory() as folder:
         backend = OrtBackend(bundle, batch.stages.values(), threads=threads, profile=Path(folder))
         begin(backend, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -50,6 +51,10 @@ class BuildPlan:
         if self.flavour.name == "tensorrt" and self.capabilities:
             raise ExportError("TensorRT builds for the GPU at hand alone: leave --sm out")
         if self.plugin:
+            if importlib.util.find_spec("triton") is None:
+                raise ExportError(
+                    "plugins are compiled by Triton: pip install 'linert[build]', or build with --no-plugin"
+                )
             try:
                 self.launches()
             except ValueError as error:

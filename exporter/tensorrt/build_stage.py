@@ -150,8 +150,10 @@ def operations_of(onnx_file: Path) -> dict[str, int]:
 
 
 def described(trt: Any, network: Any) -> tuple[tuple[Layer, ...], dict[str, str]]:
-    """The network's layers, and its outputs that a plugin aliases to an input."""
+    """The network's layers, and its outputs that lie where an input lies: those of plugins, and TensorRT's own cache updates."""
     layers, aliases = [], {}
+    # Older versions have no such layer.
+    cache_update = getattr(trt.LayerType, "KV_CACHE_UPDATE", None)
     for layer in (network.get_layer(index) for index in range(network.num_layers)):
         outputs = tuple(
             f"{tensor.name}: {tensor.dtype.name} {list(tensor.shape)}"
@@ -166,6 +168,8 @@ def described(trt: Any, network: Any) -> tuple[tuple[Layer, ...], dict[str, str]
                 source = held.plugin.get_aliased_input(index)
                 if source >= 0:
                     aliases[layer.get_output(index).name] = layer.get_input(source).name
+        elif layer.type == cache_update:
+            aliases[layer.get_output(0).name] = layer.get_input(0).name
         layers.append(Layer(layer.name, layer.type.name, outputs, plugin))
     return tuple(layers), aliases
 

@@ -23,10 +23,14 @@ from exporter.tensorrt.build import BuildPlan, parse_capabilities
 from runtime.bundle import open_bundle
 from runtime.engines import engines_folder, missing_plugins, read_engines
 from runtime.errors import BundleError, ExportError
+from runtime.loop import generate
+from runtime.ort import OrtBackend
 from runtime.plugins.kernels import CompiledKernel
 from runtime.plugins.line_attention import LineAttentionLaunch
 from runtime.trt_flavour import FLAVOURS
 from tests.conftest import ROOT, TINY, Result
+from tests.runtime.test_backends import emulated
+from tests.runtime.test_ort import STAGES, tiny_batch
 
 Linert = Callable[..., Result]
 OPTIONS = ("--grid", 6, "--heads", 4, "--batch", 2, "--guidance", 3, "--budget-lines", 3)
@@ -97,8 +101,18 @@ def test_without_the_plugin_its_body_is_built(built: Path, linert: Linert, tmp_p
     assert engines.plugin_version == ""
     assert not any(plan.plugins for plan in engines.plans.values())
     assert "0/1 LineEvict" in linert("inspect", copy).out
-    kinds = {layer.kind for layer in engines.plans["decode"].layers}
-    assert "SOFTMAX" in kinds
+    decode = engines.plans["decode"]
+    assert "SOFTMAX" in {layer.kind for layer in decode.layers}
+    # TensorRT writes caches in place itself; scores and positions are copied back.
+    caches = {f"{kind}.{layer}" for kind in ("k_cache", "v_cache") for layer in range(TINY.layers)}
+    assert set(decode.aliases.values()) == caches
+    bundle = open_bundle(copy)
+    there, reference = emulated(bundle, STAGES), OrtBackend(bundle, STAGES)
+    for seed in (0, 1):
+        assert (
+            generate(there, tiny_batch(there, seed)) == generate(reference, tiny_batch(reference, seed))
+        ).all()
+    assert there.graphs["decode.unfiltered"].nodes["CU_GRAPH_NODE_TYPE_MEMCPY"] == 3 + 2 * TINY.layers
 
 
 @pytest.mark.parametrize("damage", ["changed", "shorter", "missing", "another export", "no record"])
@@ -193,8 +207,8 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
         "from exporter.tensorrt.compile import kernels_of\n"
         "from runtime.plugins.line_attention import LineAttentionLaunch\n"
         "from runtime.plugins.line_evict import LineEvictLaunch\n"
-        "found = kernels_of(LineAttentionLaunch(24, 1, 97, 100, 'bfloat16'), [80, 90]).kernels\n"
-        "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90]).kernels\n"
+        "found = kernels_of(LineAttentionLaunch(24, 1, 97, 100, 'bfloat16'), [80, 90, 120]).kernels\n"
+        "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90, 120]).kernels\n"
         "Path(sys.argv[1]).write_bytes(msgspec.msgpack.encode(found))\n"
     )
     # A process of its own: in this one kernels are interpreted.
@@ -203,7 +217,7 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
     kernels = msgspec.msgpack.decode(compiled.read_bytes(), type=dict[str, CompiledKernel])
     assert set(kernels) == {"attend", "combine", "line_evict"}
     for kernel in kernels.values():
-        assert set(kernel.cubins) == {80, 90}
+        assert set(kernel.cubins) == {80, 90, 120}
         assert all(code.startswith(b"\x7fELF") for code in kernel.cubins.values())
         assert b".target sm_80" in kernel.ptx
         assert kernel.image(86) == kernel.cubins[80]

@@ -62,7 +62,7 @@ def check_layers(bundle: Bundle, engines: Engines, *, plugins: bool, weights: st
             # Queries, keys and values in one, the rest of attention, gate and up in one, down; and the head.
             assert kinds["MATRIX_MULTIPLY"] == 4 * layers + 1 + 2 * body
             assert kinds["DEQUANTIZE"] == (4 * layers + 1 if weights == "int4" else 0)
-            assert len(plan.aliases) == (4 * layers if plugins else 0)
+            assert len(plan.aliases) == (4 if plugins else 2) * layers
             products = [
                 layer.outputs[0].split(": ")[1].split(" ")[0]
                 for layer in plan.layers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -250,6 +252,27 @@ def test_a_backend_that_is_not_here_says_what_to_do(
             assert "Traceback" not in result.err
             assert any(word in result.err for word in ("no CUDA", "linert build", "pip install"))
             assert not (planned_bundle / "no").exists()
+
+
+def test_a_runtime_that_is_not_installed_says_what_to_install(
+    planned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("runtime.ort", "runtime.ort_sessions", "onnxruntime"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Without("onnxruntime"), *sys.meta_path])
+    with pytest.raises(LinertError, match=r"needs onnxruntime.*linert\[cpu\]"):
+        BackendOptions().open(open_bundle(planned_bundle), ["prefill"])
+
+
+class Without(MetaPathFinder):
+    """Finds a package nowhere."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == self.name:
+            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
 def test_the_generator_takes_a_backend(planned_bundle: Path) -> None:
