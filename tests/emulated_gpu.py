@@ -25,6 +25,7 @@ from runtime.manifest import StageSpec, TensorSpec
 CAPABILITY = 89
 MEMORY = 8 << 30
 POISON = 0xA5
+ALIGNMENT = 256
 
 OK = real.CUresult.CUDA_SUCCESS
 REFUSED = real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
@@ -115,9 +116,10 @@ class EmulatedDriver:
             return REFUSED, 0
         if size > self.cuMemGetInfo()[1]:
             return FULL, 0
-        buffer = (ctypes.c_char * size).from_buffer(bytearray([POISON]) * size)
-        address = ctypes.addressof(buffer)
-        self._buffers[address] = buffer
+        memory = bytearray([POISON]) * (size + ALIGNMENT)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        address += -address % ALIGNMENT
+        self._buffers[address] = memory
         return OK, address
 
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[Any, ...]:

@@ -50,6 +50,14 @@ class BuildPlan:
     def __post_init__(self) -> None:
         if self.flavour.name == "tensorrt" and self.capabilities:
             raise ExportError("TensorRT builds for the GPU at hand alone: leave --sm out")
+        if self.capabilities:
+            known = self.flavour.load().ComputeCapability.__members__
+            if unknown := [f"SM{sm}" for sm in self.capabilities if f"SM{sm}" not in known]:
+                able = ", ".join(name for name in known if name.startswith("SM"))
+                raise ExportError(
+                    f"TensorRT for RTX has no {', '.join(unknown)}, only {able}; for other GPUs build with "
+                    "--target tensorrt, on them"
+                )
         if self.plugin:
             if importlib.util.find_spec("triton") is None:
                 raise ExportError(

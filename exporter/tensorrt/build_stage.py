@@ -13,10 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import msgspec
 
+from exporter.tensorrt.callbacks import make_monitor, make_writer
 from runtime.engines import Layer
 from runtime.plugins import NAMESPACE
 from runtime.plugins.trt import register
@@ -71,36 +72,8 @@ def build(job: Job) -> Event:
         for kind, size in MEMORY.findall(message):
             memory[kind] = int(size)
 
-    class Monitor(trt.IProgressMonitor):
-        """Passes progress on."""
-
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
-            emit(Event(phase_name, 0, num_steps))
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            emit(Event(phase_name, step + 1, self.steps.get(phase_name, 0)))
-            return True
-
-        def phase_finish(self, phase_name: str) -> None:
-            emit(Event(phase_name, self.steps.get(phase_name, 0), self.steps.pop(phase_name, 0)))
-
-    class Writer(trt.IStreamWriter):
-        """Writes the plan while it is serialised, so that it is never whole in memory."""
-
-        def __init__(self, file: BinaryIO) -> None:
-            trt.IStreamWriter.__init__(self)
-            self.file = file
-
-        def write(self, data: bytes) -> int:
-            return self.file.write(data)
-
     begun = time.perf_counter()
-    logger, monitor = make_logger(trt, listen), Monitor()
+    logger = make_logger(trt, listen)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if job.plugin:
@@ -116,7 +89,7 @@ def build(job: Job) -> Event:
         text = "; ".join(f"{fault.node_name()} ({fault.node_operator()}): {fault.desc()}" for fault in faults)
         return Event(error=f"TensorRT cannot read {job.onnx}: {text}")
     config = builder.create_builder_config()
-    config.progress_monitor = monitor
+    config.progress_monitor = make_monitor(trt, lambda phase, step, steps: emit(Event(phase, step, steps)))
     # What is float32 is computed in float32: whoever wants less exports in less.
     config.clear_flag(trt.BuilderFlag.TF32)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -127,7 +100,7 @@ def build(job: Job) -> Event:
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
     layers, aliases = described(trt, network)
     with Path(job.plan).open("wb") as file:
-        if not builder.build_serialized_network_to_stream(network, config, Writer(file)):
+        if not builder.build_serialized_network_to_stream(network, config, make_writer(trt, file)):
             return Event(
                 error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}"
             )

@@ -11,7 +11,14 @@ from runtime.plugins.kernels import DeviceKernels
 HELD = "held"
 """Type of tensors that have the type of the first input: one of :data:`HELD_TYPES`."""
 
+ALIGNED = 256
+
 HELD_TYPES = ("float32", "float16", "bfloat16")
+
+
+def aligned(count: int) -> int:
+    """``count`` rounded up, so that scratch memory behind so many numbers or bytes begins where kernels may load whole vectors."""
+    return -(-count // ALIGNED) * ALIGNED
 
 
 class TensorKind(NamedTuple):

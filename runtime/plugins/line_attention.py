@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import HELD, HELD_TYPES, Launch, Operation, TensorKind
+from runtime.plugins.base import HELD, HELD_TYPES, Launch, Operation, TensorKind, aligned
 from runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
@@ -109,8 +109,8 @@ class LineAttentionLaunch:
 
     @property
     def logits_floats(self) -> int:
-        """Float32 scratch of the logits."""
-        return self.rows * self.group * self.slots
+        """Float32 scratch of the logits, with what aligns the scratch behind it."""
+        return aligned(self.rows * self.group * self.slots)
 
     @property
     def partial_floats(self) -> int:

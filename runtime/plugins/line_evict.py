@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import Launch, Operation, TensorKind
+from runtime.plugins.base import Launch, Operation, TensorKind, aligned
 from runtime.plugins.kernels import DeviceKernels
 
 SETTINGS = (
@@ -74,12 +74,12 @@ class LineEvictLaunch:
 
     @property
     def entries(self) -> int:
-        """Slots of all rows and layers, each layer taken as large as the largest."""
-        return self.layers * self.rows * self.most_slots
+        """Slots of all rows and layers, each layer taken as large as the largest, with what aligns the scratch behind them."""
+        return aligned(self.layers * self.rows * self.most_slots)
 
     @property
     def table_bytes(self) -> int:
-        return -(-8 * ADDRESSES * self.layers // 256) * 256
+        return aligned(8 * ADDRESSES * self.layers)
 
     @property
     def scratch_bytes(self) -> int:

@@ -189,6 +189,10 @@ def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> 
     result = linert("build", half, "--target", "tensorrt", "--sm", "80")
     assert result.code == 2
     assert "GPU at hand" in result.err
+    result = linert("build", half, "--target", "rtx", "--sm", "89,90")
+    assert result.code == 2
+    assert "has no SM90, only SM75" in result.err
+    assert "--target tensorrt" in result.err
     assert parse_capabilities("sm89, 8.0") == (80, 89)
     with pytest.raises(ExportError):
         parse_capabilities("")

@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
 from exporter.tensorrt import line_attention_kernels, line_evict_kernels
+from exporter.tensorrt.compile import ALIGNMENT
 from graphs.line_attention import reference
 from runtime.cuda import Device
 from runtime.plugins.base import Launch, Operation, TensorKind
@@ -40,6 +41,8 @@ def interpreted(function: Any, types: Mapping[str, torch.dtype], constants: Mapp
         for number, name in enumerate(names):
             if name in types:
                 address = ctypes.c_void_p.from_address(parameters[number]).value or 0
+                # Kernels are compiled with this promise.
+                assert address % ALIGNMENT == 0
                 # The interpreter takes of a tensor its address and type.
                 memory = (ctypes.c_char * 8).from_address(address)
                 values.append(torch.frombuffer(memory, dtype=types[name], count=1))
@@ -79,7 +82,7 @@ def enqueue(
     return outputs, launch
 
 
-@pytest.mark.parametrize("slots", [33, 601])
+@pytest.mark.parametrize("slots", [33, 603])
 @pytest.mark.parametrize("group", [1, 3])
 def test_line_attention(slots: int, group: int) -> None:
     inputs = inputs_of(2, group, slots, 16, torch.float32)
