@@ -49,7 +49,7 @@ class LazyCommands(click.Group):
             missing = (error.name or "").split(".")[0]
             if missing in ("exporter", "runtime", "graphs"):
                 raise
-            extra = "compare" if cmd_name == "compare" else "export"
+            extra = cmd_name if cmd_name in ("compare", "build") else "export"
             raise LinertError(
                 f"linert {cmd_name} needs {missing}, which is not installed: pip install 'linert[{extra}]'"
             ) from error

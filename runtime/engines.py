@@ -84,7 +84,7 @@ def engines_folder(bundle: Bundle, flavour: str) -> Path:
 
 def build_again(bundle: Bundle, flavour: str) -> str:
     """What to do about plans that do not fit."""
-    return f"build them again: linert build {bundle.path} --target {flavour}"
+    return f"build them with: linert build {bundle.path} --target {flavour}"
 
 
 def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engines:
