@@ -33,6 +33,7 @@ from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import draw, filtered_mass, guide
 from graphs.stages import Geometry
+from runtime.errors import ExportError
 from runtime.geometry import Raster
 from runtime.loop import uniform_row
 from runtime.manifest import SamplingSettings
@@ -65,12 +66,17 @@ def calibrated(plan: ExportPlan, calibration: Calibration, report: Report = prin
     if not gptq and precision.decoder_precision is not Precision.INT8:
         return plan
     model = transformer.eager()
-    class_ids = calibration.classes(transformer.config.num_classes)
-    tokens = draw_images(model, class_ids, plan.sampling, calibration.seed, report)
+    if not transformer.config.num_classes:
+        raise ExportError(
+            "calibration draws images of classes, and this model has none: give --quantization rtn and "
+            "--image-decoder-precision fp16"
+        )
+    condition = [calibration.classes(transformer.config.num_classes)]
+    tokens = draw_images(model, condition, plan.sampling, calibration.seed, report)
     report("quantising the image decoder")
     precision = with_integer_decoder(precision, plan.image_decoder, tokens, plan.raster)
     if gptq:
-        found = gptq_weights(model, precision, class_ids, tokens, guided=plan.guided, report=report)
+        found = gptq_weights(model, precision, condition, tokens, guided=plan.guided, report=report)
         precision = replace(precision, quantized=found)
     return replace(plan, precision=precision)
 
@@ -116,7 +122,7 @@ def with_integer_decoder(
 def gptq_weights(
     model: llamagen.LlamaGen,
     plan: PrecisionPlan,
-    class_ids: Tensor,
+    condition: Sequence[Tensor],
     tokens: Tensor,
     *,
     guided: bool,
@@ -125,14 +131,14 @@ def gptq_weights(
     """Quantise every product of ``model`` whose part ``plan`` has in integers; the model becomes the quantised one.
 
     Args:
-        class_ids, tokens: ``[I]`` and ``[I, N]``, the images that the layers are to see.
+        condition, tokens: of I images that the layers are to see: the prefill stage's inputs, and ``[I, N]``.
         guided: let them see the unconditional rows as well.
         report: called with a line before each piece of work.
 
     Returns:
         The integers by parameter name, for :attr:`PrecisionPlan.quantized`.
     """
-    ids = model.guided_classes(class_ids) if guided else class_ids
+    found = model.condition(condition, guided=guided)
     fed = tokens.repeat(2 if guided else 1, 1)
     names = {
         module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -148,13 +154,15 @@ def gptq_weights(
                 quantized[name] = gptq(module.weight, hessian, bits, block)
                 module.weight = nn.Parameter(quantized[name].dequantized(), requires_grad=False)
 
-    x = torch.cat([model.prefix(ids), model.embed(fed[:, :-1])], dim=1)
-    rope = model.rope(torch.arange(x.shape[1])[None])
+    x = torch.cat([found.embeddings, model.embed(fed[:, :-1])], dim=1)
+    rope = model.rope(torch.arange(x.shape[1])[None], found.starts)
+    # Conditions of classes have no padding: all rows see the same.
+    visible = found.visible(x.shape[1])[:1]
     blocks = list(model.blocks())
     with torch.no_grad():
         for number, block in enumerate(blocks):
             report(f"quantising layer {number + 1} of {len(blocks)}")
-            run = functools.partial(model.block, block, rope=rope)
+            run = functools.partial(model.block, block, rope=rope, visible=visible)
             _quantize_in_order(block, run, x, quantize)
             x = torch.cat([run(rows) for rows in x.split(1)])
         report("quantising the output")
@@ -163,17 +171,21 @@ def gptq_weights(
 
 
 def draw_images(
-    model: llamagen.LlamaGen, class_ids: Tensor, sampling: SamplingSettings, seed: int, report: Report
+    model: llamagen.LlamaGen,
+    condition: Sequence[Tensor],
+    sampling: SamplingSettings,
+    seed: int,
+    report: Report,
 ) -> Tensor:
     """Tokens ``[I, N]`` int64 that ``model`` draws with the full cache; image k has seed ``seed + k``."""
-    config, images = model.config, len(class_ids)
+    config, images = model.config, len(condition[0])
     slots = (config.prefix_len + config.image_tokens,) * config.layers
     geometry = Geometry(config, images, sampling.guidance > 1, slots)
     never = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
     history = HistoryModel(model, geometry, POLICIES["full"](), LineEndParams(**never))
     uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
     params = sampling_params(sampling)
-    logits = history.begin(class_ids)
+    logits = history.begin(condition)
     tokens = torch.zeros(images, config.image_tokens, dtype=torch.int64)
     for index in range(config.image_tokens):
         line, column = divmod(index, config.line_width)

@@ -108,13 +108,13 @@ def load_transformer(
     try:
         config = llamagen.infer_config(shapes, grid=side, heads=heads)
     except KeyError as error:
-        if any(name.startswith("cls_embedding.cap_proj.") for name in shapes):
-            raise CheckpointError(
-                f"{path} is a text-conditional LlamaGen; only class-conditional ones can be exported"
-            ) from error
         raise _not_a(path, "a LlamaGen transformer", shapes, error) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if config.caption_dim:
+        raise CheckpointError(
+            f"{path} is a text-conditional LlamaGen; only class-conditional ones can be exported"
+        )
     expected = config.tensor_shapes()
     check_tensors(
         path,

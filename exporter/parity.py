@@ -27,7 +27,7 @@ from exporter.parity_report import (
     parity_checks,
 )
 from exporter.sampling_params import sampling_params
-from graphs.families.base import RasterTransformer
+from graphs.families.base import Condition, RasterTransformer
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import SamplingParams, draw, filtered_mass, guide
@@ -66,7 +66,8 @@ class Comparison:
         inputs = settings_inputs(manifest, self.batch)
         params = LineEndParams(*(torch.from_numpy(inputs[name]) for name in LineEndParams._fields))
         self.reference = HistoryModel(self.model, geometry, POLICIES[cache.policy](), params)
-        self.class_ids = torch.from_numpy(self.batch.conditions["class_ids"])
+        wanted = self.model.condition_inputs(geometry.images)
+        self.condition = [torch.from_numpy(self.batch.conditions[spec.name]) for spec in wanted]
 
     def imposed(self, line: int) -> Tensor | None:
         """The write slots that the batch replays at the end of ``line``."""
@@ -103,8 +104,8 @@ def validate(
         report_line: called with a phase's name and the lines done.
     """
     bounds = bounds or Bounds()
-    class_ids = batch.conditions["class_ids"].tolist()
-    report = Report(choices, class_ids, seed)
+    classes = batch.conditions.get("class_ids", np.empty(0, np.int64)).tolist()
+    report = Report(choices, classes, seed)
     both = Comparison(backend, transformer.eager(), batch, report, report_line)
     evicted: list[np.ndarray] = []
     drawn = torch.from_numpy(
@@ -138,7 +139,7 @@ def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
     backend, reference = both.backend, both.reference
     raster = backend.bundle.manifest.raster
     begin(backend, both.batch)
-    _compare(both.report, reference.begin(both.class_ids)[:, None], [backend.read("logits")])
+    _compare(both.report, reference.begin(both.condition)[:, None], [backend.read("logits")])
     measured: list[np.ndarray] = []
     for step in raster.schedule():
         index = step.line * raster.line_width + step.column
@@ -184,9 +185,9 @@ def _compression(both: Comparison, tokens: Tensor) -> None:
     """Distance of the line-buffer model from the full cache, both in PyTorch, fed the same tokens."""
     model, reference = both.model, both.reference
     geometry, config = reference.geometry, reference.geometry.config
-    ids = model.guided_classes(both.class_ids) if geometry.guided else both.class_ids
+    condition = model.condition(both.condition, guided=geometry.guided)
     fed = tokens.repeat(geometry.branches, 1)
-    first = reference.begin(both.class_ids)[:, None]
+    first = reference.begin(both.condition)[:, None]
     lined = [first]
     width = config.line_width
     for line in range(config.lines):
@@ -197,7 +198,8 @@ def _compression(both: Comparison, tokens: Tensor) -> None:
         both.report_line("line buffer against full cache", line + 1)
     for row in range(geometry.sequences):
         # Row by row: the parallel pass holds the logits of every position.
-        full = model(ids[row : row + 1], fed[row : row + 1, :-1])
+        alone = Condition(*(part[row : row + 1] for part in condition))
+        full = model(alone, fed[row : row + 1, :-1])
         both.report.compression.add(full, torch.cat([part[row : row + 1] for part in lined], dim=1))
 
 
@@ -215,7 +217,7 @@ def _free_running(both: Comparison, tokens: Tensor, evicted: list[np.ndarray]) -
     diverged: list[int | None] = [None] * images
     evicts_alike = np.ones(images, bool)
     shares: list[float] = []
-    logits = reference.begin(both.class_ids)
+    logits = reference.begin(both.condition)
     drawn = torch.zeros_like(tokens)
     for index in range(config.image_tokens):
         drawn[:, index] = token = _draw(reference, logits, params, uniforms, index)

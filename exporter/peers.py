@@ -57,7 +57,10 @@ class PyTorchPeer:
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int) -> Tensor:
         """Feed ``tokens [B]`` at ``position`` and draw the next, ``[I]``."""
-        logits = self._forward(tokens[:, None], torch.tensor([position]))
+        return self._feed(self.model.embed(tokens[:, None]), position)
+
+    def _feed(self, x: Tensor, position: int) -> Tensor:
+        logits = self._forward(x, torch.tensor([position]))
         if self.guidance > 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.guidance * (conditional - unconditional)
@@ -81,31 +84,30 @@ class PyTorchPeer:
         start = time.perf_counter()
         config = self.model.config
         branches = self.sequences // self.images
-        token = self.model.condition_tokens(torch.arange(self.images) % config.num_classes)[:, 0]
-        fed = self.model.guided_tokens(token) if branches == 2 else token
-        drawn = []
-        for index in range(config.image_tokens):
-            drawn.append(self.step(fed, index))
-            fed = drawn[-1].repeat(branches)
+        classes = torch.arange(self.images) % config.num_classes
+        condition = self.model.condition([classes], guided=branches == 2)
+        drawn = [self._feed(condition.embeddings, 0)]
+        for index in range(1, config.image_tokens):
+            drawn.append(self.step(drawn[-1].repeat(branches), index))
         grids = torch.stack(drawn, dim=1).unflatten(1, (config.lines, config.line_width))
         for grid in grids:
             picture(self.image_decoder.decode(grid[None])[0].numpy()).save(io.BytesIO(), format="PNG")
         return time.perf_counter() - start
 
-    def _sliced_step(self, tokens: Tensor, position: Tensor) -> Tensor:
+    def _sliced_step(self, x: Tensor, position: Tensor) -> Tensor:
         """Logits ``[B, V]``; attention reads the filled part of the cache."""
         at = int(position)
-        return self._step(tokens, position, lambda cache: cache[:, :, : at + 1], None)
+        return self._step(x, position, lambda cache: cache[:, :, : at + 1], None)
 
-    def _masked_step(self, tokens: Tensor, position: Tensor) -> Tensor:
+    def _masked_step(self, x: Tensor, position: Tensor) -> Tensor:
         """The same in static shapes."""
         visible = (torch.arange(self.slots) <= position)[None, None, None]
-        return self._step(tokens, position, lambda cache: cache, visible)
+        return self._step(x, position, lambda cache: cache, visible)
 
     def _step(
-        self, tokens: Tensor, position: Tensor, seen: Callable[[Tensor], Tensor], mask: Tensor | None
+        self, x: Tensor, position: Tensor, seen: Callable[[Tensor], Tensor], mask: Tensor | None
     ) -> Tensor:
-        x, rope = self.model.embed(tokens), self.model.rope(position[None])
+        rope = self.model.rope(position[None], torch.zeros(1, dtype=torch.int64))
         for layer, block in enumerate(self.model.blocks()):
             q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
             k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]

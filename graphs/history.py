@@ -7,7 +7,7 @@ something that does none of them. A whole line is fed at once when its tokens ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,31 +44,37 @@ class HistoryModel:
         self.model, self.geometry, self.policy, self.params = model, geometry, policy, params
 
     @torch.no_grad()
-    def begin(self, class_ids: Tensor) -> Tensor:
-        """Feed the condition of ``class_ids [I]``; return the logits ``[B, V]`` of token 0."""
+    def begin(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Feed the condition that ``inputs`` of the prefill stage say; return the logits ``[B, V]`` of token 0."""
         geometry, config = self.geometry, self.geometry.config
         positions = config.prefix_len + config.image_tokens
         shape = (geometry.rows, positions, config.head_dim)
         self.keys = [torch.zeros(shape) for _ in range(config.layers)]
         self.values = [torch.zeros(shape) for _ in range(config.layers)]
         self.scores = [torch.zeros(geometry.rows, slots) for slots in geometry.capacities]
-        self.slot_pos = [
-            torch.full((geometry.rows, slots), -1, dtype=torch.int32) for slots in geometry.capacities
-        ]
         self.position = 0
-        ids = self.model.guided_classes(class_ids) if geometry.guided else class_ids
-        x = self.model.prefix(ids)
+        condition = self.model.condition(inputs, guided=geometry.guided)
+        self.starts = condition.starts
         prefix = config.prefix_len
-        causal = torch.ones(prefix, prefix, dtype=torch.bool).tril()
-        visible = F.pad(causal, (0, config.image_tokens)).expand(geometry.rows, -1, -1)
-        held = [torch.full((geometry.rows, prefix, slots), -1) for slots in geometry.capacities]
-        for layer, slot_pos in enumerate(held):
-            slot_pos[..., :prefix] = torch.arange(prefix).where(causal, -1)
-            self.slot_pos[layer][:] = slot_pos[:, -1]
-        logits = self._forward(x, lambda layer: (visible, held[layer]))
+        visible = condition.visible(prefix).repeat_interleave(config.kv_heads, dim=0)
+        visible = F.pad(visible, (0, config.image_tokens))
+        held = [self._prefix_slots(slots) for slots in geometry.capacities]
+        self.slot_pos = [slot_pos[:, -1].to(torch.int32) for slot_pos in held]
+        logits = self._forward(condition.embeddings, lambda layer: (visible, held[layer]))
         first = torch.arange(prefix, prefix + config.line_width)
         self.write_slots = first.expand(config.layers, geometry.rows, -1).clone()
         return logits[:, -1]
+
+    def _prefix_slots(self, slots: int) -> Tensor:
+        """Positions ``[R, T, slots]`` that each slot holds after each of the prefix, -1 empty.
+
+        What is visible lies in the slot of its number; padding in the slot of the first that is visible, until that comes.
+        """
+        prefix = self.geometry.config.prefix_len
+        start = self.starts.repeat_interleave(self.geometry.config.kv_heads)[:, None, None]
+        slot, now = torch.arange(slots), torch.arange(prefix)[:, None]
+        held = torch.where((slot >= start) & (slot <= now), slot, -1)
+        return torch.where((now < start) & (slot == start), now, held)
 
     @torch.no_grad()
     def feed(self, tokens: Tensor) -> Tensor:
@@ -124,7 +130,7 @@ class HistoryModel:
         geometry, config = self.geometry, self.geometry.config
         count = x.shape[1]
         run = slice(self.position, self.position + count)
-        rope = self.model.rope(torch.arange(run.start, run.stop)[None])
+        rope = self.model.rope(torch.arange(run.start, run.stop)[None], self.starts)
         for layer, block in enumerate(self.model.blocks()):
             q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
             self.keys[layer][:, run] = k.reshape(geometry.rows, count, -1)

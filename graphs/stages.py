@@ -19,18 +19,17 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graphs.families.base import FamilyConfig, RasterTransformer
 from graphs.families.vq import VQModel
 from graphs.line_attention import LineAttentionInputs, LineBufferState, ScoreParams, line_attention
 from graphs.policies import FinishedLine, LineEndParams, Policy, end_line, evict
 from graphs.sampling import SamplingParams, guide, sample
+from graphs.tensor_spec import NEXT, TensorSpec
 
 GROUP_ENTRIES = 1 << 15
 """Slots of all rows that a line end works on at a time."""
-
-NEXT = ".next"
-"""Suffix of the output that replaces a state."""
 
 SAMPLING_INPUTS = {
     "guidance": torch.float32,
@@ -43,25 +42,6 @@ SAMPLING_INPUTS = {
 SCORE_INPUTS = {"score_window": torch.int64, "score_max": torch.int64}
 """How decode accounts for attention: ``score_window`` restarts the scores before the last so many queries of a line
 (0 never); ``score_max`` nonzero keeps the largest probability instead of the sum."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, dtype and static shape of a stage's input or output."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    def next(self) -> TensorSpec:
-        return replace(self, name=self.name + NEXT)
-
-    @property
-    def nbytes(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -102,6 +82,8 @@ class Geometry:
             TensorSpec("tokens", torch.int64, (self.images, config.image_tokens)),
             TensorSpec("position", torch.int64, (self.sequences,)),
             TensorSpec("write_slots", torch.int64, (config.layers, self.rows, config.line_width)),
+            TensorSpec("condition", self.cache_dtype, (self.sequences, config.prefix_len, config.dim)),
+            TensorSpec("starts", torch.int64, (self.sequences,)),
         ]
 
     def layer_state(self) -> list[TensorSpec]:
@@ -150,9 +132,9 @@ def logits_output(geometry: Geometry) -> TensorSpec:
 
 
 class Prefill(Stage):
-    """Lay out the whole state with nothing cached and the condition as the token to be fed next.
+    """Embed the condition and lay out the whole state with nothing cached.
 
-    The condition's tokens then go through decode like any others, into slots 0 .. prefix_len - 1, where they stay. So a
+    The condition's positions then go through decode like any others, into slots 0 .. prefix_len - 1, where they stay. So a
     batch begins without a second copy of the weights. The first line takes the slots behind them.
     """
 
@@ -160,16 +142,15 @@ class Prefill(Stage):
 
     def __init__(self, model: RasterTransformer, geometry: Geometry) -> None:
         super().__init__()
-        if geometry.config.prefix_len != 1:
-            raise ValueError(f"a prefix of {geometry.config.prefix_len} tokens; decode is fed one")
-        self.condition_tokens = model.condition_tokens
+        self.model = model
         self.geometry = geometry
-        self.inputs = [TensorSpec("class_ids", torch.int64, (geometry.images,))]
+        self.inputs = model.condition_inputs(geometry.images)
         self.outputs = [spec.next() for spec in geometry.state()]
 
-    def forward(self, class_ids: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         geometry, config = self.geometry, self.geometry.config
-        token = self.condition_tokens(class_ids)[:, 0]
+        condition, starts = self.model.condition(inputs, guided=geometry.guided)
+        token = torch.zeros(geometry.images, dtype=torch.int64)
         tokens = torch.zeros(geometry.images, config.image_tokens, dtype=torch.int64)
         position = torch.zeros(geometry.sequences, dtype=torch.int64)
         line = torch.arange(config.prefix_len, config.prefix_len + config.line_width)
@@ -179,11 +160,14 @@ class Prefill(Stage):
             torch.full(spec.shape, empty.get(spec.name.partition(".")[0], 0), dtype=spec.dtype)
             for spec in geometry.layer_state()
         ]
-        return token, tokens, position, write_slots, *layers
+        return token, tokens, position, write_slots, condition, starts, *layers
 
 
 class Decode(Stage):
-    """Feed one token (at first the condition's), write it into its slots, and draw the next.
+    """Feed one token (at first the condition's positions), write it into its slots, and draw the next.
+
+    A position of padding is written where the condition begins, sees nothing but itself, and is overwritten by what follows.
+    What is drawn before the condition's end is drawn again.
 
     The variant ``decode.unfiltered`` leaves top-k and top-p out: a tenth of a small model's step, for runs that
     use neither.
@@ -198,11 +182,10 @@ class Decode(Stage):
         loop, layers = geometry.loop_state(), geometry.layer_state()
         scalars = [TensorSpec(name, dtype, ()) for name, dtype in SCORE_INPUTS.items()]
         self.inputs = [*sampling_inputs(geometry), *scalars, *loop, *layers]
-        updated = [spec for spec in [*loop, *layers] if spec.name != "write_slots"]
-        self.in_place = frozenset(spec.name for spec in updated)
-        advanced = [spec.next() for spec in loop if spec.name != "write_slots"]
+        advanced = [spec for spec in loop if spec.name in ("token", "tokens", "position")]
+        self.in_place = frozenset(spec.name for spec in [*advanced, *layers])
         self.outputs = [
-            *advanced,
+            *(spec.next() for spec in advanced),
             logits_output(geometry),
             *(spec.next() for spec in layers),
         ]
@@ -222,6 +205,8 @@ class Decode(Stage):
         tokens: Tensor,
         position: Tensor,
         write_slots: Tensor,
+        condition: Tensor,
+        starts: Tensor,
         *layers: Tensor,
     ) -> tuple[Tensor, ...]:
         geometry, config, model = self.geometry, self.geometry.config, self.model
@@ -229,20 +214,23 @@ class Decode(Stage):
         # The only reader of `position`; everything else counts back from the next one.
         position_next = position + 1
         held = position_next - 1
-        drawn_index = position_next - config.prefix_len
+        in_prefix = held < config.prefix_len
+        drawn_index = (position_next - config.prefix_len).clamp(min=0)
         column = (held - config.prefix_len) % config.line_width
         per_row = _per_row(column, geometry)[None, :, None]
         slots = write_slots.gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2)
         # The prefix lies in the slots of its positions' numbers.
-        own_slot = _per_row(held, geometry)
-        slots = torch.where(own_slot < config.prefix_len, own_slot, slots)
-        held_rows = own_slot[:, None].to(torch.int32)
+        own_slot = _per_row(torch.maximum(held, starts), geometry)
+        slots = torch.where(_per_row(in_prefix, geometry), own_slot, slots)
+        held_rows = _per_row(held, geometry)[:, None].to(torch.int32)
         restart = _per_row(column, geometry)[:, None] == config.line_width - score_window
         accounting = ScoreParams(torch.where(restart, -1, held_rows), score_max != 0)
 
-        fed = model.guided_tokens(token) if geometry.guided else token
-        x = model.embed(fed[:, None])
-        rope = model.rope(held[:, None])
+        fed = torch.cat([token, token]) if geometry.guided else token
+        row = torch.arange(geometry.sequences) * config.prefix_len + held.clamp(max=config.prefix_len - 1)
+        conditions = F.embedding(row, condition.flatten(0, 1))[:, None]
+        x = torch.where(in_prefix[:, None, None], conditions, model.embed(fed[:, None]))
+        rope = model.rope(held[:, None], starts)
         written: list[Tensor] = []
         for layer, block in enumerate(model.blocks()):
             q, k, v = block.qkv(x, rope)

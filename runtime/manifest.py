@@ -12,7 +12,7 @@ import msgspec
 from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings, Raster
 
-SCHEMA = 3
+SCHEMA = 4
 MANIFEST_NAME = "manifest.json"
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}

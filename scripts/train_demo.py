@@ -303,7 +303,7 @@ def train_ar(
 
     def loss_of(net: nn.Module, ids: Tensor, grids: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(ids, grids[:, :-1])
+            logits = net(net.condition([ids], guided=False), grids[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), grids.flatten())
 
     for step in range(steps):

@@ -26,7 +26,10 @@ def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
         return 0.1 * normal
     if len(shape) == 1:
         return 1 + 0.2 * normal
-    if any(part in name for part in ("quantize.embedding", "tok_embeddings", "embedding_table")):
+    if any(
+        part in name
+        for part in ("quantize.embedding", "tok_embeddings", "embedding_table", "uncond_embedding")
+    ):
         return normal
     gain = 1.0
     if name.endswith("output.weight"):
@@ -38,7 +41,7 @@ def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
 
 
 def golden_state(name: str) -> dict[str, torch.Tensor]:
-    """State dict ``c2i`` or ``vq16``; its digest is checked."""
+    """State dict ``c2i``, ``t2i`` or ``vq16``; its digest is checked."""
     info = json.loads((DATA / "golden.json").read_text())[name]
     state = {
         key: torch.from_numpy(np.ascontiguousarray(tensor_for(key, shape, info["fill_seed"]), np.float32))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
+
+from graphs.tensor_spec import TensorSpec
 
 
 class FamilyConfig(Protocol):
@@ -14,6 +17,8 @@ class FamilyConfig(Protocol):
 
     @property
     def layers(self) -> int: ...
+    @property
+    def dim(self) -> int: ...
     @property
     def heads(self) -> int: ...
     @property
@@ -44,6 +49,23 @@ class Block(Protocol):
         ...
 
 
+class Condition(NamedTuple):
+    """What B sequences see before their images.
+
+    ``embeddings``: ``[B, T, dim]``. ``starts``: ``[B]`` int64, how many of the T positions are padding, which nothing else
+    sees; they come first, so that all images begin at position T.
+    """
+
+    embeddings: Tensor
+    starts: Tensor
+
+    def visible(self, positions: int) -> Tensor:
+        """Which of so many ``positions`` each sees in a causal pass: ``[B, positions, positions]`` bool; padding sees itself."""
+        at = torch.arange(positions)
+        causal = (at <= at[:, None]) & (at >= self.starts[:, None, None])
+        return causal | (at == at[:, None])
+
+
 class RasterTransformer(nn.Module, ABC):
     """A decoder over image tokens in raster order. Axes: B sequences, S positions."""
 
@@ -54,28 +76,28 @@ class RasterTransformer(nn.Module, ABC):
         """The layers in order."""
 
     @abstractmethod
-    def guided_classes(self, class_ids: Tensor) -> Tensor:
-        """``[2 I]``: ``class_ids [I]``, then the unconditional condition for each."""
+    def condition_inputs(self, images: int) -> list[TensorSpec]:
+        """What a batch of images is conditioned on, as the prefill stage takes it."""
 
     @abstractmethod
-    def condition_tokens(self, class_ids: Tensor) -> Tensor:
-        """Tokens ``[I, prefix_len]``, behind the vocabulary, by which :meth:`embed` knows the conditions ``class_ids [I]``."""
+    def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
+        """What the sequences see before their images.
 
-    @abstractmethod
-    def guided_tokens(self, tokens: Tensor) -> Tensor:
-        """``[2 I]``: ``tokens [I]``, then what the unconditional rows are fed, which have a condition of their own."""
-
-    @abstractmethod
-    def prefix(self, class_ids: Tensor) -> Tensor:
-        """Embeddings of the condition, ``[B, prefix_len, dim]``, of ``class_ids [B]``."""
+        Args:
+            inputs: as :meth:`condition_inputs` says.
+            guided: whether the unconditional sequences follow the conditional ones.
+        """
 
     @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of image or condition tokens ``[B, S]``."""
+        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
 
     @abstractmethod
-    def rope(self, positions: Tensor) -> Any:
-        """Whatever the blocks need to encode ``positions [B, S]`` (of the sequence, the prefix included)."""
+    def rope(self, positions: Tensor, starts: Tensor) -> Any:
+        """Whatever the blocks need to encode ``positions [B or 1, S]`` (the prefix and its padding included).
+
+        ``starts``: as in :class:`Condition`.
+        """
 
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LlamaGen, class-conditional (arXiv 2406.06525; FoundationVision/LlamaGen, MIT).
+"""LlamaGen, by class or by caption (arXiv 2406.06525; FoundationVision/LlamaGen, MIT).
 
 A Llama decoder over VQ tokens in raster order: pre-RMSNorm, multi-head attention without biases, SwiGLU,
 two-dimensional rotary embedding. Parameter names equal the published checkpoint keys.
@@ -6,7 +6,7 @@ two-dimensional rotary embedding. Parameter names equal the published checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import RasterTransformer
+from graphs.families.base import Condition, RasterTransformer
 from graphs.rotary import axial_table, rotate_interleaved
+from graphs.tensor_spec import TensorSpec
 
 PUBLISHED_HEADS = {
     # (layers, dim): heads
@@ -53,7 +54,10 @@ class Rope(NamedTuple):
 
 @dataclass(frozen=True)
 class LlamaGenConfig:
-    """Shape of a LlamaGen model and of the image that it draws."""
+    """Shape of a LlamaGen model and of the image that it draws.
+
+    Conditioned on one of ``num_classes``, or on ``prefix_len`` vectors of ``caption_dim``.
+    """
 
     layers: int
     dim: int
@@ -63,6 +67,7 @@ class LlamaGenConfig:
     num_classes: int
     grid: int
     prefix_len: int = 1
+    caption_dim: int = 0
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
 
@@ -70,8 +75,10 @@ class LlamaGenConfig:
         faults = [
             f"{name} is {value}, must be at least 1"
             for name, value in vars(self).items()
-            if isinstance(value, int) and value < 1
+            if isinstance(value, int) and value < (name not in ("num_classes", "caption_dim"))
         ]
+        if not faults and bool(self.num_classes) == bool(self.caption_dim):
+            faults.append("either num_classes or caption_dim must be above 0")
         if not faults and self.dim % self.heads:
             faults.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
         elif not faults and self.head_dim % 4:
@@ -119,7 +126,11 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int
     """
     vocab_size, dim = shapes["tok_embeddings.weight"]
     ffn_dim = shapes["layers.0.feed_forward.w1.weight"][0]
-    classes = shapes["cls_embedding.embedding_table.weight"][0] - 1
+    prefix_len, caption_dim, classes = 1, 0, 0
+    if "cls_embedding.cap_proj.fc1.weight" in shapes:
+        prefix_len, caption_dim = shapes["cls_embedding.uncond_embedding"]
+    else:
+        classes = shapes["cls_embedding.embedding_table.weight"][0] - 1
     numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
     layers = max(numbers) + 1
     heads = heads or PUBLISHED_HEADS.get((layers, dim))
@@ -136,6 +147,8 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int
         vocab_size=vocab_size,
         num_classes=classes,
         grid=grid,
+        prefix_len=prefix_len,
+        caption_dim=caption_dim,
     )
 
 
@@ -209,6 +222,27 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
+class CaptionProjection(nn.Module):
+    """``fc2(gelu(fc1(x)))`` with the tanh form of GELU, without biases."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.caption_dim, config.dim, bias=False)
+        self.fc2 = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedding(nn.Module):
+    """Features of a text encoder, and those learned for guidance in their place."""
+
+    def __init__(self, config: LlamaGenConfig) -> None:
+        super().__init__()
+        self.cap_proj = CaptionProjection(config)
+        self.uncond_embedding = nn.Parameter(torch.zeros(config.prefix_len, config.caption_dim))
+
+
 class ClassEmbedding(nn.Module):
     """Class vectors; the last row is the null class of classifier-free guidance."""
 
@@ -226,7 +260,7 @@ class LlamaGen(RasterTransformer):
     def __init__(self, config: LlamaGenConfig) -> None:
         super().__init__()
         self.config = config
-        self.cls_embedding = ClassEmbedding(config)
+        self.cls_embedding = CaptionEmbedding(config) if config.caption_dim else ClassEmbedding(config)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -240,63 +274,64 @@ class LlamaGen(RasterTransformer):
     def blocks(self) -> Iterable[Block]:
         return cast("Iterable[Block]", self.layers)
 
-    def rope(self, positions: Tensor) -> Rope:
-        """Rotary tables at ``positions [B, S]`` (sequence positions, the prefix included)."""
+    def rope(self, positions: Tensor, starts: Tensor) -> Rope:
+        """Rotary tables at ``positions [B or 1, S]``. Images begin at one position whatever their padding: ``starts`` plays no part."""
         table = F.embedding(positions, self.rope_table).type_as(self.norm.weight)
         return Rope(*table.chunk(4, dim=-1))
 
-    def guided_classes(self, class_ids: Tensor) -> Tensor:
-        """Append the null class for every one of ``class_ids [I]``: ``[2 I]``, conditional rows first."""
-        return torch.cat([class_ids, torch.full_like(class_ids, self.config.num_classes)])
+    def condition_inputs(self, images: int) -> list[TensorSpec]:
+        """Class ids; or caption features, left-padded, and the padding of each."""
+        config = self.config
+        if not config.caption_dim:
+            return [TensorSpec("class_ids", torch.int64, (images,))]
+        captions = (images, config.prefix_len, config.caption_dim)
+        return [
+            TensorSpec("captions", torch.float32, captions),
+            TensorSpec("caption_starts", torch.int64, (images,)),
+        ]
 
-    def condition_tokens(self, class_ids: Tensor) -> Tensor:
-        """``[I, 1]``: class ids count on from the vocabulary."""
-        return (class_ids + self.config.vocab_size)[:, None]
-
-    def guided_tokens(self, tokens: Tensor) -> Tensor:
-        """``[2 I]``: ``tokens [I]``, and again with the null class for every class."""
-        # The one reader of `tokens`, which a runtime may update in place.
-        both = torch.cat([tokens, tokens])
-        classes = both >= self.config.vocab_size
-        unconditional = torch.arange(len(both), device=both.device) >= len(both) // 2
-        return both.masked_fill(classes & unconditional, self.config.vocab_size + self.config.num_classes)
-
-    def prefix(self, class_ids: Tensor) -> Tensor:
-        """Embeddings of the condition, ``[B, prefix_len, dim]``, of ``class_ids [B]``."""
-        return self.cls_embedding.embedding_table(class_ids).unsqueeze(1)
+    def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
+        """Class vectors, without padding; or projected captions. The unconditional one is the null class, or what was learned."""
+        if isinstance(self.cls_embedding, ClassEmbedding):
+            [ids] = inputs
+            if guided:
+                ids = torch.cat([ids, torch.full_like(ids, self.config.num_classes)])
+            return Condition(self.cls_embedding.embedding_table(ids)[:, None], torch.zeros_like(ids))
+        captions, starts = inputs
+        captions = captions.type_as(self.norm.weight)
+        if guided:
+            learned = self.cls_embedding.uncond_embedding.expand_as(captions)
+            captions, starts = torch.cat([captions, learned]), torch.cat([starts, starts])
+        # The projection of nothing is nothing, as it has no biases.
+        return Condition(self.cls_embedding.cap_proj(captions), starts)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of tokens ``[B, S]``: image tokens, and behind them the classes."""
-        tables = self.tok_embeddings.weight, self.cls_embedding.embedding_table.weight
-        if torch.compiler.is_exporting():
-            # One look-up; the exporter joins the tables on disk.
-            return F.embedding(tokens, torch.cat(tables))
-        size = self.config.vocab_size
-        images, classes = F.embedding(tokens.clamp(max=size - 1), tables[0]), tokens.sub(size).clamp(min=0)
-        return torch.where(tokens[..., None] < size, images, F.embedding(classes, tables[1]))
+        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
+        return F.embedding(tokens, self.tok_embeddings.weight)
 
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
         return self.output(self.norm(x)).float()
 
-    def forward(self, class_ids: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, condition: Condition, tokens: Tensor) -> Tensor:
         """Parallel causal pass with nothing evicted: the full-cache model.
 
         Args:
-            class_ids: ``[B]`` int64, the null class included.
+            condition: of B sequences.
             tokens: ``[B, S]`` int64 image tokens, S < image_tokens.
 
         Returns:
             ``[B, S + 1, vocab_size]`` float32: row i is the prediction of image token i.
         """
-        x = torch.cat([self.prefix(class_ids), self.embed(tokens)], dim=1)
-        rope = self.rope(torch.arange(x.shape[1])[None])
+        x = torch.cat([condition.embeddings, self.embed(tokens)], dim=1)
+        rope = self.rope(torch.arange(x.shape[1])[None], condition.starts)
+        visible = condition.visible(x.shape[1])
         for block in self.blocks():
-            x = self.block(block, x, rope)
+            x = self.block(block, x, rope, visible)
         return self.logits(x[:, self.config.prefix_len - 1 :])
 
-    def block(self, block: Block, x: Tensor, rope: Rope) -> Tensor:
-        """One of :meth:`blocks` over a whole sequence ``x [B, S, dim]``, causally."""
+    def block(self, block: Block, x: Tensor, rope: Rope, visible: Tensor) -> Tensor:
+        """One of :meth:`blocks` over whole sequences ``x [B, S, dim]`` that see ``visible [B, S, S]``."""
         q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=1.0)
         return block.finish(x, attended.transpose(1, 2))

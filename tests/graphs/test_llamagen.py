@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from graphs import stages
 from graphs.families import llamagen, vq
+from graphs.history import HistoryModel
+from graphs.policies import POLICIES, LineEndParams
 from runtime.generator import picture
 from tests.golden_weights import golden_outputs, golden_state
 
@@ -19,8 +23,8 @@ PUBLISHED = {
 }
 
 
-def golden_model() -> llamagen.LlamaGen:
-    state = golden_state("c2i")
+def golden_model(name: str = "c2i") -> llamagen.LlamaGen:
+    state = golden_state(name)
     config = llamagen.infer_config({k: tuple(v.shape) for k, v in state.items()}, grid=8, heads=2)
     model = llamagen.LlamaGen(config)
     model.load_state_dict(state)
@@ -32,11 +36,94 @@ def test_teacher_forced_logits_equal_the_published_codes(run: str) -> None:
     golden = golden_outputs(run)
     model = golden_model()
     classes, tokens = torch.from_numpy(golden["classes"]), torch.from_numpy(golden["tokens"]).long()
-    if run != "greedy_cfg1":
-        classes, tokens = model.guided_classes(classes), tokens.repeat(2, 1)
-    logits = model(classes, tokens[:, :-1]).transpose(0, 1)
+    guided = run != "greedy_cfg1"
+    condition = model.condition([classes], guided=guided)
+    logits = model(condition, tokens.repeat(1 + guided, 1)[:, :-1]).transpose(0, 1)
     # The bar for fp32 is 2e-4; another order of summation costs about 1e-5 here.
     torch.testing.assert_close(logits, torch.from_numpy(golden["logits"]), atol=2e-4, rtol=0)
+
+
+def golden_captions() -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
+    """What the published text-conditional code drew, and from which captions; they are padded on the left."""
+    golden = golden_outputs("t2i_greedy_cfg7.5")
+    mask = golden["emb_mask"]
+    assert (np.diff(mask, axis=1) >= 0).all()
+    starts = torch.from_numpy((mask == 0).sum(1))
+    assert len(set(starts.tolist())) == 2
+    # The published sampler zeroes the padding.
+    return golden, [torch.from_numpy(golden["caption_emb"] * mask[:, :, None].astype(np.float32)), starts]
+
+
+def test_captions_teacher_forced_logits_equal_the_published_codes() -> None:
+    golden, captions = golden_captions()
+    model = golden_model("t2i")
+    tokens = torch.from_numpy(golden["tokens"]).long()
+    logits = model(model.condition(captions, guided=True), tokens.repeat(2, 1)[:, :-1]).transpose(0, 1)
+    torch.testing.assert_close(logits, torch.from_numpy(golden["logits"]), atol=2e-4, rtol=0)
+
+
+def test_padding_changes_nothing() -> None:
+    golden, (captions, starts) = golden_captions()
+    model = golden_model("t2i")
+    tokens = torch.from_numpy(golden["tokens"]).long()[:, :20]
+    padded = model(model.condition([captions, starts], guided=False), tokens)
+    noise = torch.randn(captions.shape, generator=torch.Generator().manual_seed(0))
+    noisy = torch.where(torch.arange(captions.shape[1])[:, None] < starts[:, None, None], noise, captions)
+    torch.testing.assert_close(model(model.condition([noisy, starts], guided=False), tokens), padded)
+
+
+@pytest.mark.parametrize("lines", [8, 3])
+def test_captions_through_the_stages(lines: int) -> None:
+    """With all lines the published tokens are drawn; with fewer the line buffer equals a masked history."""
+    golden, captions = golden_captions()
+    model = golden_model("t2i")
+    config = model.config
+    slots = (config.prefix_len + lines * config.line_width,) * config.layers
+    geometry = stages.Geometry(config, 2, True, slots)
+    policy = "full" if lines == config.lines else "linear"
+    cache = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
+    tensors = {
+        **dict(zip(("captions", "caption_starts"), captions, strict=True)),
+        "uniforms": torch.zeros(2, config.image_tokens),
+        "guidance": torch.tensor(7.5),
+        "guidance_interval": torch.tensor(-1),
+        "temperature": torch.tensor(1.0),
+        "greedy": torch.tensor(1),
+        **dict.fromkeys(("top_k", "score_window"), torch.tensor(0)),
+        "top_p": torch.tensor(1.0),
+        **cache,
+    }
+    parts = {
+        "prefill": stages.Prefill(model, geometry),
+        "decode": stages.Decode(model, geometry, filtered=False),
+        "line_end": stages.LineEnd(POLICIES[policy](), geometry),
+    }
+    history = HistoryModel(model, geometry, POLICIES[policy](), LineEndParams(**cache))
+
+    def run(name: str) -> None:
+        stage = parts[name]
+        outputs = stage(*(tensors[spec.name] for spec in stage.inputs))
+        tensors.update(
+            {
+                spec.name.removesuffix(".next"): value
+                for spec, value in zip(stage.outputs, outputs, strict=True)
+            }
+        )
+
+    run("prefill")
+    for _ in range(config.prefix_len):
+        run("decode")
+    torch.testing.assert_close(history.begin(captions), tensors["logits"], atol=2e-5, rtol=0)
+    for index in range(config.image_tokens - 1):
+        fed = tensors["token"]
+        run("decode")
+        torch.testing.assert_close(history.feed(fed[:, None])[:, 0], tensors["logits"], atol=5e-5, rtol=0)
+        torch.testing.assert_close(history.scores[0], tensors["scores.0"], atol=2e-5, rtol=0)
+        if index % config.line_width == config.line_width - 1:
+            run("line_end")
+            assert torch.equal(history.end_line().sort(-1).values, tensors["write_slots"].sort(-1).values)
+    same = tensors["tokens"].numpy() == golden["tokens"]
+    assert same.all() == (lines == config.lines)
 
 
 def test_vq_decoder_equals_the_published_codes() -> None:

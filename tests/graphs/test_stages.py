@@ -78,9 +78,8 @@ def test_with_room_for_the_image_the_stages_equal_the_parallel_model(guided: boo
         logits.append(eager.tensors["logits"])
         if step % TINY.line_width == TINY.line_width - 1:
             eager.run("line_end")
-    ids = net.guided_classes(CLASSES) if guided else CLASSES
-    fed = eager.tensors["tokens"].repeat(len(ids) // IMAGES, 1)
-    parallel = net(ids, fed[:, :-1])
+    fed = eager.tensors["tokens"].repeat(1 + guided, 1)
+    parallel = net(net.condition([CLASSES], guided=guided), fed[:, :-1])
     torch.testing.assert_close(torch.stack(logits, dim=1), parallel, atol=2e-5, rtol=0)
 
 
@@ -112,7 +111,7 @@ def test_the_line_buffer_equals_a_masked_history(
     params = LineEndParams(*(eager.tensors[name] for name in LineEndParams._fields))
     history = HistoryModel(net, sizes, POLICIES[policy](), params)
     eager.begin()
-    torch.testing.assert_close(history.begin(CLASSES), eager.tensors["logits"], atol=2e-5, rtol=0)
+    torch.testing.assert_close(history.begin([CLASSES]), eager.tensors["logits"], atol=2e-5, rtol=0)
     for line in range(TINY.lines):
         fed, logits = [], []
         last = line == TINY.lines - 1
