@@ -112,7 +112,8 @@ def test_state_memory_is_printed_first_and_stands_in_the_manifest(
     slots, rows = 1 + 2 * 6, 3 * 2 * TINY.heads
     buffers = TINY.layers * rows * slots * (2 * 4 * TINY.head_dim + 4 + 4)
     loop = 8 * (3 + 3 * 36 + 6 + TINY.layers * rows * 6)
-    assert manifest.state_bytes == buffers + loop
+    condition = 3 * 2 * (4 * TINY.dim + 8)
+    assert manifest.state_bytes == buffers + loop + condition
 
 
 @pytest.mark.parametrize(
