@@ -23,6 +23,13 @@ def axial_table(grid: int, prefix_len: int, head_dim: int, base: float = 10000.0
     return torch.cat([prefix, image.cos()]), torch.cat([prefix, image.sin()])
 
 
+def sequence_table(positions: int, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Return the usual one-dimensional rotary table as ``(cos, sin)``, ``[positions, head_dim // 2]`` float32 each."""
+    frequencies = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies)
+    return angles.cos(), angles.sin()
+
+
 def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
     """Rotate channel pairs ``(2k, 2k + 1)`` of every head of ``x``: ``(a cos - b sin, b cos + a sin)``.
 
@@ -37,14 +44,27 @@ def rotate_interleaved(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tenso
         ``[B, S, heads * D]`` of the dtype of ``x``.
     """
     if torch.compiler.is_exporting():
-        batch = x.shape[0]
-        return torch.onnx.ops.rotary_embedding(
-            x,
-            cos.expand(batch, -1, -1),
-            sin.expand(batch, -1, -1),
-            interleaved=True,
-            num_heads=heads,
-        )
+        return _node(x, cos, sin, heads, interleaved=True)
     a, b = x.unflatten(-1, (heads, -1, 2)).unbind(-1)
     cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-3).type_as(x)
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotate channel pairs ``(k, k + D / 2)`` of every head; otherwise as :func:`rotate_interleaved`."""
+    if torch.compiler.is_exporting():
+        return _node(x, cos, sin, heads, interleaved=False)
+    a, b = x.unflatten(-1, (heads, 2, -1)).unbind(-2)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
+
+
+def _node(x: Tensor, cos: Tensor, sin: Tensor, heads: int, *, interleaved: bool) -> Tensor:
+    batch = x.shape[0]
+    return torch.onnx.ops.rotary_embedding(
+        x,
+        cos.expand(batch, -1, -1),
+        sin.expand(batch, -1, -1),
+        interleaved=interleaved,
+        num_heads=heads,
+    )

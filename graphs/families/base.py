@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from graphs.tensor_spec import TensorSpec
 
@@ -102,3 +103,28 @@ class RasterTransformer(nn.Module, ABC):
     @abstractmethod
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
+
+    def forward(self, condition: Condition, tokens: Tensor) -> Tensor:
+        """Parallel causal pass with nothing evicted: the full-cache model.
+
+        Args:
+            condition: of B sequences.
+            tokens: ``[B, S]`` int64 image tokens, S < image_tokens.
+
+        Returns:
+            ``[B, S + 1, vocab_size]`` float32: row i is the prediction of image token i.
+        """
+        x = torch.cat([condition.embeddings, self.embed(tokens)], dim=1)
+        rope = self.rope(torch.arange(x.shape[1])[None], condition.starts)
+        visible = condition.visible(x.shape[1])
+        for block in self.blocks():
+            x = self.block(block, x, rope, visible)
+        return self.logits(x[:, self.config.prefix_len - 1 :])
+
+    def block(self, block: Block, x: Tensor, rope: Any, visible: Tensor) -> Tensor:
+        """One of :meth:`blocks` over whole sequences ``x [B, S, dim]`` that see ``visible [B, S, S]``."""
+        q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible[:, None], scale=1.0, enable_gqa=True
+        )
+        return block.finish(x, attended.transpose(1, 2))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.base import Condition, RasterTransformer
+from graphs.families.layers import RMSNorm, Rope, rope_tables
 from graphs.rotary import axial_table, rotate_interleaved
 from graphs.tensor_spec import TensorSpec
 
@@ -41,15 +42,6 @@ def part_of(name: str) -> str:
     if first == "layers":
         return rest[0]
     return "embedding" if first.endswith(("embedding", "embeddings")) else "output"
-
-
-class Rope(NamedTuple):
-    """Rotary tables of a run of positions, ``[B or 1, S, D // 2]`` each; the query's hold the softmax scale."""
-
-    query_cos: Tensor
-    query_sin: Tensor
-    key_cos: Tensor
-    key_sin: Tensor
 
 
 @dataclass(frozen=True)
@@ -150,20 +142,6 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int
         prefix_len=prefix_len,
         caption_dim=caption_dim,
     )
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm: normalised in float32, cast back, then weighted."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.rms_norm(x.float(), self.weight.shape, eps=self.eps).type_as(x) * self.weight
 
 
 class Attention(nn.Module):
@@ -267,9 +245,7 @@ class LlamaGen(RasterTransformer):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         with torch.device("cpu"):
             cos, sin = axial_table(config.grid, config.prefix_len, config.head_dim, config.rope_base)
-        scale = config.head_dim**-0.5
-        table = torch.cat(Rope(cos * scale, sin * scale, cos, sin), dim=-1)
-        self.register_buffer("rope_table", table, persistent=False)
+        self.register_buffer("rope_table", rope_tables(cos, sin, config.head_dim), persistent=False)
 
     def blocks(self) -> Iterable[Block]:
         return cast("Iterable[Block]", self.layers)
@@ -312,26 +288,3 @@ class LlamaGen(RasterTransformer):
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
         return self.output(self.norm(x)).float()
-
-    def forward(self, condition: Condition, tokens: Tensor) -> Tensor:
-        """Parallel causal pass with nothing evicted: the full-cache model.
-
-        Args:
-            condition: of B sequences.
-            tokens: ``[B, S]`` int64 image tokens, S < image_tokens.
-
-        Returns:
-            ``[B, S + 1, vocab_size]`` float32: row i is the prediction of image token i.
-        """
-        x = torch.cat([condition.embeddings, self.embed(tokens)], dim=1)
-        rope = self.rope(torch.arange(x.shape[1])[None], condition.starts)
-        visible = condition.visible(x.shape[1])
-        for block in self.blocks():
-            x = self.block(block, x, rope, visible)
-        return self.logits(x[:, self.config.prefix_len - 1 :])
-
-    def block(self, block: Block, x: Tensor, rope: Rope, visible: Tensor) -> Tensor:
-        """One of :meth:`blocks` over whole sequences ``x [B, S, dim]`` that see ``visible [B, S, S]``."""
-        q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None], scale=1.0)
-        return block.finish(x, attended.transpose(1, 2))

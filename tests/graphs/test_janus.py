@@ -1,0 +1,184 @@
+"""Janus against the transformers library, in its layout and in the published one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from graphs import stages
+from graphs.families import janus
+from graphs.policies import POLICIES, LineEndParams
+
+transformers = pytest.importorskip("transformers")
+
+BOS, BOI, PAD = 3, 5, 6
+TEXT, CODES, CAPACITY = 64, 48, 12
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+PROMPTS = ([BOS, 20, 21, 22, 23, 24, BOI], [BOS, 30, 31, BOI])
+
+
+def published(kv_heads: int) -> Any:
+    """A tiny ``JanusForConditionalGeneration`` with random weights, biases included."""
+    config = transformers.JanusConfig(
+        text_config={
+            **SIZES,
+            "model_type": "llama",
+            "num_key_value_heads": kv_heads,
+            "vocab_size": TEXT,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-6,
+        },
+        vision_config={
+            **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32},
+            **{"patch_size": 16, "projection_dim": 32, "depth": 2},
+        },
+        vq_config={
+            **{"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 32, "base_channels": 32},
+            **{"channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 32},
+            **{"image_token_embed_dim": 32, "num_hidden_layers": 2},
+        },
+    )
+    torch.manual_seed(0)
+    model = transformers.JanusForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.5 if "embed" in name else parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+            parameter.copy_(scale * torch.randn_like(parameter) + ("norm" in name and parameter.ndim == 1))
+    return model
+
+
+def ours(model: Any, kv_heads: int, grid: int = 3) -> janus.Janus:
+    config = janus.JanusConfig(
+        *(SIZES["num_hidden_layers"], SIZES["hidden_size"], SIZES["num_attention_heads"], kv_heads),
+        *(SIZES["intermediate_size"], CODES, TEXT, CAPACITY, BOS, BOI, PAD),
+        grid=grid,
+    )
+    module = janus.Janus(config)
+    module.load_state_dict(janus.module_tensors(model.state_dict()))
+    return module.requires_grad_(False)
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompts in our capacity, with rubbish as padding."""
+    tokens = torch.full((len(PROMPTS), CAPACITY), TEXT - 1)
+    for row, prompt in enumerate(PROMPTS):
+        tokens[row, CAPACITY - len(prompt) :] = torch.tensor(prompt)
+    return tokens, torch.tensor([CAPACITY - len(prompt) for prompt in PROMPTS])
+
+
+@torch.no_grad()
+def their_logits(model: Any, prompt: list[int], tokens: torch.Tensor, *, unconditional: bool) -> torch.Tensor:
+    """``[n + 1, V]`` for image ``tokens [n]`` after one prompt, alone and without padding."""
+    inner = model.model
+    ids = [token if token in (BOS, BOI) or not unconditional else PAD for token in prompt]
+    text = inner.language_model.embed_tokens(torch.tensor([ids]))
+    image = inner.generation_aligner(inner.generation_embeddings(tokens[None]))
+    hidden = inner.language_model(inputs_embeds=torch.cat([text, image], dim=1)).last_hidden_state
+    return inner.generation_head(hidden[0, len(prompt) - 1 :]).float()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_teacher_forced_logits(kv_heads: int) -> None:
+    model = published(kv_heads)
+    net = ours(model, kv_heads)
+    tokens = torch.randint(CODES, (2, 8), generator=torch.Generator().manual_seed(1))
+    found = net(net.condition(padded(), guided=True), tokens.repeat(2, 1))
+    for row in range(4):
+        image = row % 2
+        wanted = their_logits(model, PROMPTS[image], tokens[image], unconditional=row >= 2)
+        torch.testing.assert_close(found[row], wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_greedy_tokens_through_the_stages(kv_heads: int) -> None:
+    model = published(kv_heads)
+    net = ours(model, kv_heads)
+    config = net.config
+    slots = (config.prefix_len + config.image_tokens,) * config.layers
+    geometry = stages.Geometry(config, 2, True, slots)
+    cache = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
+    tensors = {
+        **dict(zip(("prompt_tokens", "prompt_starts"), padded(), strict=True)),
+        "uniforms": torch.zeros(2, config.image_tokens),
+        "guidance": torch.tensor(5.0),
+        "guidance_interval": torch.tensor(-1),
+        **dict.fromkeys(("temperature", "top_p"), torch.tensor(1.0)),
+        "greedy": torch.tensor(1),
+        **dict.fromkeys(("top_k", "score_window"), torch.tensor(0)),
+        **cache,
+    }
+    parts = {
+        "prefill": stages.Prefill(net, geometry),
+        "decode": stages.Decode(net, geometry, filtered=False),
+        "line_end": stages.LineEnd(POLICIES["full"](), geometry),
+    }
+
+    def run(name: str) -> None:
+        stage = parts[name]
+        outputs = stage(*(tensors[spec.name] for spec in stage.inputs))
+        for spec, value in zip(stage.outputs, outputs, strict=True):
+            tensors[spec.name.removesuffix(stages.NEXT)] = value
+
+    run("prefill")
+    for step in range(config.prefix_len + config.image_tokens - 1):
+        run("decode")
+        index = step + 1 - config.prefix_len
+        if index > 0 and index % config.line_width == 0:
+            run("line_end")
+    for image, prompt in enumerate(PROMPTS):
+        drawn: list[int] = []
+        for _ in range(config.image_tokens):
+            so_far = torch.tensor(drawn, dtype=torch.int64)
+            conditional, unconditional = (
+                their_logits(model, prompt, so_far, unconditional=flag)[-1] for flag in (False, True)
+            )
+            drawn.append(int((unconditional + 5.0 * (conditional - unconditional)).argmax()))
+        assert tensors["tokens"][image].tolist() == drawn
+
+
+def test_both_layouts_are_the_same_module() -> None:
+    state = published(2).state_dict()
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, mine in janus.TRANSFORMERS.items():
+            if match := re.fullmatch(pattern, name):
+                renamed[original_name(match.expand(mine))] = tensor
+    one, other = janus.module_tensors(state), janus.module_tensors(renamed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert janus.module_names(["model.embed_tokens.weight"]) == {}
+
+
+def original_name(mine: str) -> str:
+    """Ours as deepseek-ai's files have it."""
+    fixed = {
+        "text_embedding.weight": "language_model.model.embed_tokens.weight",
+        "gen_embed.weight": "gen_embed.weight",
+    }
+    for part, name in (
+        ("gen_aligner.0", "gen_aligner.layers.0"),
+        ("gen_aligner.1", "gen_aligner.layers.2"),
+        ("head.proj", "gen_head.output_mlp_projector"),
+        ("head.vision_head", "gen_head.vision_head"),
+    ):
+        if mine.startswith(part + "."):
+            return name + mine.removeprefix(part)
+    return fixed.get(mine, f"language_model.model.{mine}")
+
+
+def test_published_sizes_have_the_published_counts() -> None:
+    for layers, dim, heads, ffn_dim, counted in (
+        (24, 2048, 16, 5632, 1_652_656_128 - 102400 * 2048 + 131_072 + 4_214_784 + 37_767_168),
+        (30, 4096, 32, 11008, 6_910_365_696 - 102400 * 4096 + 131_072 + 16_818_176 + 83_906_560),
+    ):
+        config = janus.JanusConfig(
+            layers, dim, heads, heads, ffn_dim, 16384, 102400, 64, 100000, 100016, 100015
+        )
+        total = sum(torch.Size(shape).numel() for shape in config.tensor_shapes().values())
+        # The folded table stands for the embedding of 8 numbers and the two layers behind it; the head of text is dropped.
+        folded = 16384 * dim - (16384 * 8 + 8 * dim + dim + dim * dim + dim)
+        assert total == counted + folded
+        assert config.head_dim == janus.HEAD_DIM
