@@ -160,7 +160,8 @@ class Prefill(Stage):
             torch.full(spec.shape, empty.get(spec.name.partition(".")[0], 0), dtype=spec.dtype)
             for spec in geometry.layer_state()
         ]
-        return token, tokens, position, write_slots, condition, starts, *layers
+        # A graph's output is no input of it.
+        return token, tokens, position, write_slots, condition.clone(), starts.clone(), *layers
 
 
 class Decode(Stage):
