@@ -265,8 +265,8 @@ def test_halves_are_cached_in_halves(precise: Callable[..., Path]) -> None:
     wide = open_bundle(precise("--precision", "fp16")).manifest
     kinds = {spec.name.split(".")[0]: spec.dtype for spec in narrow.state}
     assert (kinds["k_cache"], kinds["v_cache"], kinds["scores"]) == ("float16", "float16", "float32")
-    caches = sum(spec.nbytes for spec in wide.state if "cache" in spec.name)
-    assert wide.state_bytes - narrow.state_bytes == caches // 2
+    halved = sum(spec.nbytes for spec in wide.state if "cache" in spec.name or spec.name == "condition")
+    assert wide.state_bytes - narrow.state_bytes == halved // 2
 
 
 def test_bf16_activations_are_refused_on_the_cpu(
