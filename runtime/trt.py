@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -68,7 +69,8 @@ class TrtBackend(Backend):
         super().__init__(bundle, stages)
         self.flavour = flavour
         self.cuda_graphs = cuda_graphs
-        self.engines = read_engines(bundle, flavour.name)
+        # A plan's digest is compared when it is loaded: two backends of a bundle do not read each other's.
+        self.engines = read_engines(bundle, flavour.name, digests=False)
         self.trt = flavour.load()
         self.device = device or Device()
         check_engines(bundle, self.engines, str(self.trt.__version__), self.device)
@@ -90,8 +92,14 @@ class TrtBackend(Backend):
         """
         if stage in self._loaded:
             return
-        path = engines_folder(self.bundle, self.flavour.name) / self.engines.plans[stage].file
-        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        plan = self.engines.plans[stage]
+        path = engines_folder(self.bundle, self.flavour.name) / plan.file
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != plan.sha256:
+            raise BundleError(
+                f"the plan of {stage}, {path}, was changed; {build_again(self.bundle, self.flavour.name)}"
+            )
+        engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise BundleError(
                 f"TensorRT cannot load {path}: {self._said()}; {build_again(self.bundle, self.flavour.name)}"

@@ -195,7 +195,7 @@ class EmulatedTensorRT:
     """A flavour's module whose engines run a bundle's ONNX files, under the rules of the plans that were built of them."""
 
     def __init__(self, flavour: str, module: Any, bundle: Bundle, driver: EmulatedDriver) -> None:
-        engines = read_engines(bundle, flavour)
+        engines = read_engines(bundle, flavour, digests=False)
         self._module = module
         self._driver = driver
         self._bundle = bundle

@@ -231,6 +231,18 @@ def test_plans_that_do_not_fit_this_machine_are_refused(
         emulated(bundle, STAGES).run("prefill")
 
 
+def test_a_plan_that_was_changed_is_refused_when_it_is_loaded(planned_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(planned_bundle, tmp_path / "bundle"))
+    plan = copy / "engines" / "rtx" / "decode.unfiltered.plan"
+    data = bytearray(plan.read_bytes())
+    data[len(data) // 2] ^= 1
+    plan.write_bytes(data)
+    backend = emulated(open_bundle(copy), STAGES)
+    backend.run("prefill")
+    with pytest.raises(BundleError, match=r"decode.unfiltered.*was changed.*linert build"):
+        backend.run("decode.unfiltered")
+
+
 def test_memory_that_is_not_there_is_said(planned_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.bindings")
     monkeypatch.setattr("tests.emulated_gpu.MEMORY", 20_000)
