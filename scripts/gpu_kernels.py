@@ -84,7 +84,7 @@ def carried_kernels(device: Device) -> Outcome:
 
     from exporter.tensorrt.compile import kernels_of
     from graphs.line_attention import reference
-    from runtime.plugins.base import TensorKind
+    from runtime.plugins.base import Call, TensorKind
     from runtime.plugins.kernels import DeviceKernels, LoadedKernel
     from runtime.plugins.line_attention import LineAttention
     from tests.graphs.test_line_attention import bundled, random_inputs
@@ -111,10 +111,12 @@ def carried_kernels(device: Device) -> Outcome:
             operation.enqueue(
                 launch,
                 DeviceKernels(loaded, device.driver),
-                [tensor.data_ptr() for tensor in there.values()],
-                [tensor.data_ptr() for tensor in places],
-                scratch.data_ptr(),
-                device.stream,
+                Call(
+                    [tensor.data_ptr() for tensor in there.values()],
+                    [tensor.data_ptr() for tensor in places],
+                    scratch.data_ptr(),
+                    device.stream,
+                ),
             )
             device.synchronize()
             error = (attended.cpu() - wanted).abs().max().item()

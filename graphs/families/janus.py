@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.base import Condition, RasterTransformer
-from graphs.families.layers import RMSNorm, Rope, rope_tables
+from graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
 from graphs.rotary import rotate_halves, sequence_table
 from graphs.tensor_spec import TensorSpec
 
 GRID = 24
 """Tokens in an image row of every published size (384 px, patch 16)."""
-
-HEAD_DIM = 128
-"""Of every published size; no tensor tells it."""
 
 ORIGINAL = {
     r"language_model\.model\.embed_tokens\.weight": "text_embedding.weight",
@@ -156,13 +153,7 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q (scaled), rotated k, and v: ``[B, S, heads or kv_heads, D]`` of ``x [B, S, dim]``."""
-        parts = (self.q_proj, self.k_proj, self.v_proj)
-        if torch.compiler.is_exporting():
-            # One product instead of three; the exporter joins the weights on disk.
-            joined = F.linear(x, torch.cat([part.weight for part in parts]))
-            q, k, v = joined.split([part.out_features for part in parts], dim=-1)
-        else:
-            q, k, v = (part(x) for part in parts)
+        q, k, v = products(x, (self.q_proj, self.k_proj, self.v_proj))
         q = rotate_halves(q, rope.query_cos, rope.query_sin, self.heads)
         k = rotate_halves(k, rope.key_cos, rope.key_sin, self.kv_heads)
         return (
@@ -182,12 +173,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
-            weights = torch.cat([self.gate_proj.weight, self.up_proj.weight])
-            gate, up = F.linear(x, weights).chunk(2, dim=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(F.silu(gate) * up)
+        return swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
 
 
 class Block(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,20 @@ def rope_tables(cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
     """One table ``[positions, 2 D]`` of what :class:`Rope` holds, from ``cos`` and ``sin`` ``[positions, D // 2]``."""
     scale = head_dim**-0.5
     return torch.cat(Rope(cos * scale, sin * scale, cos, sin), dim=-1)
+
+
+def products(x: Tensor, layers: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """What each of ``layers``, without biases, makes of ``x``; in a graph, one product, whose weights the exporter joins on disk."""
+    if not torch.compiler.is_exporting():
+        return tuple(layer(x) for layer in layers)
+    joined = F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return joined.split([layer.out_features for layer in layers], dim=-1)
+
+
+def swiglu(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear) -> Tensor:
+    """``down(silu(gate x) * up x)``."""
+    gated, raised = products(x, (gate, up))
+    return down(F.silu(gated) * raised)
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.base import Condition, RasterTransformer
-from graphs.families.layers import RMSNorm, Rope, rope_tables
+from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
 from graphs.rotary import axial_table, rotate_interleaved
 from graphs.tensor_spec import TensorSpec
 
@@ -172,12 +172,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_exporting():
-            # One product instead of two; the exporter joins the weights on disk.
-            gate, up = F.linear(x, torch.cat([self.w1.weight, self.w3.weight])).chunk(2, dim=-1)
-        else:
-            gate, up = self.w1(x), self.w3(x)
-        return self.w2(F.silu(gate) * up)
+        return swiglu(x, self.w1, self.w3, self.w2)
 
 
 class Block(nn.Module):

@@ -28,6 +28,15 @@ class TensorKind(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Call(NamedTuple):
+    """Device addresses of inputs, outputs and scratch memory, and the stream to launch on."""
+
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    scratch: int
+    stream: int
+
+
 class Launch(Protocol):
     """How an operation of one shape is launched; a dataclass of numbers, stored in the plan."""
 
@@ -70,13 +79,5 @@ class Operation(ABC):
         """
 
     @abstractmethod
-    def enqueue(
-        self,
-        launch: Any,
-        kernels: DeviceKernels,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        scratch: int,
-        stream: int,
-    ) -> None:
-        """Launch on ``stream``; inputs, outputs and scratch memory are device addresses."""
+    def enqueue(self, launch: Any, kernels: DeviceKernels, call: Call) -> None:
+        """Launch on the call's stream."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import HELD, HELD_TYPES, Launch, Operation, TensorKind, aligned
+from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind, aligned
 from runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
@@ -168,27 +168,19 @@ class LineAttention(Operation):
         rows, _, group, head_dim = kinds["q"].shape
         return LineAttentionLaunch(rows, group, kinds["scores"].shape[1], head_dim, kinds["q"].dtype)
 
-    def enqueue(
-        self,
-        launch: LineAttentionLaunch,
-        kernels: DeviceKernels,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        scratch: int,
-        stream: int,
-    ) -> None:
-        at = {name: ctypes.c_void_p(address) for name, address in zip(INPUTS, inputs, strict=True)}
+    def enqueue(self, launch: LineAttentionLaunch, kernels: DeviceKernels, call: Call) -> None:
+        at = {name: ctypes.c_void_p(address) for name, address in zip(INPUTS, call.inputs, strict=True)}
         results = (
-            ctypes.c_void_p(outputs[0]),
-            ctypes.c_void_p(scratch),
-            ctypes.c_void_p(scratch + 4 * launch.logits_floats),
+            ctypes.c_void_p(call.outputs[0]),
+            ctypes.c_void_p(call.scratch),
+            ctypes.c_void_p(call.scratch + 4 * launch.logits_floats),
         )
         slots, of_part = ctypes.c_int32(launch.slots), ctypes.c_int32(launch.part_slots)
-        kernels["attend"](launch.attend_grid, stream, *at.values(), *results, slots, of_part)
+        kernels["attend"](launch.attend_grid, call.stream, *at.values(), *results, slots, of_part)
         if launch.split:
             read = (at[name] for name in ("scores", "slot_pos", "fresh_from", "score_max"))
             parts = ctypes.c_int32(launch.parts)
-            kernels["combine"](launch.combine_grid, stream, *read, *results, slots, parts)
+            kernels["combine"](launch.combine_grid, call.stream, *read, *results, slots, parts)
 
 
 def power_of_two(number: int) -> int:

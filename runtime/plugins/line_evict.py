@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import Launch, Operation, TensorKind, aligned
+from runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned
 from runtime.plugins.kernels import DeviceKernels
 
 SETTINGS = (
@@ -159,27 +159,19 @@ class LineEvict(Operation):
         """``(rows, slots)`` of each layer."""
         return [tuple(shape) for shape in inputs[-self.layers :]]
 
-    def enqueue(
-        self,
-        launch: LineEvictLaunch,
-        kernels: DeviceKernels,
-        inputs: Sequence[int],
-        outputs: Sequence[int],
-        scratch: int,
-        stream: int,
-    ) -> None:
-        layers = self.layers
+    def enqueue(self, launch: LineEvictLaunch, kernels: DeviceKernels, call: Call) -> None:
+        layers, inputs, scratch = self.layers, call.inputs, call.scratch
         settings, state = inputs[: len(SETTINGS) + 1], inputs[len(SETTINGS) + 1 :]
-        write_slots, after = outputs[0], outputs[1:]
+        write_slots, after = call.outputs[0], call.outputs[1:]
         scores_after = [0] * layers if self.carries_scores else after[:layers]
         table = launch.table(state[:layers], state[layers:], scores_after, after[-layers:])
-        kernels.table(table, scratch, stream)
+        kernels.table(table, scratch, call.stream)
         keys = scratch + launch.table_bytes
         pointers = (scratch, *settings, write_slots, keys, keys + 4 * launch.entries)
         numbers = (launch.rows, launch.most_slots)
         kernels["line_evict"](
             launch.grid,
-            stream,
+            call.stream,
             *(ctypes.c_void_p(pointer) for pointer in pointers),
             *(ctypes.c_int32(number) for number in numbers),
         )

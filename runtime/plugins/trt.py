@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from runtime.plugins import CONTENTS, NAMESPACE, OPERATIONS, VERSION
-from runtime.plugins.base import HELD, HELD_TYPES, Launch, Operation, TensorKind
+from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind
 from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel, checked, current_capability
 
 Compile = Callable[[Operation, Launch], KernelSet]
@@ -173,7 +173,7 @@ def make_creator(trt: Any, kind: type[Operation], compile_kernels: Compile | Non
                 source = self.operation.aliased_input(number)
                 if source >= 0 and address != inputs[source]:
                     raise RuntimeError(f"{kind.name}: output {number} does not lie where input {source} lies")
-            self.operation.enqueue(self.launch, self.loaded, inputs, outputs, workspace, stream)
+            self.operation.enqueue(self.launch, self.loaded, Call(inputs, outputs, workspace, stream))
 
     class Creator(trt.IPluginCreatorV3One):
         """Makes plugins for the parser, which gives attributes, and for plans, which give what they stored."""

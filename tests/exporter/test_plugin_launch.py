@@ -17,7 +17,7 @@ from exporter.tensorrt import line_attention_kernels, line_evict_kernels
 from exporter.tensorrt.compile import ALIGNMENT
 from graphs.line_attention import reference
 from runtime.cuda import Device
-from runtime.plugins.base import Launch, Operation, TensorKind
+from runtime.plugins.base import Call, Launch, Operation, TensorKind
 from runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
 from runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from runtime.plugins.line_evict import LineEvict
@@ -76,7 +76,8 @@ def enqueue(
         name: LoadedKernel(CompiledKernel(name, 4, 0, 2, {}, b""), driver, CAPABILITY) for name in kernels
     }
     scratch = device.allocate(launch.scratch_bytes)
-    operation.enqueue(launch, DeviceKernels(loaded, driver), addresses, places, scratch, device.stream)
+    call = Call(addresses, places, scratch, device.stream)
+    operation.enqueue(launch, DeviceKernels(loaded, driver), call)
     for place, output in zip(places, outputs, strict=True):
         device.download(place, output.numpy())
     return outputs, launch

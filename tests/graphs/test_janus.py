@@ -181,4 +181,4 @@ def test_published_sizes_have_the_published_counts() -> None:
         # The folded table stands for the embedding of 8 numbers and the two layers behind it; the head of text is dropped.
         folded = 16384 * dim - (16384 * 8 + 8 * dim + dim + dim * dim + dim)
         assert total == counted + folded
-        assert config.head_dim == janus.HEAD_DIM
+        assert config.head_dim == 128
