@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import onnx
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
@@ -19,19 +20,24 @@ from exporter.precision import Precision, PrecisionPlan, Weight
 from exporter.weights_file import WeightsFile
 from exporter.work import work_of
 from graphs import stages
-from graphs.families import llamagen, vq
+from graphs.families import vq
+from graphs.families.base import FamilyConfig, part_of
 from graphs.policies import POLICIES
 from runtime.bundle import file_sha256
+from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import ExportError, OutputError
 from runtime.geometry import CacheSettings, Raster
 from runtime.manifest import (
     MANIFEST_NAME,
     SCHEMA,
+    CaptionInput,
+    ClassInput,
     FileRecord,
     ImageDecoder,
     Manifest,
     Model,
     PolicySpec,
+    PromptInput,
     SamplingSettings,
     StageSpec,
     TensorSpec,
@@ -41,6 +47,7 @@ from runtime.manifest import (
 )
 
 WEIGHTS_NAME = "weights.bin"
+TOKENIZER_FILE = "tokenizer/tokenizer.json"
 GRAPH_BYTES = 64 << 20
 """Room to ask for beside the weights: graphs and manifest."""
 
@@ -67,8 +74,8 @@ class ExportPlan:
         faults = []
         if self.images < 1:
             faults.append(f"a batch of {self.images} images; must be at least 1")
-        if config.grid < 2:
-            faults.append(f"a grid of {config.grid} tokens; must be at least 2")
+        if min(config.lines, config.line_width) < 2:
+            faults.append(f"{config.lines} lines of {config.line_width} tokens; must be at least 2 of each")
         if config.vocab_size != decoder.codebook_size:
             faults.append(
                 f"{self.transformer.path} predicts {config.vocab_size} tokens and "
@@ -91,7 +98,25 @@ class ExportPlan:
     @property
     def raster(self) -> Raster:
         config = self.transformer.config
-        return Raster(config.prefix_len, config.line_width, config.lines)
+        return raster_of(config)
+
+    @property
+    def condition(self) -> ClassInput | PromptInput | CaptionInput:
+        """What the bundle draws."""
+        config, prompts = self.transformer.config, self.transformer.prompts
+        if prompts is not None:
+            return PromptInput(
+                TOKENIZER_FILE, prompts.first, prompts.template, prompts.last, prompts.stripped
+            )
+        return CaptionInput(config.caption_dim) if config.caption_dim else ClassInput(config.num_classes)
+
+    def conditioner(self) -> Conditioner:
+        """What turns requests into inputs of the prefill stage, before there is a bundle."""
+        spec, tokenizer = self.condition, self.transformer.tokenizer
+        if isinstance(spec, PromptInput) and tokenizer is not None:
+            # An absolute path stands for itself in any folder.
+            spec = msgspec.structs.replace(spec, tokenizer=str(tokenizer.path.resolve()))
+        return conditioner_of(spec, self.raster.prefix_len, Path(), guided=self.guided)
 
     @property
     def guided(self) -> bool:
@@ -122,7 +147,7 @@ class ExportPlan:
         """Every parameter by its name in the stages, and what it is to be stored in."""
         precision = self.precision
         found = {
-            f"model.{name}": Weight(name, tensor, precision.of(llamagen.part_of(name)), precision)
+            f"model.{name}": Weight(name, tensor, precision.of(part_of(name)), precision)
             for name, tensor in self.transformer.tensors.items()
         }
         for name, tensor in self.image_decoder.tensors.items():
@@ -139,6 +164,12 @@ class ExportPlan:
             weight.tensor.numel() * (weight.precision.bits or 8 * weight.precision.dtype.itemsize) // 8
             for weight in self.weights().values()
         )
+
+
+def raster_of(config: FamilyConfig) -> Raster:
+    """The image of a family's configuration."""
+    newlines = int(config.newline_token is not None)
+    return Raster(config.prefix_len, config.line_width, config.lines, newlines)
 
 
 def export_bundle(
@@ -216,7 +247,9 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         stages.Decode(model, geometry, filtered=False),
         *(stages.LineEnd(POLICIES[policy](), geometry) for policy in plan.policies),
         stages.ReplayLineEnd(geometry),
-        stages.VQDecoder(pixels, images=1, rows=raster.lines, columns=raster.line_width),
+        stages.VQDecoder(
+            pixels, images=1, rows=raster.lines, columns=raster.columns, line_width=raster.line_width
+        ),
     ]
     tensors = plan.weights()
     work: dict[str, Work] = {}
@@ -235,6 +268,11 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         path = folder / f"{stage.name}.onnx"
         onnx.checker.check_model(str(path))
         files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
+    if transformer.tokenizer is not None:
+        path = folder / TOKENIZER_FILE
+        path.parent.mkdir()
+        shutil.copyfile(transformer.tokenizer.path, path)
+        files[TOKENIZER_FILE] = FileRecord(file_sha256(path), path.stat().st_size)
     report("reading the checkpoints' digests")
     manifest = seal(_manifest(plan, stage_list, work, files))
     manifest.check()
@@ -251,14 +289,14 @@ def _manifest(
         producer={name: version(name) for name in ("linert", "torch", "onnx", "onnxscript")},
         precision=plan.precision.spec,
         model=Model(
-            family="llamagen",
+            family=transformer.family.name,
             config=asdict(config),
             parameters=sum(tensor.numel() for tensor in transformer.tensors.values()),
-            num_classes=config.num_classes,
             vocab_size=config.vocab_size,
             layers=config.layers,
             source=transformer.source,
         ),
+        condition=plan.condition,
         image_decoder=ImageDecoder(
             config=asdict(decoder.config),
             patch=decoder.config.patch,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
@@ -28,15 +29,17 @@ from exporter.precision import (
     to_integers,
 )
 from exporter.sampling_params import sampling_params
-from graphs.families import llamagen
+from graphs.families.base import Condition, RasterTransformer, part_of
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import draw, filtered_mass, guide
-from graphs.stages import Geometry
+from graphs.stages import Geometry, with_newlines
+from runtime import samples
+from runtime.conditions import Conditioner
 from runtime.errors import ExportError
 from runtime.geometry import Raster
 from runtime.loop import uniform_row
-from runtime.manifest import SamplingSettings
+from runtime.manifest import CaptionInput, SamplingSettings
 
 DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it."""
@@ -49,33 +52,57 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the layers are to see: ``images`` images of as many classes, spread over all, drawn from ``seed`` on."""
+    """What the layers are to see: ``images`` images of as many ``conditions``, spread over all, drawn from ``seed`` on.
+
+    ``conditions`` None are those that the model's conditioner has for such purposes.
+    """
 
     images: int = 8
     seed: int = 1_000_000
+    conditions: Sequence[samples.Condition] | None = None
 
-    def classes(self, count: int) -> Tensor:
-        """Class ids ``[images]`` int64 of a model that has ``count``."""
-        return torch.arange(self.images) * count // self.images % count
+    def chosen(self, conditions: Sequence[samples.Condition]) -> list[samples.Condition]:
+        """``images`` of the ``conditions``, spread over all."""
+        return [conditions[k * len(conditions) // self.images % len(conditions)] for k in range(self.images)]
 
 
-def calibrated(plan: ExportPlan, calibration: Calibration, report: Report = print) -> ExportPlan:
-    """``plan`` with the integers that it asks for; itself if they need no calibration."""
-    precision, transformer = plan.precision, plan.transformer
+def needs_calibration(precision: PrecisionPlan) -> bool:
+    """Whether images must be drawn to find the integers."""
     gptq = precision.method is Method.GPTQ and precision.integers
-    if not gptq and precision.decoder_precision is not Precision.INT8:
+    return gptq or precision.decoder_precision is Precision.INT8
+
+
+def calibrated(
+    plan: ExportPlan,
+    calibration: Calibration,
+    report: Report = print,
+    conditioner: Conditioner | None = None,
+) -> ExportPlan:
+    """``plan`` with the integers that it asks for; itself if they need no calibration.
+
+    Args:
+        conditioner: knows the features of the conditions, if they are captions; the plan's own if None.
+
+    Raises:
+        ExportError: conditions must be given and are not.
+    """
+    precision, transformer = plan.precision, plan.transformer
+    if not needs_calibration(precision):
         return plan
-    model = transformer.eager()
-    if not transformer.config.num_classes:
+    if calibration.conditions is None and isinstance(plan.condition, CaptionInput):
         raise ExportError(
-            "calibration draws images of classes, and this model has none: give --quantization rtn and "
+            "calibration draws images of captions: give features with --calibration-captions FILE.npy, or --quantization rtn and "
             "--image-decoder-precision fp16"
         )
-    condition = [calibration.classes(transformer.config.num_classes)]
+    conditioner = conditioner or plan.conditioner()
+    model = transformer.eager()
+    inputs = conditioner.inputs(calibration.chosen(calibration.conditions or conditioner.usual()))
+    specs = model.condition_inputs(calibration.images, guided=plan.guided)
+    condition = [torch.from_numpy(inputs[spec.name]) for spec in specs]
     tokens = draw_images(model, condition, plan.sampling, calibration.seed, report)
     report("quantising the image decoder")
     precision = with_integer_decoder(precision, plan.image_decoder, tokens, plan.raster)
-    if gptq:
+    if precision.method is Method.GPTQ and precision.integers:
         found = gptq_weights(model, precision, condition, tokens, guided=plan.guided, report=report)
         precision = replace(precision, quantized=found)
     return replace(plan, precision=precision)
@@ -106,7 +133,7 @@ def with_integer_decoder(
 
     hooks = [layer.register_forward_hook(functools.partial(note, name)) for name, layer in layers.items()]
     for row in tokens:
-        model.decode(row.reshape(1, raster.lines, raster.line_width))
+        model.decode(row.reshape(1, raster.lines, raster.line_width)[:, :, : raster.columns])
     for hook in hooks:
         hook.remove()
     convolutions = {}
@@ -120,7 +147,7 @@ def with_integer_decoder(
 
 
 def gptq_weights(
-    model: llamagen.LlamaGen,
+    model: RasterTransformer,
     plan: PrecisionPlan,
     condition: Sequence[Tensor],
     tokens: Tensor,
@@ -148,30 +175,34 @@ def gptq_weights(
     def quantize(group: Sequence[nn.Linear], hessian: Tensor) -> None:
         for module in group:
             name = names[module]
-            precision = plan.of(llamagen.part_of(name))
+            precision = plan.of(part_of(name))
             if precision.bits:
                 bits, block = plan.integer_format(module.in_features, precision)
                 quantized[name] = gptq(module.weight, hessian, bits, block)
                 module.weight = nn.Parameter(quantized[name].dequantized(), requires_grad=False)
 
     x = torch.cat([found.embeddings, model.embed(fed[:, :-1])], dim=1)
-    rope = model.rope(torch.arange(x.shape[1])[None], found.starts)
-    # Conditions of classes have no padding: all rows see the same.
-    visible = found.visible(x.shape[1])[:1]
+    alone = [Condition(*(part[row : row + 1] for part in found)) for row in range(len(x))]
+    ropes = [model.rope(torch.arange(x.shape[1])[None], one.starts) for one in alone]
+    visible = [one.visible(x.shape[1]) for one in alone]
     blocks = list(model.blocks())
     with torch.no_grad():
         for number, block in enumerate(blocks):
             report(f"quantising layer {number + 1} of {len(blocks)}")
-            run = functools.partial(model.block, block, rope=rope, visible=visible)
-            _quantize_in_order(block, run, x, quantize)
-            x = torch.cat([run(rows) for rows in x.split(1)])
+            runs = [
+                functools.partial(model.block, block, rows, rope, seen)
+                for rows, rope, seen in zip(x.split(1), ropes, visible, strict=True)
+            ]
+            _quantize_in_order(_linears(cast("nn.Module", block)), runs, quantize)
+            x = torch.cat([run() for run in runs])
         report("quantising the output")
-        _quantize_in_order(model.output, lambda rows: model.output(model.norm(rows)), x, quantize)
+        outputs = [linear for linear, name in names.items() if part_of(name) == "output"]
+        _quantize_in_order(outputs, [functools.partial(model.logits, rows) for rows in x.split(1)], quantize)
     return quantized
 
 
 def draw_images(
-    model: llamagen.LlamaGen,
+    model: RasterTransformer,
     condition: Sequence[Tensor],
     sampling: SamplingSettings,
     seed: int,
@@ -194,19 +225,23 @@ def draw_images(
             if line:
                 history.end_line()
         guided = guide(logits, params, torch.full((images,), index)) if geometry.guided else logits
-        tokens[:, index] = draw(filtered_mass(guided, params), uniforms[:, index])
+        drawn = draw(filtered_mass(guided, params), uniforms[:, index])
+        tokens[:, index] = with_newlines(config, drawn, torch.tensor(index))
         if index < config.image_tokens - 1:
             logits = history.feed(tokens[:, index : index + 1])[:, 0]
     return tokens
 
 
+def _linears(module: nn.Module) -> list[nn.Linear]:
+    return [part for part in module.modules() if isinstance(part, nn.Linear)]
+
+
 def _quantize_in_order(
-    module: nn.Module,
-    run: Callable[[Tensor], Tensor],
-    x: Tensor,
+    linears: Sequence[nn.Linear],
+    runs: Sequence[Callable[[], Tensor]],
     quantize: Callable[[Sequence[nn.Linear], Tensor], None],
 ) -> None:
-    """Quantise the products inside ``module`` in the order in which ``run`` of ``x [B, S, dim]`` comes to them.
+    """Quantise the products of ``linears`` in the order in which ``runs``, one a sequence, come to them.
 
     Products of the same input share its Hessian.
     """
@@ -220,9 +255,8 @@ def _quantize_in_order(
             inputs.append(args[0])
             groups.append([linear])  # type: ignore[list-item]
 
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
     hooks = [linear.register_forward_pre_hook(note) for linear in linears]
-    run(x[:1])
+    runs[0]()
     for hook in hooks:
         hook.remove()
     for group in groups:
@@ -234,8 +268,8 @@ def _quantize_in_order(
             hessian += (seen.T @ seen).double()
 
         hook = group[0].register_forward_pre_hook(gather)
-        for rows in x.split(1):
-            run(rows)
+        for run in runs:
+            run()
         hook.remove()
         quantize(group, hessian)
 

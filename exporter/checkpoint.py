@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import hashlib
+import json
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from runtime.bundle import file_sha256
 from runtime.errors import CheckpointError
+from runtime.manifest import Source
+
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""What tells which of many files a tensor is in."""
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "consolidated.pth")
+"""What a folder with all tensors in one file calls it."""
+
+SETTINGS_NAME = "config.json"
+PROCESSING_NAMES = ("tokenizer_config.json", "processor_config.json")
+TOKENIZER_NAME = "tokenizer.json"
 
 CONTAINER_KEYS = ("model", "module", "state_dict")
 """Where a checkpoint may keep its weights, in LlamaGen's own order of choice."""
@@ -23,22 +39,138 @@ WRAPPER_PREFIXES = ("_orig_mod.", "module.")
 """What torch.compile and DistributedDataParallel put before every name."""
 
 
-def load_tensors(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], str]:
-    """Load a checkpoint's weights, memory-mapped where the format allows.
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights and what stands beside them.
 
     Args:
-        path: ``.pt``/``.pth`` of torch.save, or safetensors.
-        ema: take the exponential moving average that a training file holds, instead of the weights.
+        path: the file or folder, as it was asked for.
+        files: those that hold the weights.
+        tensors: by name, memory-mapped where the format allows.
+        part: which part of a file they are ("model", "ema", ..., "" for a flat one).
+        settings: ``config.json``; empty if there is none.
+        processing: ``tokenizer_config.json`` and ``processor_config.json``, joined.
+        tokenizer: the ``tokenizer.json``, if there is one.
+    """
 
-    Returns:
-        The tensors by name, and which part of the file they are ("model", "ema", ..., "" for a flat file).
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, Tensor]
+    part: str
+    settings: Mapping[str, Any]
+    processing: Mapping[str, Any]
+    tokenizer: Path | None
+
+    @functools.cached_property
+    def source(self) -> Source:
+        """Digest and origin, for the manifest. Reads all files, once."""
+        return Source(
+            path=str(self.path.resolve()),
+            sha256=digest_of(self.files),
+            bytes=sum(file.stat().st_size for file in self.files),
+            weights=self.part,
+        )
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """sha256 of a file, or of the names and digests of several."""
+    if len(files) == 1:
+        return file_sha256(files[0])
+    lines = "".join(f"{file_sha256(file)}  {file.name}\n" for file in sorted(files))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files that hold the weights of the checkpoint at ``path``: itself, or those of a folder.
 
     Raises:
-        CheckpointError: no such file, truncated or corrupt, holding code, or holding no (ema) weights.
+        CheckpointError: no such file or folder, none in it, or one of them is missing.
     """
+    if path.is_file() and path.name not in INDICES:
+        return (path,)
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    for name in INDICES:
+        if (folder / name).is_file():
+            shards = sorted(set(_weight_map(folder / name).values()))
+            if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {name} names")
+            return tuple(folder / shard for shard in shards)
+    for name in SINGLE_FILES:
+        if (folder / name).is_file():
+            return (folder / name,)
+    raise CheckpointError(
+        f"checkpoint {path} is a folder without weights: there is none of {', '.join((*INDICES, *SINGLE_FILES))}"
+    )
+
+
+def open_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
+    """Open a checkpoint: a ``.pt``/``.pth``/``.bin`` of torch.save, safetensors, or a folder of either, in one file or in shards.
+
+    Args:
+        ema: take the exponential moving average that a training file holds, instead of the weights.
+
+    Raises:
+        CheckpointError: no such file, truncated or corrupt, holding code, or holding no (ema) weights; a shard is missing, or
+            has not the tensors that the index says.
+    """
+    files = weight_files(path)
+    tensors: dict[str, Tensor] = {}
+    part = ""
+    for file in files:
+        found, part = load_tensors(file, ema=ema)
+        tensors |= found
+    folder = files[0].parent
+    index = next((folder / name for name in INDICES if (folder / name).is_file()), None)
+    if index is not None and len(files) > 1:
+        lost = sorted(name for name in _weight_map(index) if name not in tensors)
+        if lost:
+            raise CheckpointError(f"{folder} lacks {_listed(dict.fromkeys(lost))}, which {index.name} names")
+    processing: dict[str, Any] = {}
+    for name in PROCESSING_NAMES:
+        processing |= _json(folder / name)
+    tokenizer = folder / TOKENIZER_NAME
+    return Checkpoint(
+        path,
+        files,
+        tensors,
+        part,
+        _json(folder / SETTINGS_NAME),
+        processing,
+        tokenizer if tokenizer.is_file() else None,
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
     if not path.is_file():
-        found = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"checkpoint {path} {found}")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return content
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File name by tensor, of an index."""
+    named = _json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in named.values()
+    ):
+        raise CheckpointError(f"{index} has no weight_map of file names in its folder")
+    return named
+
+
+def load_tensors(path: Path, *, ema: bool = False) -> tuple[dict[str, Tensor], str]:
+    """Load the weights of one file, memory-mapped where the format allows; the arguments are :func:`open_checkpoint`'s.
+
+    Returns:
+        The tensors by name, and which part of the file they are.
+    """
     content = _load_safetensors(path) if _is_safetensors(path) else _load_torch(path)
     part, tensors = _choose(path, content, ema)
     for prefix in WRAPPER_PREFIXES:
@@ -58,27 +190,19 @@ def check_tensors(
     expected: Mapping[str, tuple[int, ...]],
     *,
     what: str,
-    ignored: Iterable[str] = (),
-    ignored_prefixes: tuple[str, ...] = (),
+    unknown: Iterable[str] = (),
 ) -> None:
     """Raise :class:`CheckpointError` listing, sorted, every missing, unexpected, misshapen or non-float tensor.
 
     Args:
         expected: name to shape of a complete model.
         what: the model's name, for the message.
-        ignored: names that may be there and are not used.
-        ignored_prefixes: beginnings of such names.
+        unknown: names of the checkpoint that belong to nothing that is known.
     """
-    skip = set(ignored)
-    extra = [
-        name
-        for name in tensors
-        if name not in expected and name not in skip and not name.startswith(ignored_prefixes or "\0")
-    ]
     shared = sorted(tensors.keys() & expected.keys())
     lists = {
         "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(extra),
+        "unexpected": sorted({*unknown, *(tensors.keys() - expected.keys())}),
         "wrong shape": [
             f"{name} {list(tensors[name].shape)} (expected {list(expected[name])})"
             for name in shared

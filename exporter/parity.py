@@ -8,7 +8,7 @@ buffer changes against the full cache is compression, not error, and is reported
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ from graphs.families.base import Condition, RasterTransformer
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import SamplingParams, draw, filtered_mass, guide
-from graphs.stages import Geometry
+from graphs.stages import Geometry, with_newlines
 from runtime.backend import Backend
 from runtime.generator import PixelDecoder
 from runtime.geometry import Mode, Step
@@ -66,7 +66,7 @@ class Comparison:
         inputs = settings_inputs(manifest, self.batch)
         params = LineEndParams(*(torch.from_numpy(inputs[name]) for name in LineEndParams._fields))
         self.reference = HistoryModel(self.model, geometry, POLICIES[cache.policy](), params)
-        wanted = self.model.condition_inputs(geometry.images)
+        wanted = self.model.condition_inputs(geometry.images, guided=geometry.guided)
         self.condition = [torch.from_numpy(self.batch.conditions[spec.name]) for spec in wanted]
 
     def imposed(self, line: int) -> Tensor | None:
@@ -82,6 +82,7 @@ def validate(
     batch: Batch,
     *,
     seed: int,
+    asked: Sequence[str] = (),
     tokens: np.ndarray | None = None,
     choices: Choices = Choices.PYTORCH,
     bounds: Bounds | None = None,
@@ -95,7 +96,8 @@ def validate(
         transformer: the checkpoint; its weights are read.
         image_decoder: the VQ checkpoint.
         batch: what to draw. Its ``replay`` is imposed on both sides.
-        seed: noted in the report.
+        seed: noted in the report, like
+        asked: what is drawn.
         tokens: ``[I, N]`` recorded elsewhere, to be fed to both sides and compared with what they draw; the bundle's
             own if None.
         choices: whose evictions both sides use while they are fed the same tokens; a replay leaves no choice.
@@ -104,8 +106,7 @@ def validate(
         report_line: called with a phase's name and the lines done.
     """
     bounds = bounds or Bounds()
-    classes = batch.conditions.get("class_ids", np.empty(0, np.int64)).tolist()
-    report = Report(choices, classes, seed)
+    report = Report(choices, list(asked), seed)
     both = Comparison(backend, transformer.eager(), batch, report, report_line)
     evicted: list[np.ndarray] = []
     drawn = torch.from_numpy(
@@ -220,7 +221,9 @@ def _free_running(both: Comparison, tokens: Tensor, evicted: list[np.ndarray]) -
     logits = reference.begin(both.condition)
     drawn = torch.zeros_like(tokens)
     for index in range(config.image_tokens):
-        drawn[:, index] = token = _draw(reference, logits, params, uniforms, index)
+        drawn[:, index] = token = with_newlines(
+            config, _draw(reference, logits, params, uniforms, index), torch.tensor(index)
+        )
         for image in range(images):
             if diverged[image] is None and token[image] != tokens[image, index]:
                 diverged[image] = index
@@ -297,7 +300,7 @@ def _pixels(decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Te
     model = image_decoder.eager().double()
     errors = []
     for row in tokens:
-        grid = row.reshape(1, raster.lines, raster.line_width)
+        grid = row.reshape(1, raster.lines, raster.line_width)[:, :, : raster.columns]
         ours = torch.from_numpy(decoder(row[None].numpy()))
         wanted = model.decode(grid)
         report.pixels_range = max(report.pixels_range, wanted.abs().max().item())

@@ -142,7 +142,7 @@ class Report:
     """Everything that :func:`validate` measured."""
 
     choices: Choices
-    classes: list[int]
+    asked: list[str]
     seed: int
     logits: Distance = field(default_factory=Distance)
     compression: Distance = field(default_factory=Distance)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
+from graphs.stages import with_newlines
 from runtime.generator import picture
 
 
@@ -26,7 +29,7 @@ class PyTorchPeer:
 
     Args:
         transformer, image_decoder: the checkpoints.
-        images: images in a batch.
+        inputs: the prefill stage's, by name, for as many images as there are to be in a batch.
         guidance: scale; above 1 every image has an unconditional row.
         compiled: compile the step with ``torch.compile``. Attention then reads all of the cache under a mask: its shapes
             must not change.
@@ -36,19 +39,25 @@ class PyTorchPeer:
         self,
         transformer: LoadedTransformer,
         image_decoder: LoadedImageDecoder,
-        images: int,
+        inputs: Mapping[str, NDArray[Any]],
         guidance: float,
         *,
         compiled: bool = False,
     ) -> None:
         self.model, self.image_decoder = transformer.eager(), image_decoder.eager()
-        self.images, self.guidance, self.compiled = images, guidance, compiled
+        self.guidance, self.compiled = guidance, compiled
+        self.images = len(next(iter(inputs.values())))
         config = self.model.config
         self.slots = config.prefix_len + config.image_tokens
-        self.sequences = images * (2 if guidance > 1 else 1)
-        shape = (self.sequences, config.heads, self.slots, config.head_dim)
+        specs = self.model.condition_inputs(self.images, guided=guidance > 1)
+        self.inputs = [torch.from_numpy(inputs[spec.name]) for spec in specs]
+        self.condition = self.model.condition(self.inputs, guided=guidance > 1)
+        self.sequences = len(self.condition.starts)
+        shape = (self.sequences, config.kv_heads, self.slots, config.head_dim)
         self.k_cache = [torch.zeros(shape) for _ in range(config.layers)]
         self.v_cache = [torch.zeros(shape) for _ in range(config.layers)]
+        # Padding at the beginning of the cache, which nothing sees.
+        self.padded = torch.arange(self.slots) < self.condition.starts[:, None]
         self.generator = torch.Generator().manual_seed(0)
         self._forward: Callable[[Tensor, Tensor], Tensor] = (
             torch.compile(self._masked_step, dynamic=False) if compiled else self._sliced_step
@@ -57,14 +66,17 @@ class PyTorchPeer:
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int) -> Tensor:
         """Feed ``tokens [B]`` at ``position`` and draw the next, ``[I]``."""
-        return self._feed(self.model.embed(tokens[:, None]), position)
+        logits = self._forward(self.model.embed(tokens[:, None]), torch.tensor([position]))
+        return self._draw(logits, position + 1)
 
-    def _feed(self, x: Tensor, position: int) -> Tensor:
-        logits = self._forward(x, torch.tensor([position]))
+    def _draw(self, logits: Tensor, position: int) -> Tensor:
+        """The token ``[I]`` of ``position`` from logits ``[B, V]``."""
         if self.guidance > 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + self.guidance * (conditional - unconditional)
-        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
+        config = self.model.config
+        return with_newlines(config, drawn, torch.tensor(position - config.prefix_len))
 
     @torch.inference_mode()
     def steps(self, count: int) -> list[float]:
@@ -84,37 +96,51 @@ class PyTorchPeer:
         start = time.perf_counter()
         config = self.model.config
         branches = self.sequences // self.images
-        classes = torch.arange(self.images) % config.num_classes
-        condition = self.model.condition([classes], guided=branches == 2)
-        drawn = [self._feed(condition.embeddings, 0)]
+        drawn = [self._draw(self._prefill(), config.prefix_len)]
         for index in range(1, config.image_tokens):
-            drawn.append(self.step(drawn[-1].repeat(branches), index))
+            drawn.append(self.step(drawn[-1].repeat(branches), config.prefix_len + index - 1))
         grids = torch.stack(drawn, dim=1).unflatten(1, (config.lines, config.line_width))
+        if config.newline_token is not None:
+            grids = grids[:, :, :-1]
         for grid in grids:
             picture(self.image_decoder.decode(grid[None])[0].numpy()).save(io.BytesIO(), format="PNG")
         return time.perf_counter() - start
 
+    def _prefill(self) -> Tensor:
+        """Feed the condition at once; logits ``[B, V]`` of the first token."""
+        condition, prefix = self.condition, self.model.config.prefix_len
+        visible = condition.visible(prefix)[:, None]
+        positions = torch.arange(prefix)
+        return self._pass(condition.embeddings, positions, lambda cache: cache[:, :, :prefix], visible)
+
     def _sliced_step(self, x: Tensor, position: Tensor) -> Tensor:
         """Logits ``[B, V]``; attention reads the filled part of the cache."""
-        at = int(position)
-        return self._step(x, position, lambda cache: cache[:, :, : at + 1], None)
+        filled = int(position) + 1
+        visible = ~self.padded[:, None, None, :filled] if self.padded.any() else None
+        return self._pass(x, position, lambda cache: cache[:, :, :filled], visible)
 
     def _masked_step(self, x: Tensor, position: Tensor) -> Tensor:
         """The same in static shapes."""
-        visible = (torch.arange(self.slots) <= position)[None, None, None]
-        return self._step(x, position, lambda cache: cache, visible)
+        visible = ((torch.arange(self.slots) <= position) & ~self.padded)[:, None, None]
+        return self._pass(x, position, lambda cache: cache, visible)
 
-    def _step(
-        self, x: Tensor, position: Tensor, seen: Callable[[Tensor], Tensor], mask: Tensor | None
+    def _pass(
+        self, x: Tensor, positions: Tensor, seen: Callable[[Tensor], Tensor], mask: Tensor | None
     ) -> Tensor:
-        rope = self.model.rope(position[None], torch.zeros(1, dtype=torch.int64))
+        """Run ``x [B, S, dim]`` at ``positions [S]``; logits ``[B, V]`` after the last."""
+        rope = self.model.rope(positions[None], self.condition.starts)
         for layer, block in enumerate(self.model.blocks()):
             q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
             k_cache, v_cache = self.k_cache[layer], self.v_cache[layer]
-            k_cache.index_copy_(2, position, k)
-            v_cache.index_copy_(2, position, v)
+            k_cache.index_copy_(2, positions, k)
+            v_cache.index_copy_(2, positions, v)
             attended = F.scaled_dot_product_attention(
-                q, seen(k_cache), seen(v_cache), attn_mask=mask, scale=1.0
+                q,
+                seen(k_cache),
+                seen(v_cache),
+                attn_mask=mask,
+                scale=1.0,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
             x = block.finish(x, attended.transpose(1, 2))
-        return self.model.logits(x)[:, 0]
+        return self.model.logits(x[:, -1])

@@ -21,7 +21,7 @@ from runtime.generator import Generator, PixelDecoder
 from runtime.geometry import CacheSettings
 from runtime.manifest import SamplingSettings
 from runtime.metrics import Bootstrap, Interval, Metric, Rows
-from runtime.output import Sample
+from runtime.samples import Sample, asked_for
 
 METRIC_BATCH = 50
 
@@ -105,11 +105,11 @@ def measure_rows(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Rows]:
     """Each metric's rows ``[n, k]`` of the images of ``tokens [n, N]``."""
-    classes = np.array([sample.class_id for sample in samples], np.int64)
+    asked = asked_for(samples)
     parts: dict[str, list[Rows]] = {metric.name: [] for metric in metrics}
     for start in range(0, len(tokens), METRIC_BATCH):
         progress(start, len(tokens))
         pixels = decoder(tokens[start : start + METRIC_BATCH])
         for metric in metrics:
-            parts[metric.name].append(metric.measure(pixels, classes[start : start + METRIC_BATCH]))
+            parts[metric.name].append(metric.measure(pixels, asked[start : start + METRIC_BATCH]))
     return {name: np.concatenate(values) for name, values in parts.items()}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from exporter.bundle_export import ExportPlan
-from exporter.models import (
-    Loaded,
-    LoadedImageDecoder,
-    LoadedTransformer,
-    load_image_decoder,
-    load_transformer,
-)
+from exporter.checkpoint import digest_of, weight_files
+from exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
 from exporter.precision import Method, Precision, PrecisionPlan
-from runtime.bundle import Bundle, file_sha256
-from runtime.errors import CheckpointError
-from runtime.manifest import PrecisionSpec, Source
+from graphs.families import FAMILIES
+from runtime.bundle import Bundle
+from runtime.errors import CheckpointError, RequestError
+from runtime.manifest import PrecisionSpec, PromptInput, Source
 
 
 @dataclass(frozen=True)
@@ -34,12 +30,11 @@ class Checkpoints:
         Raises:
             CheckpointError: a file is not there, or is not the one that the bundle was made of.
         """
-        manifest = bundle.manifest
-        return Checkpoints(
-            bundle,
-            find_source(bundle, manifest.model.source, checkpoint, "--checkpoint"),
-            find_source(bundle, manifest.image_decoder.source, vq, "--vq"),
-        )
+        model, decoder = bundle.manifest.model.source, bundle.manifest.image_decoder.source
+        found = find_source(bundle, model, checkpoint, "--checkpoint")
+        if vq is None and decoder.sha256 == model.sha256:
+            return Checkpoints(bundle, found, found)
+        return Checkpoints(bundle, found, find_source(bundle, decoder, vq, "--vq"))
 
     def load(self, grid: int | None = None) -> tuple[LoadedTransformer, LoadedImageDecoder]:
         """Load both.
@@ -48,16 +43,21 @@ class Checkpoints:
             grid: tokens in an image row, if another than the bundle's is wanted.
         """
         manifest = self.bundle.manifest
-        config = {**manifest.model.config, "grid": grid or manifest.model.config["grid"]}
-        transformer = load_transformer(
-            self.transformer,
-            patch=manifest.image_decoder.patch,
-            grid=config["grid"],
-            heads=config["heads"],
+        config = FAMILIES[manifest.model.family].config_type(**manifest.model.config)
+        if grid is not None and grid != manifest.raster.line_width:
+            if not hasattr(config, "grid"):
+                raise RequestError(
+                    f"{manifest.model.family} has no grid to choose; export it with another --size"
+                )
+            config = replace(config, grid=grid)
+        prompts = manifest.condition
+        request = ModelRequest(
+            tokenizer=self.bundle.file(prompts.tokenizer) if isinstance(prompts, PromptInput) else None,
+            template=prompts.template if isinstance(prompts, PromptInput) else None,
             ema=manifest.model.source.weights == "ema",
         )
-        _same_config(transformer, config)
-        return transformer, load_image_decoder(self.image_decoder)
+        joined = manifest.image_decoder.source.sha256 == manifest.model.source.sha256
+        return load_models(self.transformer, None if joined else self.image_decoder, request, config=config)
 
 
 def load_sources(
@@ -68,11 +68,11 @@ def load_sources(
 
 
 def find_source(bundle: Bundle, source: Source, given: Path | None, option: str) -> Path:
-    """A checkpoint file that the bundle was made of; ``option`` is what a user gives another place with."""
+    """A checkpoint that the bundle was made of; ``option`` is what a user gives another place with."""
     path = given or Path(source.path)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"the checkpoint {path} is not there; say where it is with {option}")
-    if file_sha256(path) != source.sha256:
+    if digest_of(weight_files(path)) != source.sha256:
         raise CheckpointError(
             f"{path} is not the checkpoint that {bundle.path} was exported from (its sha256 differs); "
             f"give that one with {option}, or export the bundle again"
@@ -112,8 +112,3 @@ def plan_like(
         manifest.sampling,
         precision,
     )
-
-
-def _same_config(loaded: Loaded, config: dict[str, object]) -> None:  # type: ignore[type-arg]
-    if asdict(loaded.config) != config:
-        raise CheckpointError(f"{loaded.path} is another model than the bundle's")

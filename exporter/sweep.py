@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.calibration import with_integer_decoder
 from exporter.compare_grid import budget_lines
 from exporter.models import LoadedImageDecoder, LoadedTransformer
@@ -20,7 +20,6 @@ from graphs.policies import POLICIES
 from runtime.bundle import Bundle
 from runtime.cache_request import CacheRequest
 from runtime.errors import RequestError
-from runtime.geometry import Raster
 
 AXES = ("batch", "policy", "budget", "precision", "grid")
 
@@ -110,7 +109,7 @@ def cell_plan(
 ) -> ExportPlan:
     """The plan of a cell's bundle. A budget that is not swept is the bundle's share of the lines."""
     manifest, config = bundle.manifest, transformer.config
-    raster = Raster(config.prefix_len, config.line_width, config.lines)
+    raster = raster_of(config)
     share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
     everything = cell.policy == "full" or (cell.budget is None and share == 1)
     kept = raster.lines if everything else budget_lines(cell.budget or str(share), raster.lines)

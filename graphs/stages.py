@@ -135,7 +135,8 @@ class Prefill(Stage):
     """Embed the condition and lay out the whole state with nothing cached.
 
     The condition's positions then go through decode like any others, into slots 0 .. prefix_len - 1, where they stay. So a
-    batch begins without a second copy of the weights. The first line takes the slots behind them.
+    batch begins without a second copy of the weights. The first line takes the slots behind them. Where all conditions are
+    padding nothing need be fed: the position begins behind that.
     """
 
     name = "prefill"
@@ -144,7 +145,7 @@ class Prefill(Stage):
         super().__init__()
         self.model = model
         self.geometry = geometry
-        self.inputs = model.condition_inputs(geometry.images)
+        self.inputs = model.condition_inputs(geometry.images, guided=geometry.guided)
         self.outputs = [spec.next() for spec in geometry.state()]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -152,7 +153,7 @@ class Prefill(Stage):
         condition, starts = self.model.condition(inputs, guided=geometry.guided)
         token = torch.zeros(geometry.images, dtype=torch.int64)
         tokens = torch.zeros(geometry.images, config.image_tokens, dtype=torch.int64)
-        position = torch.zeros(geometry.sequences, dtype=torch.int64)
+        position = starts.amin(0, keepdim=True).repeat(geometry.sequences)
         line = torch.arange(config.prefix_len, config.prefix_len + config.line_width)
         write_slots = line.expand(config.layers, geometry.rows, -1).contiguous()
         empty = {"slot_pos": -1}
@@ -252,6 +253,7 @@ class Decode(Stage):
         index = drawn_index[: geometry.images]
         uniform = uniforms.gather(1, index[:, None]).squeeze(1)
         token_next = _next_token(geometry, logits, params, uniform, index, self.filtered)
+        token_next = with_newlines(config, token_next, index)
         tokens_next = tokens.scatter(1, index[:, None], token_next[:, None])
         return token_next, tokens_next, position_next, logits, *written
 
@@ -379,20 +381,29 @@ class ReplayLineEnd(Stage):
 
 
 class VQDecoder(Stage):
-    """Draw the pixels of finished token grids."""
+    """Draw the pixels of finished token grids: of the first ``columns`` of ``line_width`` tokens of each of ``rows`` lines."""
 
     name = "vq_decoder"
 
-    def __init__(self, model: VQModel, *, images: int, rows: int, columns: int) -> None:
+    def __init__(self, model: VQModel, *, images: int, rows: int, columns: int, line_width: int) -> None:
         super().__init__()
         self.image_decoder = model
         self.rows, self.columns = rows, columns
         patch = model.config.patch
-        self.inputs = [TensorSpec("grid_tokens", torch.int64, (images, rows * columns))]
+        self.inputs = [TensorSpec("grid_tokens", torch.int64, (images, rows * line_width))]
         self.outputs = [TensorSpec("pixels", torch.float32, (images, 3, rows * patch, columns * patch))]
 
     def forward(self, grid_tokens: Tensor) -> tuple[Tensor]:
-        return (self.image_decoder.decode(grid_tokens.reshape(-1, self.rows, self.columns)),)
+        lines = grid_tokens.unflatten(1, (self.rows, -1))
+        return (self.image_decoder.decode(lines[:, :, : self.columns]),)
+
+
+def with_newlines(config: FamilyConfig, token: Tensor, index: Tensor) -> Tensor:
+    """``token [I]``, drawn as image token ``index [I]``; the family's newline where a line ends."""
+    if config.newline_token is None:
+        return token
+    ends = index % config.line_width == config.line_width - 1
+    return torch.where(ends, config.newline_token, token)
 
 
 def _chunks(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:

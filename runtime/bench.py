@@ -19,12 +19,13 @@ import numpy as np
 from runtime.backend import Backend
 from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
-from runtime.generator import Generator, Pixels, make_batch, picture, plan
+from runtime.generator import Generator, Pixels, make_batch, picture
 from runtime.geometry import CacheSettings, Step
 from runtime.loop import Batch, begin, run_step
 from runtime.machine import ReadBandwidth, peak_macs, resident_bytes
 from runtime.manifest import Manifest
 from runtime.output import write_png
+from runtime.samples import plan_samples
 
 WARM_UP = 3
 
@@ -110,9 +111,8 @@ class Measured:
         verified = time.perf_counter()
         manifest = bundle.manifest
         self.generator = Generator(bundle, options)
-        classes = [image % manifest.model.num_classes for image in range(manifest.images)]
-        self.samples = plan(manifest, classes, manifest.images, seed=0)
-        self.batch = make_batch(manifest, self.samples, manifest.sampling, cache or manifest.cache)
+        self.samples = plan_samples(bundle.conditioner.usual(), manifest.images, seed=0)
+        self.batch = make_batch(bundle, self.samples, manifest.sampling, cache or manifest.cache)
         manifest.check_cache(self.batch.cache)
         begin(self.backend, self.batch)
         self.backend.synchronize()

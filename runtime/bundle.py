@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
+from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import BundleError
 from runtime.manifest import MANIFEST_NAME, Manifest, decode
 
@@ -16,6 +18,14 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """Turns what people ask for into what the bundle takes."""
+        manifest = self.manifest
+        return conditioner_of(
+            manifest.condition, manifest.raster.prefix_len, self.path, guided=manifest.guided
+        )
 
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files."""

@@ -14,18 +14,16 @@ from numpy.typing import NDArray
 from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
+from runtime.conditions import conditions_of
 from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, generate, uniform_row
-from runtime.manifest import Manifest, SamplingSettings
-from runtime.output import Sample
+from runtime.manifest import SamplingSettings
+from runtime.samples import Condition, Sample, plan_samples
 from runtime.trace import Trace
 
 Tokens = NDArray[np.int64]
 Pixels = NDArray[np.float32]
-
-MAX_SEED = 2**63 - 1
-
 
 LineEndWatcher = Callable[[Backend, int], None]
 """Called with the backend and a line's number after its end."""
@@ -59,54 +57,22 @@ def picture(pixels: Pixels) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.ascontiguousarray(levels.transpose(1, 2, 0)))
 
 
-def plan(manifest: Manifest, classes: Sequence[int], num_images: int | None, seed: int) -> list[Sample]:
-    """Assign a class and a seed to every image.
-
-    Classes take turns until ``num_images`` are planned (default: one a class named). The k-th image of a
-    class, from 0, has seed ``seed + k``: the same request with more images begins with the same ones.
-
-    Raises:
-        RequestError: no class, a class out of range, fewer than one image, or a seed out of range.
-    """
-    known = manifest.model.num_classes
-    wrong = sorted({c for c in classes if not 0 <= c < known})
-    count = len(classes) if num_images is None else num_images
-    faults = []
-    if not classes:
-        faults.append("no class given")
-    if wrong:
-        listed = ", ".join(map(str, wrong))
-        faults.append(f"class {listed} out of range: the model has classes 0 to {known - 1}")
-    if classes and count < 1:
-        faults.append(f"{count} images asked for, must be at least 1")
-    if not 0 <= seed <= MAX_SEED - max(count, 0):
-        faults.append(f"seed {seed} out of range 0 to {MAX_SEED - max(count, 0)}")
-    if faults:
-        raise RequestError("; ".join(faults))
-    drawn: dict[int, int] = {}
-    samples = []
-    for index in range(count):
-        class_id = classes[index % len(classes)]
-        samples.append(Sample(class_id, seed + drawn.get(class_id, 0)))
-        drawn[class_id] = drawn.get(class_id, 0) + 1
-    return samples
-
-
 def make_batch(
-    manifest: Manifest, samples: Sequence[Sample], sampling: SamplingSettings, cache: CacheSettings
+    bundle: Bundle, samples: Sequence[Sample], sampling: SamplingSettings, cache: CacheSettings
 ) -> Batch:
     """The batch that draws ``samples``; a short one is filled up with its last sample (rows do not see each other).
 
     Raises:
-        RequestError: no sample, or more than the bundle's batch.
+        RequestError: no sample, more than the bundle's batch, or what the bundle cannot draw.
     """
+    manifest = bundle.manifest
     count, size = len(samples), manifest.images
     if not 1 <= count <= size:
         raise RequestError(f"{count} samples do not fit a batch of {size}")
     filled = [*samples, *[samples[-1]] * (size - count)]
     tokens = manifest.raster.image_tokens
     return Batch(
-        conditions={"class_ids": np.array([s.class_id for s in filled], np.int64)},
+        conditions=bundle.conditioner.inputs([sample.condition for sample in filled]),
         uniforms=np.stack([uniform_row(s.seed, tokens) for s in filled]),
         sampling=sampling,
         cache=cache,
@@ -131,22 +97,23 @@ class Generator:
 
     def generate(
         self,
-        classes: Sequence[int],
+        conditions: Sequence[Condition | int | str],
         num_images: int | None = None,
         seed: int = 0,
         sampling: SamplingSettings | None = None,
         cache: CacheSettings | None = None,
     ) -> list[Image]:
-        """Draw images; see :func:`plan` for the order of classes and seeds.
+        """Draw images; see :func:`runtime.samples.plan_samples` for the order of conditions and seeds.
 
         Args:
+            conditions: classes (numbers), prompts (texts), or conditions of :mod:`runtime.samples`.
             sampling: how tokens are drawn; the bundle's defaults if None.
             cache: policy, budget and the rest; the bundle's defaults if None.
 
         Raises:
             RequestError: the request does not fit the bundle.
         """
-        samples = plan(self.manifest, classes, num_images, seed)
+        samples = plan_samples(conditions_of(conditions), num_images, seed)
         images = []
         for group in self.batches(samples):
             tokens = self.draw(group, sampling, cache)
@@ -181,7 +148,7 @@ class Generator:
         """
         count = len(samples)
         manifest = self.manifest
-        batch = make_batch(manifest, samples, sampling or manifest.sampling, cache or manifest.cache)
+        batch = make_batch(self.bundle, samples, sampling or manifest.sampling, cache or manifest.cache)
         if replay is not None:
             filled = [*replay.images, *[replay.images[-1]] * (self.manifest.images - count)]
             batch = replace(batch, replay=replay.trace.batch(filled))
@@ -211,15 +178,17 @@ class PixelDecoder:
         Raises:
             RequestError: wrong shape, or a token outside the codebook.
         """
-        wanted = self.manifest.raster.image_tokens
+        raster = self.manifest.raster
+        wanted = raster.image_tokens
         size = self.manifest.image_decoder.codebook_size
         if tokens.ndim != 2 or tokens.shape[1] != wanted or tokens.dtype.kind not in "iu":
             raise RequestError(
                 f"tokens must be integers of shape [images, {wanted}], not {tokens.dtype} {tokens.shape}"
             )
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < size):
+        drawn = tokens.reshape(len(tokens), raster.lines, -1)[:, :, : raster.columns]
+        if drawn.size and not (drawn.min() >= 0 and drawn.max() < size):
             raise RequestError(
-                f"tokens range from {tokens.min()} to {tokens.max()}; the codebook holds 0 to {size - 1}"
+                f"tokens range from {drawn.min()} to {drawn.max()}; the codebook holds 0 to {size - 1}"
             )
         parts = []
         for start in range(0, len(tokens), self.size):

@@ -49,11 +49,20 @@ class Step(NamedTuple):
 
 
 class Raster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The image as the transformer sees it: ``lines`` of ``line_width`` tokens behind ``prefix_len`` positions."""
+    """The image as the transformer sees it: ``lines`` of ``line_width`` tokens behind ``prefix_len`` positions.
+
+    ``newlines``: tokens at the end of a line that are no part of the picture, 0 or 1.
+    """
 
     prefix_len: int
     line_width: int
     lines: int
+    newlines: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Tokens of a line that are part of the picture."""
+        return self.line_width - self.newlines
 
     @property
     def image_tokens(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ class Batch:
     slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`runtime.trace`).
     """
 
-    conditions: Mapping[str, NDArray[np.int64]]
+    conditions: Mapping[str, NDArray[Any]]
     uniforms: NDArray[np.float32]
     sampling: SamplingSettings
     cache: CacheSettings
@@ -79,6 +79,8 @@ def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.ge
 def begin(backend: Backend, batch: Batch) -> None:
     """Write the batch's inputs and feed the condition: the whole state is laid out and the first token drawn.
 
+    Of conditions that are shorter than the prefix, no more is fed than the longest needs.
+
     Raises:
         RequestError: a condition or setting does not fit the bundle.
         GeometryError: the cache settings do not fit it.
@@ -95,7 +97,8 @@ def begin(backend: Backend, batch: Batch) -> None:
         if name in backend.specs:
             backend.write(name, value)
     backend.run("prefill")
-    for _ in range(manifest.prefix_steps):
+    fed = int(backend.read("position")[0]) if manifest.prefix_steps > 1 else 0
+    for _ in range(fed, manifest.prefix_steps):
         backend.run(batch.stages["decode"])
 
 

@@ -12,7 +12,7 @@ import msgspec
 from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings, Raster
 
-SCHEMA = 4
+SCHEMA = 5
 MANIFEST_NAME = "manifest.json"
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -112,10 +112,47 @@ class Model(Record, frozen=True):
     family: str
     config: dict[str, Any]
     parameters: int
-    num_classes: int
     vocab_size: int
     layers: int
     source: Source
+
+
+class ClassInput(Record, frozen=True, tag="class"):
+    """The model draws classes."""
+
+    num_classes: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{self.num_classes} classes"
+
+
+class PromptInput(Record, frozen=True, tag="prompt"):
+    """The model draws what prompts say: ids, the tokens of ``template`` with the prompt in place of ``{prompt}``, ids.
+
+    ``tokenizer``: a file of the bundle. ``stripped``: white space around the prompt goes.
+    """
+
+    tokenizer: str
+    first: tuple[int, ...]
+    template: str
+    last: tuple[int, ...]
+    stripped: bool
+
+    @property
+    def text(self) -> str:
+        return f"prompts, {self.template!r}"
+
+
+class CaptionInput(Record, frozen=True, tag="caption"):
+    """The model draws what features of captions say, vectors of ``feature_dim``."""
+
+    feature_dim: int
+
+    @property
+    def text(self) -> str:
+        return f"features of captions, {self.feature_dim} wide"
 
 
 class ImageDecoder(Record, frozen=True):
@@ -168,13 +205,14 @@ class Manifest(Record, frozen=True):
 
     ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
     file, it names the bundle. ``prefix_steps``: decode steps that feed the condition after the prefill.
-    ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
+    ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
     """
 
     schema: int
     producer: dict[str, str]
     precision: PrecisionSpec
     model: Model
+    condition: ClassInput | PromptInput | CaptionInput
     image_decoder: ImageDecoder
     raster: Raster
     prefix_steps: int
@@ -263,6 +301,8 @@ class Manifest(Record, frozen=True):
                     states[state].dtype,
                 ):
                     faults.append(f"stage {name}: {output} has not the shape and dtype of {state}")
+        if isinstance(self.condition, PromptInput) and self.condition.tokenizer not in self.files:
+            faults.append(f"the tokenizer {self.condition.tokenizer} is not among the files")
         if faults:
             raise BundleError("the manifest contradicts itself: " + "; ".join(faults))
         if len(self.capacity_lines) != self.model.layers:

@@ -33,12 +33,12 @@ class Metric(ABC):
     digits: int = 3
 
     @abstractmethod
-    def measure(self, pixels: NDArray[np.float32], classes: NDArray[np.int64]) -> Rows:
+    def measure(self, pixels: NDArray[np.float32], asked: NDArray[Any]) -> Rows:
         """What ``score`` needs to know of each image: ``[n, k]`` float64.
 
         Args:
             pixels: ``[n, 3, H, W]``, about [-1, 1] and not clamped.
-            classes: ``[n]``, the classes asked for.
+            asked: ``[n]``, what was asked for: classes int64, or prompts as text.
         """
 
     @abstractmethod

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from runtime.errors import OutputError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
+from runtime.samples import Condition, Sample, asked_for
 
 RUN_NAME = "run.json"
 TOKENS_NAME = "tokens.npz"
@@ -36,17 +37,10 @@ SHEET_IMAGES = 400
 """A contact sheet shows at most this many."""
 
 
-class Sample(Record, frozen=True):
-    """One image to draw; together with bundle and settings it determines the image."""
-
-    class_id: int
-    seed: int
-
-
 class Recipe(Record, frozen=True):
     """Everything needed to make one image again. It stands in the PNG as text chunk ``linert``."""
 
-    class_id: int
+    condition: Condition
     seed: int
     sampling: SamplingSettings
     cache: CacheSettings
@@ -55,12 +49,10 @@ class Recipe(Record, frozen=True):
     vq_sha256: str
 
     @staticmethod
-    def of(
-        manifest: Manifest, class_id: int, seed: int, sampling: SamplingSettings, cache: CacheSettings
-    ) -> Recipe:
+    def of(manifest: Manifest, sample: Sample, sampling: SamplingSettings, cache: CacheSettings) -> Recipe:
         return Recipe(
-            class_id,
-            seed,
+            sample.condition,
+            sample.seed,
             sampling,
             cache,
             manifest.sha256,
@@ -138,11 +130,6 @@ def read_recipe(path: Path) -> Recipe:
         raise RequestError(f"{path} holds no linert recipe: {error}") from error
 
 
-def picture_name(class_id: int, seed: int) -> str:
-    """File name of an image, by class and seed."""
-    return f"class_{class_id:04d}_seed_{seed:06d}.png"
-
-
 def contact_sheet(
     pictures: Sequence[PIL.Image.Image], captions: Sequence[str], columns: int | None = None
 ) -> PIL.Image.Image:
@@ -165,9 +152,9 @@ def contact_sheet(
     return sheet
 
 
-def sheet_columns(classes: int, images: int) -> int | None:
-    """One column a class while there are a few classes, so that rows share a seed."""
-    return classes if 1 < classes <= 16 and images > classes else None
+def sheet_columns(conditions: int, images: int) -> int | None:
+    """One column a condition while there are a few, so that rows share a seed."""
+    return conditions if 1 < conditions <= 16 and images > conditions else None
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
@@ -208,6 +195,12 @@ def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
     if "tokens" not in arrays:
         raise RequestError(f"{path} has no array 'tokens'; it has {', '.join(sorted(arrays)) or 'none'}")
     return arrays
+
+
+def labels_of(samples: Sequence[Sample]) -> dict[str, NDArray[np.generic]]:
+    """What was asked for, as an array of a token file."""
+    asked = asked_for(samples)
+    return {"classes" if asked.dtype.kind == "i" else "prompts": asked}
 
 
 class RunFolder:
@@ -270,13 +263,13 @@ class RunFolder:
         write_arrays(self.path / TOKENS_NAME, self.arrays())
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """What a token file holds, int64: ``tokens [images, N]``, and each image's ``classes``, ``seeds`` and number
-        ``image``."""
+        """What a token file holds: ``tokens [images, N]``, and each image's ``seeds`` and number ``image``, all int64; and its
+        ``classes`` int64, or its ``prompts``."""
         numbers = sorted(self.done)
         samples = [self.request.samples[n] for n in numbers]
         return {
             "tokens": np.stack([self.done[n] for n in numbers]),
-            "classes": np.array([sample.class_id for sample in samples], np.int64),
+            **labels_of(samples),
             "seeds": np.array([sample.seed for sample in samples], np.int64),
             "image": np.array(numbers, np.int64),
         }

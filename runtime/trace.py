@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
-from runtime.output import Sample, read_arrays, write_arrays
+from runtime.output import read_arrays, write_arrays
+from runtime.samples import Sample
 
 
 class TraceHeader(Record, frozen=True):
@@ -27,6 +28,7 @@ class TraceHeader(Record, frozen=True):
     bundle_sha256: str
     sampling: SamplingSettings
     cache: CacheSettings
+    samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,12 @@ class Trace:
     """The recorded run of n images.
 
     ``write_slots [n, lines - 1, layers, branches, KV heads, W]`` int32: the slots that the line after each line end
-    overwrote. ``tokens [n, N]`` int64. ``classes [n]``, ``seeds [n]`` int64.
+    overwrote. ``tokens [n, N]`` int64. The images themselves are the header's ``samples``.
     """
 
     header: TraceHeader
     write_slots: NDArray[np.int32]
     tokens: NDArray[np.int64]
-    classes: NDArray[np.int64]
-    seeds: NDArray[np.int64]
 
     def check(self, manifest: Manifest) -> None:
         """Raise :class:`RequestError` if the run cannot be imposed on the bundle of ``manifest``."""
@@ -69,11 +69,6 @@ class Trace:
                     f"{manifest.raster.prefix_len} to {slots - 1}"
                 )
 
-    def samples(self) -> list[Sample]:
-        """The recorded images."""
-        pairs = zip(self.classes.tolist(), self.seeds.tolist(), strict=True)
-        return [Sample(class_id, seed) for class_id, seed in pairs]
-
     @property
     def digest(self) -> str:
         """sha256 of the recorded choices."""
@@ -93,8 +88,6 @@ class Trace:
                 "header": np.frombuffer(msgspec.json.encode(self.header), np.uint8),
                 "write_slots": self.write_slots,
                 "tokens": self.tokens,
-                "classes": self.classes,
-                "seeds": self.seeds,
             },
         )
 
@@ -118,11 +111,11 @@ def read_trace(path: Path) -> Trace:
         header = msgspec.json.decode(arrays["header"].tobytes(), type=TraceHeader)
         trace = Trace(
             header,
-            *(arrays[name] for name in ("write_slots", "tokens", "classes", "seeds")),  # type: ignore[arg-type]
+            *(arrays[name] for name in ("write_slots", "tokens")),  # type: ignore[arg-type]
         )
     except (KeyError, msgspec.DecodeError) as error:
         raise RequestError(f"{path} is no trace of linert run --record-trace: {error}") from error
-    counts = {len(values) for values in (trace.write_slots, trace.tokens, trace.classes, trace.seeds)}
+    counts = {len(values) for values in (trace.write_slots, trace.tokens, header.samples)}
     if len(counts) != 1 or trace.write_slots.ndim != 6:
         raise RequestError(f"{path} is damaged: its arrays do not belong together")
     return trace

@@ -24,7 +24,7 @@ from runtime.cache_request import CacheRequest
 from runtime.generator import make_batch
 from runtime.loop import begin, run_step
 from runtime.ort import OrtBackend
-from runtime.output import Sample
+from runtime.samples import ClassLabel, Sample
 
 
 @click.command(help=__doc__)
@@ -54,8 +54,8 @@ def main(size: str, capacity_lines: int, budget_lines: int, images: int, threads
             for policy in policies:
                 cache = CacheRequest(policy=policy, budget_lines=None if policy == "full" else budget_lines)
                 settled = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
-                samples = [Sample(image, image) for image in range(images)]
-                batch = make_batch(manifest, samples, manifest.sampling, settled)
+                samples = [Sample(ClassLabel(image), image) for image in range(images)]
+                batch = make_batch(bundle, samples, manifest.sampling, settled)
                 begin(backend, batch)
                 for step in manifest.raster.schedule():
                     if step.line > budget_lines + 1:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from train_demo import digits, upscale
 
 from runtime import Generator
+from runtime.samples import asked_for
 
 POOLED_SIDE = 12
 MOVED_COPIES = 4
@@ -59,7 +60,7 @@ def class_accuracy(
         sampling = msgspec.structs.replace(sampling, guidance=guidance)
     drawn = generator.generate(list(range(10)), images, seed, sampling)
     seen = classifier(torch.from_numpy(np.stack([image.pixels for image in drawn])))
-    return float((seen == np.array([image.sample.class_id for image in drawn])).mean())
+    return float((seen == asked_for([image.sample for image in drawn])).mean())
 
 
 @click.command(help=__doc__)

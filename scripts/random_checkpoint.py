@@ -12,13 +12,12 @@ from pathlib import Path
 import click
 import torch
 
-from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.commands.export import cache_plan
-from exporter.models import load_image_decoder, load_transformer
+from exporter.models import ModelRequest, load_models
 from graphs.families import llamagen, vq
 from runtime.bundle import Bundle, open_bundle
 from runtime.cache_request import CacheRequest
-from runtime.geometry import Raster
 from runtime.manifest import SamplingSettings
 
 SIZES = {
@@ -76,13 +75,13 @@ def random_bundle(
         torch.save({"model": random_tensors(transformer_shapes(size))}, model)
     if not tokenizer.exists():
         torch.save({"model": random_tensors(vq_shapes(16))}, tokenizer)
-    transformer = load_transformer(model, patch=16, grid=grid, heads=None)
+    transformer, image_decoder = load_models(model, tokenizer, ModelRequest(grid=grid))
     config = transformer.config
-    raster = Raster(config.prefix_len, config.line_width, config.lines)
+    raster = raster_of(config)
     cache, capacities = cache_plan(raster, config.layers, policies, request or CacheRequest(), capacity_lines)
     plan = ExportPlan(
         transformer,
-        load_image_decoder(tokenizer),
+        image_decoder,
         policies,
         capacities,
         cache,

@@ -1,6 +1,6 @@
 """Regenerate the weights that the golden outputs in ``data/`` were made with.
 
-The outputs come from the published LlamaGen code (FoundationVision/LlamaGen) run on these weights. Every tensor is
+The outputs come from the published code (FoundationVision/LlamaGen, Alpha-VLLM/Lumina-mGPT) run on these weights. Every tensor is
 drawn from its own numpy stream, seeded by (seed, crc32 of its name), so nothing but the outputs is stored.
 """
 
@@ -24,15 +24,18 @@ def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
         return np.zeros(shape, np.float32)
     if name.endswith(".bias"):
         return 0.1 * normal
-    if len(shape) == 1:
+    if len(shape) == 1 or ".q_norm." in name or ".k_norm." in name:
         return 1 + 0.2 * normal
     if any(
         part in name
-        for part in ("quantize.embedding", "tok_embeddings", "embedding_table", "uncond_embedding")
+        for part in (
+            *("quantize.embedding", "tok_embeddings", "embedding_table", "uncond_embedding"),
+            "embed_tokens",
+        )
     ):
         return normal
     gain = 1.0
-    if name.endswith("output.weight"):
+    if name.endswith(("output.weight", "lm_head.weight")):
         gain = 3.0
     if name.endswith("conv_out.weight"):
         gain = 0.5
@@ -41,7 +44,7 @@ def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
 
 
 def golden_state(name: str) -> dict[str, torch.Tensor]:
-    """State dict ``c2i``, ``t2i`` or ``vq16``; its digest is checked."""
+    """State dict ``c2i``, ``t2i``, ``vq16`` or ``lumina``; its digest is checked."""
     info = json.loads((DATA / "golden.json").read_text())[name]
     state = {
         key: torch.from_numpy(np.ascontiguousarray(tensor_for(key, shape, info["fill_seed"]), np.float32))
@@ -56,7 +59,7 @@ def golden_state(name: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def golden_outputs(name: str) -> dict[str, np.ndarray]:
+def golden_outputs(name: str, family: str = "llamagen") -> dict[str, np.ndarray]:
     """Stored outputs: ``tokens [B, N]``, ``logits [steps, rows, V]`` and others."""
-    with np.load(DATA / f"llamagen_{name}.npz") as archive:
+    with np.load(DATA / f"{family}_{name}.npz") as archive:
         return {key: archive[key] for key in archive.files}

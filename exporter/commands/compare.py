@@ -22,12 +22,13 @@ from exporter.report import header, render_page, row_of
 from runtime.backends import BackendOptions
 from runtime.bundle import file_sha256
 from runtime.cache_request import PYRAMID, UNIFORM
-from runtime.commands.run import parse_classes
+from runtime.commands.condition_options import ConditionRequest, condition_options
 from runtime.errors import OutputError, RequestError
-from runtime.generator import Generator, plan
+from runtime.generator import Generator
 from runtime.geometry import Aggregation, HeadScores, Mode
 from runtime.metrics import load_metrics
 from runtime.output import atomic_file
+from runtime.samples import plan_samples
 
 REQUEST_NAME = "request.json"
 JSON_NAME = "compare.json"
@@ -74,12 +75,8 @@ def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple
     help="Budgets: lines, or fractions of the image (rounded to whole lines).",
 )
 @click.option("--samples", default=200, show_default=True, help="Images a cell.")
-@click.option(
-    "--classes",
-    callback=lambda c, p, t: parse_classes(c, p, t) if t else None,
-    help="Classes of the images; they take turns. Default: all.",
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of each class's first image.")
+@condition_options()
+@click.option("--seed", default=0, show_default=True, help="Seed of each class's or prompt's first image.")
 @click.option(
     "--metrics",
     "metric_source",
@@ -109,7 +106,7 @@ def command(
     policies: tuple[str, ...],
     budgets: tuple[str, ...],
     samples: int,
-    classes: tuple[int, ...] | None,
+    conditions: ConditionRequest,
     seed: int,
     metric_source: str,
     forced_images: int | None,
@@ -129,7 +126,8 @@ def command(
     metric_file = metric_source.partition(":")[0]
     listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
     cells, refused = listed.cells(manifest)
-    planned = plan(manifest, classes or range(manifest.model.num_classes), samples, seed)
+    conditioner = generator.bundle.conditioner
+    planned = plan_samples(conditions.settle(conditioner) or conditioner.usual(), samples, seed)
     request = CompareRequest(
         manifest.sha256,
         tuple(cell.cache for cell in cells),

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.calibration import Calibration, calibrated
-from exporter.models import load_image_decoder, load_transformer
+from exporter.models import ModelRequest, load_models
 from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
 from graphs.policies import POLICIES
 from runtime.cache_request import CacheRequest, quarter
 from runtime.commands.cache_options import cache_options
-from runtime.errors import OutputError
+from runtime.commands.condition_options import ConditionRequest
+from runtime.errors import OutputError, RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster
 from runtime.manifest import SamplingSettings
+from runtime.samples import Prompt
 from runtime.text import lines_text, size_text
 
 DEFAULT_MODE = Mode.LAZY
@@ -30,10 +33,34 @@ DEFAULT_SHARE_GUIDANCE = False
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--vq", required=True, type=click.Path(path_type=Path), help="VQ tokenizer checkpoint.")
+@click.option(
+    "--vq",
+    type=click.Path(path_type=Path),
+    help="VQ tokenizer checkpoint, where CHECKPOINT does not hold one.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
 @click.option(
     "--grid", type=int, help="Tokens in an image row. Default: from a _256, _384 or _512 file name."
+)
+@click.option(
+    "--size",
+    callback=lambda c, p, text: parse_size(text) if text else None,
+    metavar="WIDTHxHEIGHT",
+    help="Pixels of the images, for models that draw many sizes. Default: a square, from a name with 512, 768 or 1024.",
+)
+@click.option(
+    "--prompt-tokens",
+    type=int,
+    help="Longest prompt, special tokens included: every layer keeps a slot for each. Default: 128.",
+)
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="tokenizer.json, or a folder with it. Default: the one beside CHECKPOINT.",
+)
+@click.option(
+    "--prompt-template",
+    help="What stands around a prompt, with {prompt} in its place. Default: what the model was trained with.",
 )
 @click.option("--heads", type=int, help="Attention heads, for sizes that are not published ones.")
 @click.option("--ema", is_flag=True, help="Export the moving average that a training file holds.")
@@ -55,9 +82,9 @@ DEFAULT_SHARE_GUIDANCE = False
 @click.option("--batch", default=1, show_default=True, help="Images drawn at once.")
 @click.option(
     "--guidance",
-    default=4.0,
-    show_default=True,
-    help="Default scale of classifier-free guidance; above 1 doubles the rows.",
+    type=float,
+    help="Default scale of classifier-free guidance; above 1 doubles the rows. Default: what the model's authors recommend, like "
+    "--top-k.",
 )
 @click.option(
     "--guidance-interval",
@@ -66,7 +93,7 @@ DEFAULT_SHARE_GUIDANCE = False
     help="Default last guided decode step; -1 guides all.",
 )
 @click.option("--temperature", default=1.0, show_default=True, help="Default temperature.")
-@click.option("--top-k", default=0, show_default=True, help="Default top-k; 0 keeps all tokens.")
+@click.option("--top-k", type=int, help="Default top-k; 0 keeps all tokens.")
 @click.option("--top-p", default=1.0, show_default=True, help="Default top-p; 1 keeps all tokens.")
 @click.option(
     "--precision",
@@ -109,22 +136,36 @@ DEFAULT_SHARE_GUIDANCE = False
     show_default=True,
     help="Images drawn for GPTQ and for the ranges of the image decoder.",
 )
+@click.option(
+    "--calibration-prompts",
+    type=click.Path(path_type=Path),
+    help="What those images show, one prompt a line. Default: prompts of our own.",
+)
+@click.option(
+    "--calibration-captions",
+    type=click.Path(path_type=Path),
+    help="The same as features in a .npy file, for models that see those.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 def command(
     checkpoint: Path,
-    vq: Path,
+    vq: Path | None,
     out: Path,
     grid: int | None,
+    size: tuple[int, int] | None,
+    prompt_tokens: int | None,
+    tokenizer: Path | None,
+    prompt_template: str | None,
     heads: int | None,
     ema: bool,
     policies: tuple[str, ...],
     cache: CacheRequest,
     capacity_lines: int | None,
     batch: int,
-    guidance: float,
+    guidance: float | None,
     guidance_interval: int,
     temperature: float,
-    top_k: int,
+    top_k: int | None,
     top_p: float,
     precision: str,
     activations: str,
@@ -133,21 +174,27 @@ def command(
     block_size: int,
     quantization: str | None,
     calibration_images: int,
+    calibration_prompts: Path | None,
+    calibration_captions: Path | None,
     force: bool,
 ) -> None:
-    """Turn a LlamaGen CHECKPOINT and its VQ tokenizer into a bundle.
+    """Turn CHECKPOINT, of LlamaGen, Janus or Lumina-mGPT, and its image decoder into a bundle.
 
-    Published .pt/.pth containers, training files and safetensors load as they are; no code in them is run.
+    CHECKPOINT is a file or a folder. Published .pt/.pth/.bin containers, training files and safetensors, in one file or in
+    shards, load as they are; no code in them is run.
     """
     console = Console(stderr=True, highlight=False)
     if out.exists() and not force:
         raise OutputError(f"{out} exists; give another --out, or --force to replace it")
-    image_decoder = load_image_decoder(vq)
-    transformer = load_transformer(
-        checkpoint, patch=image_decoder.config.patch, grid=grid, heads=heads, ema=ema
-    )
+    if prompt_tokens is not None and prompt_tokens < 1:
+        raise RequestError("--prompt-tokens must be at least 1")
+    request = ModelRequest(grid, heads, prompt_tokens, size, tokenizer, prompt_template, ema)
+    transformer, image_decoder = load_models(checkpoint, vq, request)
     config = transformer.config
-    raster = Raster(config.prefix_len, config.line_width, config.lines)
+    usual = transformer.family.usual_sampling(config)
+    guidance = usual.guidance if guidance is None else guidance
+    top_k = usual.top_k if top_k is None else top_k
+    raster = raster_of(config)
     settled, capacities = cache_plan(raster, config.layers, policies, cache, capacity_lines)
     plan = ExportPlan(
         transformer,
@@ -167,15 +214,29 @@ def command(
         ),
     )
     _announce(console, plan)
+    conditioner = plan.conditioner()
+    if transformer.prompts is not None:
+        # What stands around prompts must fit at least.
+        conditioner.check([Prompt("")])
+    shown = ConditionRequest(prompt_file=calibration_prompts, captions=calibration_captions).settle(
+        conditioner
+    )
+    calibration = Calibration(calibration_images, conditions=shown or None)
     with console.status("exporting") as status:
 
         def report(line: str) -> None:
             status.update(f"{line} ...")
 
-        export_bundle(
-            calibrated(plan, Calibration(calibration_images), report), out, force=force, report=report
-        )
+        export_bundle(calibrated(plan, calibration, report, conditioner), out, force=force, report=report)
     click.echo(f"bundle: {out}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``768x512``: width and height."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no size like 768x512")
+    return int(match[1]), int(match[2])
 
 
 def parse_policies(text: str) -> tuple[str, ...]:
@@ -230,15 +291,16 @@ def cache_plan(
 def _announce(console: Console, plan: ExportPlan) -> None:
     """Say what will be built and exactly how much state memory it takes, before any work."""
     config, cache, raster = plan.transformer.config, plan.cache, plan.raster
+    patch = plan.image_decoder.config.patch
     rows = "conditional and unconditional rows" if plan.guided else "conditional rows only"
     console.print(
-        f"LlamaGen: {config.layers} layers, width {config.dim}, {config.heads} heads of {config.head_dim}, "
-        f"{config.vocab_size} tokens, {config.num_classes} classes"
+        f"{plan.transformer.family.title} in {plan.transformer.layout.who} layout: {config.layers} layers, width {config.dim}, "
+        f"{config.heads} heads of {config.head_dim}, {config.vocab_size} tokens; draws {plan.condition.text}"
     )
     console.print(f"weights: {plan.precision.spec.text}; {size_text(plan.weight_bytes)}")
     console.print(
         f"image: {raster.lines} x {raster.line_width} tokens, "
-        f"{raster.lines * plan.image_decoder.config.patch} pixels; batch {plan.images}, {rows}"
+        f"{raster.columns * patch} x {raster.lines * patch} pixels; batch {plan.images}, {rows}"
     )
     console.print(
         f"line buffer: {lines_text(plan.capacity_lines)} of {raster.lines} lines = "

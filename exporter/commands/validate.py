@@ -26,13 +26,13 @@ from runtime.bundle import Bundle, open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
 from runtime.commands.cache_options import cache_options
-from runtime.commands.run import parse_classes
+from runtime.commands.condition_options import ConditionRequest, condition_options
 from runtime.engines import built_flavours, missing_plugins, read_engines
 from runtime.errors import LinertError, RequestError
-from runtime.generator import PixelDecoder, make_batch, plan
+from runtime.generator import PixelDecoder, make_batch
 from runtime.loop import Batch
-from runtime.manifest import Manifest
 from runtime.metrics import load_metrics
+from runtime.samples import Sample, plan_samples
 from runtime.trace import Trace, read_trace
 
 
@@ -44,11 +44,7 @@ from runtime.trace import Trace, read_trace
     help="The transformer's checkpoint. Default: where it was when the bundle was exported.",
 )
 @click.option("--vq", type=click.Path(path_type=Path), help="The VQ checkpoint. Default: likewise.")
-@click.option(
-    "--classes",
-    callback=lambda c, p, t: parse_classes(c, p, t) if t else None,
-    help="Classes of the images compared; they take turns. Default: from 0 on.",
-)
+@condition_options()
 @click.option("--seed", default=0, show_default=True)
 @click.option("--greedy", is_flag=True, help="Draw the most likely tokens.")
 @cache_options()
@@ -89,7 +85,7 @@ def command(
     bundle: Path,
     checkpoint: Path | None,
     vq: Path | None,
-    classes: tuple[int, ...] | None,
+    conditions: ConditionRequest,
     seed: int,
     greedy: bool,
     cache: CacheRequest,
@@ -110,18 +106,17 @@ def command(
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
+    asked = conditions.settle(opened.conditioner)
     transformer, image_decoder = load_sources(opened, checkpoint, vq)
     if trace is not None:
-        if classes or seed or greedy or not cache.empty:
+        if not replace(conditions, captions=None).empty or seed or greedy or not cache.empty:
             raise RequestError("--trace brings its own images and settings: leave the others out")
-        batch, recorded = _recorded(read_trace(trace), manifest)
+        batch, recorded, compared = _recorded(read_trace(trace), opened)
     else:
-        compared = plan(
-            manifest, classes or listed_classes(manifest)[: manifest.images], manifest.images, seed
-        )
+        compared = plan_samples(asked or opened.conditioner.usual()[: manifest.images], manifest.images, seed)
         settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
-        batch, recorded = make_batch(manifest, compared, sampling, settings), None
+        batch, recorded = make_batch(opened, compared, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=trace is not None)
@@ -140,6 +135,7 @@ def command(
             image_decoder,
             batch,
             seed=seed,
+            asked=[sample.condition.label for sample in compared],
             tokens=recorded,
             choices=Choices(choices),
             bounds=Bounds(logits=max_logit_error),
@@ -148,7 +144,7 @@ def command(
         bar.update(task, completed=manifest.raster.lines)
         quality = []
         if measures:
-            drawn = plan(manifest, classes or listed_classes(manifest), samples, seed)
+            drawn = plan_samples(asked or opened.conditioner.usual(), samples, seed)
             quality = quality_cost(
                 opened,
                 transformer,
@@ -208,20 +204,14 @@ def _stage_parity() -> Any:
         raise LinertError(f"--stages needs {error.name}: pip install 'linert[stages]'") from error
 
 
-def listed_classes(manifest: Manifest) -> tuple[int, ...]:
-    """All classes of the model."""
-    return tuple(range(manifest.model.num_classes))
-
-
-def _recorded(trace: Trace, manifest: Manifest) -> tuple[Batch, np.ndarray]:
-    """A batch of the trace's first images, and their tokens ``[I, N]``."""
+def _recorded(trace: Trace, bundle: Bundle) -> tuple[Batch, np.ndarray, list[Sample]]:
+    """A batch of the trace's first images, their tokens ``[I, N]``, and themselves."""
+    manifest, header = bundle.manifest, trace.header
     trace.check(manifest)
     images = [min(image, len(trace.tokens) - 1) for image in range(manifest.images)]
-    samples = trace.samples()
-    batch = make_batch(
-        manifest, [samples[image] for image in images], trace.header.sampling, trace.header.cache
-    )
-    return replace(batch, replay=trace.batch(images)), trace.tokens[images]
+    samples = [header.samples[image] for image in images]
+    batch = make_batch(bundle, samples, header.sampling, header.cache)
+    return replace(batch, replay=trace.batch(images)), trace.tokens[images], samples
 
 
 def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,32 @@ class FamilyConfig(Protocol):
     def lines(self) -> int: ...
     @property
     def image_tokens(self) -> int: ...
+    @property
+    def newline_token(self) -> int | None:
+        """The token that ends every line and is no part of the picture; it is never drawn but forced."""
+        ...
+
+
+class SquareRaster:
+    """The raster of models that draw ``grid`` lines of ``grid`` tokens."""
+
+    grid: int
+
+    @property
+    def line_width(self) -> int:
+        return self.grid
+
+    @property
+    def lines(self) -> int:
+        return self.grid
+
+    @property
+    def image_tokens(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def newline_token(self) -> int | None:
+        return None
 
 
 class Block(Protocol):
@@ -67,6 +95,28 @@ class Condition(NamedTuple):
         return causal | (at == at[:, None])
 
 
+def prompt_inputs(images: int, prefix_len: int, *, guided: bool) -> list[TensorSpec]:
+    """Token ids of prompts, padded on the left with anything, and the padding of each; where guided, of negative prompts as well,
+    whose padding is -1 where there is none."""
+    kinds = ("prompt", "negative") if guided else ("prompt",)
+    return [
+        spec
+        for kind in kinds
+        for spec in (
+            TensorSpec(f"{kind}_tokens", torch.int64, (images, prefix_len)),
+            TensorSpec(f"{kind}_starts", torch.int64, (images,)),
+        )
+    ]
+
+
+def unless_given(usual: Tensor, usual_starts: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The unconditional sequences ``[I, T, ...]`` and their padding ``[I]``: the ``given`` ones where their padding is no -1."""
+    values, starts = given
+    taken = starts >= 0
+    shaped = taken.reshape(-1, *[1] * (usual.ndim - 1))
+    return torch.where(shaped, values, usual), torch.where(taken, starts, usual_starts)
+
+
 class RasterTransformer(nn.Module, ABC):
     """A decoder over image tokens in raster order. Axes: B sequences, S positions."""
 
@@ -77,7 +127,7 @@ class RasterTransformer(nn.Module, ABC):
         """The layers in order."""
 
     @abstractmethod
-    def condition_inputs(self, images: int) -> list[TensorSpec]:
+    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
         """What a batch of images is conditioned on, as the prefill stage takes it."""
 
     @abstractmethod
@@ -128,3 +178,164 @@ class RasterTransformer(nn.Module, ABC):
             q, k, v, attn_mask=visible[:, None], scale=1.0, enable_gqa=True
         )
         return block.finish(x, attended.transpose(1, 2))
+
+
+def part_of(name: str) -> str:
+    """The part of a model that a parameter belongs to: ``embedding``, ``output``, or its layer's number."""
+    first, *rest = name.split(".")
+    if first == "layers":
+        return rest[0]
+    return "embedding" if first.endswith(("embedding", "embeddings")) else "output"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the files of a family name its tensors.
+
+    ``who``: whose files. ``names``: their names, as patterns, and ours. ``ignored``: patterns of what draws no images.
+    ``landmark``: the tensor that the layout is known by.
+    """
+
+    who: str
+    names: Mapping[str, str]
+    landmark: str
+    ignored: tuple[str, ...] = ()
+
+    def rename(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+        """Names of a checkpoint to our own, and those that belong to nothing that is known."""
+        found, unknown = {}, []
+        for name in names:
+            for pattern, ours in self.names.items():
+                if match := re.fullmatch(pattern, name):
+                    found[name] = match.expand(ours)
+                    break
+            else:
+                if not any(re.fullmatch(pattern, name) for pattern in self.ignored):
+                    unknown.append(name)
+        return found, unknown
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a checkpoint when its configuration is made.
+
+    Args:
+        shapes: name to shape of its tensors, by our names.
+        settings: its ``config.json``; empty if there is none.
+        processing: the ``processor_config.json`` and ``tokenizer_config.json`` beside it, joined.
+        vocabulary: ids of its tokenizer's tokens by name; empty if it has none.
+        grid, heads, prefix_len: what a user says of the model; None leaves them open.
+        side: pixels along the side of the images, as far as the file's name tells.
+        size: width and height of the images in pixels, as a user asks for.
+        patch: pixels along the side of a token.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    processing: Mapping[str, Any] = field(default_factory=dict)
+    vocabulary: Mapping[str, int] = field(default_factory=dict)
+    grid: int | None = None
+    heads: int | None = None
+    prefix_len: int | None = None
+    side: int | None = None
+    size: tuple[int, int] | None = None
+    patch: int = 16
+
+    def layers(self) -> int:
+        """Number of layers.
+
+        Raises:
+            KeyError: there are none.
+        """
+        numbers = [int(name.split(".")[1]) for name in self.shapes if name.startswith("layers.")]
+        if not numbers:
+            raise KeyError("layers.0")
+        return max(numbers) + 1
+
+    def named(self, key: str) -> str:
+        """A special token's name, as the tokenizer's settings have it under ``key``; empty if they do not."""
+        found = self.processing.get(key) or ""
+        return str(found["content"]) if isinstance(found, Mapping) else str(found)
+
+    def token(self, *names: str) -> int:
+        """The id of the first of ``names`` that the vocabulary has; empty ones are left out.
+
+        Raises:
+            ValueError: it has none.
+        """
+        wanted = list(dict.fromkeys(name for name in names if name))
+        for name in wanted:
+            if name in self.vocabulary:
+                return self.vocabulary[name]
+        raise ValueError(f"the tokenizer has no special token {' or '.join(wanted)}: it is not this model's")
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a prompt becomes tokens: ids, the tokens of ``template`` with the prompt in place of ``{prompt}``, ids.
+
+    ``stripped``: white space around the prompt goes.
+    """
+
+    first: tuple[int, ...]
+    template: str
+    last: tuple[int, ...]
+    stripped: bool = True
+
+
+@dataclass(frozen=True)
+class UsualSampling:
+    """How a family's images are usually drawn."""
+
+    guidance: float
+    top_k: int = 0
+
+
+class Family(ABC):
+    """A kind of model: how its files are read, and how it is asked for images.
+
+    ``name``: in the manifest. ``title``: for people. ``reads_prompts``: needs a tokenizer.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    reads_prompts: ClassVar[bool] = False
+    layouts: ClassVar[tuple[Layout, ...]]
+    config_type: ClassVar[type[Any]]
+
+    @abstractmethod
+    def configure(self, given: Given) -> Any:
+        """The configuration.
+
+        Raises:
+            KeyError: a tensor that tells the size is missing; the argument is its name.
+            ValueError: something is not known, or contradicts something else; the message says what to do.
+        """
+
+    @abstractmethod
+    def build(self, config: Any) -> RasterTransformer:
+        """The module, on whatever is torch's device."""
+
+    @abstractmethod
+    def usual_sampling(self, config: Any) -> UsualSampling:
+        """What the authors recommend."""
+
+    def module_tensors(self, config: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The module's parameters of those that the checkpoint has, by our names.
+
+        Raises:
+            KeyError: one is missing; the argument is its name.
+        """
+        return dict(found)
+
+    def prompt_format(self, config: Any, given: Given) -> PromptFormat | None:
+        """How prompts become tokens; None for a model that reads none."""
+        return None
+
+    def code_order(self, given: Given) -> list[int] | None:
+        """The codebook's row of every image token; None where they are numbered alike.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        return None

@@ -6,7 +6,7 @@ embedding of halves. Image tokens have an embedding and a head of their own.
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -15,39 +15,73 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Condition, RasterTransformer
-from graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
-from graphs.rotary import rotate_halves, sequence_table
+from graphs.families.base import (
+    Block,
+    Condition,
+    Family,
+    Given,
+    Layout,
+    PromptFormat,
+    RasterTransformer,
+    SquareRaster,
+    UsualSampling,
+    prompt_inputs,
+    unless_given,
+)
+from graphs.families.layers import RMSNorm, Rope, rope_tables
+from graphs.families.llama import LlamaBlock, rope_base
+from graphs.rotary import sequence_table
 from graphs.tensor_spec import TensorSpec
 
 GRID = 24
 """Tokens in an image row of every published size (384 px, patch 16)."""
 
-ORIGINAL = {
-    r"language_model\.model\.embed_tokens\.weight": "text_embedding.weight",
-    r"language_model\.model\.(layers\.\d+\..+|norm\.weight)": r"\1",
-    r"gen_embed\.weight": "gen_embed.weight",
-    r"gen_aligner\.layers\.0\.(weight|bias)": r"gen_aligner.0.\1",
-    r"gen_aligner\.layers\.2\.(weight|bias)": r"gen_aligner.1.\1",
-    r"gen_head\.output_mlp_projector\.(weight|bias)": r"head.proj.\1",
-    r"gen_head\.vision_head\.(weight|bias)": r"head.vision_head.\1",
-}
-"""Names of deepseek-ai's files, as patterns, and ours; ``gen_embed`` and ``gen_aligner`` are folded into a table."""
+PREFIX_LEN = 128
+"""Longest prompt, in tokens, unless another is asked for."""
 
-TRANSFORMERS = {
-    r"model\.language_model\.embed_tokens\.weight": "text_embedding.weight",
-    r"model\.language_model\.(layers\.\d+\..+|norm\.weight)": r"\1",
-    r"model\.generation_embeddings\.weight": "gen_embed.weight",
-    r"model\.generation_aligner\.fc1\.(weight|bias)": r"gen_aligner.0.\1",
-    r"model\.generation_aligner\.hidden_layers\.0\.(weight|bias)": r"gen_aligner.1.\1",
-    r"model\.generation_head\.proj_out\.(weight|bias)": r"head.proj.\1",
-    r"model\.generation_head\.vision_head\.(weight|bias)": r"head.vision_head.\1",
-}
-"""The same of the transformers library's ``JanusForConditionalGeneration``."""
+# Full-width bars, as DeepSeek's tokenizers have them.
+BEGIN_OF_SENTENCE = "<\uff5cbegin▁of▁sentence\uff5c>"
+PADDING = "<\uff5c▁pad▁\uff5c>"
+BEGIN_OF_IMAGE = "<begin_of_image>"
+
+PUBLISHED_HEADS = {(24, 2048): 16, (30, 4096): 32}
+"""Attention heads by layers and width: the tensors do not tell them."""
+
+ORIGINAL = Layout(
+    "deepseek-ai's",
+    {
+        r"language_model\.model\.embed_tokens\.weight": "text_embedding.weight",
+        r"language_model\.model\.(layers\.\d+\..+|norm\.weight)": r"\1",
+        r"gen_embed\.weight": "gen_embed.weight",
+        r"gen_aligner\.layers\.0\.(weight|bias)": r"gen_aligner.0.\1",
+        r"gen_aligner\.layers\.2\.(weight|bias)": r"gen_aligner.1.\1",
+        r"gen_head\.output_mlp_projector\.(weight|bias)": r"head.proj.\1",
+        r"gen_head\.vision_head\.(weight|bias)": r"head.vision_head.\1",
+    },
+    landmark="gen_embed.weight",
+    ignored=(r"(vision_model|aligner|gen_vision_model)\..+", r"language_model\.lm_head\.weight"),
+)
+"""``gen_embed`` and ``gen_aligner`` are folded into a table."""
+
+TRANSFORMERS = Layout(
+    "transformers'",
+    {
+        r"model\.language_model\.embed_tokens\.weight": "text_embedding.weight",
+        r"model\.language_model\.(layers\.\d+\..+|norm\.weight)": r"\1",
+        r"model\.generation_embeddings\.weight": "gen_embed.weight",
+        r"model\.generation_aligner\.fc1\.(weight|bias)": r"gen_aligner.0.\1",
+        r"model\.generation_aligner\.hidden_layers\.0\.(weight|bias)": r"gen_aligner.1.\1",
+        r"model\.generation_head\.proj_out\.(weight|bias)": r"head.proj.\1",
+        r"model\.generation_head\.vision_head\.(weight|bias)": r"head.vision_head.\1",
+    },
+    landmark="model.generation_embeddings.weight",
+    ignored=(r"model\.(vision_model|aligner|vqmodel)\..+", r"lm_head\.weight"),
+)
+"""The same of ``JanusForConditionalGeneration``."""
 
 
 @dataclass(frozen=True)
-class JanusConfig:
+class JanusConfig(SquareRaster):
     """Shape of a Janus model.
 
     ``vocab_size``: image tokens. ``text_vocab_size``: those of prompts. ``prefix_len``: longest prompt. ``begin_of_sentence``,
@@ -88,36 +122,10 @@ class JanusConfig:
     def head_dim(self) -> int:
         return self.dim // self.heads
 
-    @property
-    def line_width(self) -> int:
-        return self.grid
-
-    @property
-    def lines(self) -> int:
-        return self.grid
-
-    @property
-    def image_tokens(self) -> int:
-        return self.grid * self.grid
-
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every parameter of the module."""
         with torch.device("meta"):
             return {name: tuple(p.shape) for name, p in Janus(self).named_parameters()}
-
-
-def module_names(names: Iterable[str]) -> dict[str, str]:
-    """Names of a checkpoint to our own, of those that draw images; empty where the layout is neither of the two."""
-    listed = list(names)
-    for layout in (ORIGINAL, TRANSFORMERS):
-        found = {}
-        for name in listed:
-            for pattern, ours in layout.items():
-                if match := re.fullmatch(pattern, name):
-                    found[name] = match.expand(ours)
-        if "gen_embed.weight" in found.values():
-            return found
-    return {}
 
 
 def fold_image_embedding(tensors: Mapping[str, Tensor]) -> Tensor:
@@ -125,73 +133,6 @@ def fold_image_embedding(tensors: Mapping[str, Tensor]) -> Tensor:
     x = tensors["gen_embed.weight"].float()
     x = F.linear(x, tensors["gen_aligner.0.weight"].float(), tensors["gen_aligner.0.bias"].float())
     return F.linear(F.gelu(x), tensors["gen_aligner.1.weight"].float(), tensors["gen_aligner.1.bias"].float())
-
-
-def module_tensors(checkpoint: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The module's parameters from a checkpoint of either layout.
-
-    Raises:
-        KeyError: a tensor is missing; the argument is its name in the module.
-    """
-    names = module_names(checkpoint)
-    found = {ours: checkpoint[name] for name, ours in names.items()}
-    folded = {"image_embedding.weight": fold_image_embedding(found)}
-    return folded | {
-        name: tensor for name, tensor in found.items() if not name.startswith(("gen_embed.", "gen_aligner."))
-    }
-
-
-class Attention(nn.Module):
-    def __init__(self, config: JanusConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.heads, config.kv_heads
-        keys = config.kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
-        self.k_proj = nn.Linear(config.dim, keys, bias=False)
-        self.v_proj = nn.Linear(config.dim, keys, bias=False)
-        self.o_proj = nn.Linear(config.dim, config.dim, bias=False)
-
-    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated q (scaled), rotated k, and v: ``[B, S, heads or kv_heads, D]`` of ``x [B, S, dim]``."""
-        q, k, v = products(x, (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate_halves(q, rope.query_cos, rope.query_sin, self.heads)
-        k = rotate_halves(k, rope.key_cos, rope.key_sin, self.kv_heads)
-        return (
-            q.unflatten(-1, (self.heads, -1)),
-            k.unflatten(-1, (self.kv_heads, -1)),
-            v.unflatten(-1, (self.kv_heads, -1)),
-        )
-
-
-class FeedForward(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: JanusConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.gate_proj, self.up_proj, self.down_proj)
-
-
-class Block(nn.Module):
-    """One layer, cut at the attention so that every stage can supply its own."""
-
-    def __init__(self, config: JanusConfig) -> None:
-        super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-
-    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-        return self.self_attn.project(self.input_layernorm(x), rope)
-
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.self_attn.o_proj(attended.flatten(-2))
-        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Head(nn.Module):
@@ -217,7 +158,7 @@ class Janus(RasterTransformer):
         self.config = config
         self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
         self.image_embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = Head(config)
         with torch.device("cpu"):
@@ -233,22 +174,18 @@ class Janus(RasterTransformer):
         table = F.embedding((positions - starts[:, None]).clamp(min=0), self.rope_table)
         return Rope(*table.type_as(self.norm.weight).chunk(4, dim=-1))
 
-    def condition_inputs(self, images: int) -> list[TensorSpec]:
-        """Token ids of prompts, padded on the left with anything, and the padding of each."""
-        return [
-            TensorSpec("prompt_tokens", torch.int64, (images, self.config.prefix_len)),
-            TensorSpec("prompt_starts", torch.int64, (images,)),
-        ]
+    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+        return prompt_inputs(images, self.config.prefix_len, guided=guided)
 
     def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
         """Embedded prompts. Unconditional ones are of the same length, with padding for all but the tokens that begin a sentence
         and an image; it is seen like any other token."""
-        tokens, starts = inputs
+        tokens, starts, *negative = inputs
         if guided:
             config = self.config
             kept = (tokens == config.begin_of_sentence) | (tokens == config.begin_of_image)
-            tokens = torch.cat([tokens, torch.where(kept, tokens, config.padding)])
-            starts = torch.cat([starts, starts])
+            other, other_starts = unless_given(torch.where(kept, tokens, config.padding), starts, negative)
+            tokens, starts = torch.cat([tokens, other]), torch.cat([starts, other_starts])
         return Condition(self.text_embedding(tokens), starts)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -258,3 +195,62 @@ class Janus(RasterTransformer):
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
         return self.head(self.norm(x)).float()
+
+
+class JanusFamily(Family):
+    name = "janus"
+    title = "Janus"
+    reads_prompts = True
+    config_type = JanusConfig
+    layouts = (ORIGINAL, TRANSFORMERS)
+
+    def configure(self, given: Given) -> JanusConfig:
+        text = given.settings.get("language_config") or given.settings.get("text_config") or {}
+        layers, dim = given.layers(), given.shapes["norm.weight"][0]
+        heads = given.heads or text.get("num_attention_heads") or PUBLISHED_HEADS.get((layers, dim))
+        if heads is None:
+            raise ValueError(
+                f"{layers} layers of width {dim} are not a published size of Janus, and there is no config.json that tells the "
+                "number of attention heads: give it with --heads"
+            )
+        # What config.json leaves out is as in transformers' LlamaConfig.
+        drawn = (given.settings.get("vision_config") or {}).get("num_image_tokens", GRID * GRID)
+        return JanusConfig(
+            layers=layers,
+            dim=dim,
+            heads=heads,
+            kv_heads=given.shapes["layers.0.self_attn.k_proj.weight"][0] * heads // dim,
+            ffn_dim=given.shapes["layers.0.mlp.gate_proj.weight"][0],
+            vocab_size=given.shapes["head.vision_head.weight"][0],
+            text_vocab_size=given.shapes["text_embedding.weight"][0],
+            prefix_len=given.prefix_len or PREFIX_LEN,
+            begin_of_sentence=given.token(given.named("bos_token"), BEGIN_OF_SENTENCE),
+            begin_of_image=given.token(given.named("image_start_tag"), BEGIN_OF_IMAGE),
+            padding=given.token(given.named("pad_tag"), PADDING, given.named("pad_token")),
+            grid=given.grid or math.isqrt(drawn),
+            norm_eps=text.get("rms_norm_eps", 1e-6),
+            rope_base=rope_base(text),
+        )
+
+    def build(self, config: JanusConfig) -> Janus:
+        return Janus(config)
+
+    def usual_sampling(self, config: JanusConfig) -> UsualSampling:
+        return UsualSampling(5.0)
+
+    def module_tensors(self, config: JanusConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        folded = {"image_embedding.weight": fold_image_embedding(found)}
+        return folded | {
+            name: tensor
+            for name, tensor in found.items()
+            if not name.startswith(("gen_embed.", "gen_aligner."))
+        }
+
+    def prompt_format(self, config: JanusConfig, given: Given) -> PromptFormat:
+        old = given.processing.get("sft_format") == "deepseek_old"
+        user, assistant = ("User", "Assistant") if old else ("<|User|>", "<|Assistant|>")
+        template = f"{user}: {{prompt}}\n\n{assistant}:"
+        return PromptFormat((config.begin_of_sentence,), template, (config.begin_of_image,))
+
+
+FAMILY = JanusFamily()

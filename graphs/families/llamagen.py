@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Condition, RasterTransformer
+from graphs.families.base import (
+    Condition,
+    Family,
+    Given,
+    Layout,
+    RasterTransformer,
+    SquareRaster,
+    UsualSampling,
+    unless_given,
+)
 from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
 from graphs.rotary import axial_table, rotate_interleaved
 from graphs.tensor_spec import TensorSpec
@@ -32,20 +41,9 @@ PUBLISHED_HEADS = {
 }
 """Head counts of the published sizes: the tensors do not tell them."""
 
-IGNORED_KEYS = ("freqs_cis",)
-"""Keys that old checkpoints carry and that hold nothing learned."""
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to: ``embedding``, ``output``, or its layer's number."""
-    first, *rest = name.split(".")
-    if first == "layers":
-        return rest[0]
-    return "embedding" if first.endswith(("embedding", "embeddings")) else "output"
-
 
 @dataclass(frozen=True)
-class LlamaGenConfig:
+class LlamaGenConfig(SquareRaster):
     """Shape of a LlamaGen model and of the image that it draws.
 
     Conditioned on one of ``num_classes``, or on ``prefix_len`` vectors of ``caption_dim``.
@@ -85,18 +83,6 @@ class LlamaGenConfig:
     @property
     def kv_heads(self) -> int:
         return self.heads
-
-    @property
-    def line_width(self) -> int:
-        return self.grid
-
-    @property
-    def lines(self) -> int:
-        return self.grid
-
-    @property
-    def image_tokens(self) -> int:
-        return self.grid * self.grid
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the name and shape of every tensor that a checkpoint of this configuration holds."""
@@ -250,15 +236,20 @@ class LlamaGen(RasterTransformer):
         table = F.embedding(positions, self.rope_table).type_as(self.norm.weight)
         return Rope(*table.chunk(4, dim=-1))
 
-    def condition_inputs(self, images: int) -> list[TensorSpec]:
-        """Class ids; or caption features, left-padded, and the padding of each."""
+    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+        """Class ids; or caption features, left-padded, and the padding of each; where guided, of negative captions as well, whose
+        padding is -1 where there is none."""
         config = self.config
         if not config.caption_dim:
             return [TensorSpec("class_ids", torch.int64, (images,))]
-        captions = (images, config.prefix_len, config.caption_dim)
+        features = (images, config.prefix_len, config.caption_dim)
         return [
-            TensorSpec("captions", torch.float32, captions),
-            TensorSpec("caption_starts", torch.int64, (images,)),
+            spec
+            for kind in (("caption", "negative") if guided else ("caption",))
+            for spec in (
+                TensorSpec(f"{kind}_features", torch.float32, features),
+                TensorSpec(f"{kind}_starts", torch.int64, (images,)),
+            )
         ]
 
     def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
@@ -268,11 +259,12 @@ class LlamaGen(RasterTransformer):
             if guided:
                 ids = torch.cat([ids, torch.full_like(ids, self.config.num_classes)])
             return Condition(self.cls_embedding.embedding_table(ids)[:, None], torch.zeros_like(ids))
-        captions, starts = inputs
+        captions, starts, *negative = inputs
         captions = captions.type_as(self.norm.weight)
         if guided:
             learned = self.cls_embedding.uncond_embedding.expand_as(captions)
-            captions, starts = torch.cat([captions, learned]), torch.cat([starts, starts])
+            other, other_starts = unless_given(learned, starts, [negative[0].type_as(captions), negative[1]])
+            captions, starts = torch.cat([captions, other]), torch.cat([starts, other_starts])
         # The projection of nothing is nothing, as it has no biases.
         return Condition(self.cls_embedding.cap_proj(captions), starts)
 
@@ -283,3 +275,39 @@ class LlamaGen(RasterTransformer):
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
         return self.output(self.norm(x)).float()
+
+
+class LlamaGenFamily(Family):
+    name = "llamagen"
+    title = "LlamaGen"
+    config_type = LlamaGenConfig
+    layouts = (
+        Layout(
+            "FoundationVision's",
+            {
+                r"((?:tok_embeddings|norm|output)\.weight)": r"\1",
+                r"((?:cls_embedding|layers)\..+)": r"\1",
+            },
+            landmark="layers.0.attention.wqkv.weight",
+            # What old checkpoints carry of the rotary embedding.
+            ignored=("freqs_cis",),
+        ),
+    )
+
+    def configure(self, given: Given) -> LlamaGenConfig:
+        grid = given.grid or (given.side // given.patch if given.side else None)
+        if grid is None:
+            raise ValueError(
+                "the checkpoint does not hold the size of its image, and the file name has no _256, _384 or _512: give the "
+                "tokens in an image row with --grid (16, 24, 32, ...)"
+            )
+        return infer_config(given.shapes, grid=grid, heads=given.heads)
+
+    def build(self, config: LlamaGenConfig) -> LlamaGen:
+        return LlamaGen(config)
+
+    def usual_sampling(self, config: LlamaGenConfig) -> UsualSampling:
+        return UsualSampling(7.5, top_k=1000) if config.caption_dim else UsualSampling(4.0)
+
+
+FAMILY = LlamaGenFamily()

@@ -1,11 +1,12 @@
-"""VQ image tokenizers of LlamaGen (VQ-16, VQ-8, any depth) and Janus: taming-transformers' VQGAN layout.
+"""VQ image tokenizers of LlamaGen (VQ-16, VQ-8, any depth), Janus and Chameleon: taming-transformers' VQGAN.
 
-Parameter names equal the published checkpoint keys. ``conv_blocks.0`` of the decoder is the lowest resolution.
+Parameter names equal the keys of LlamaGen's checkpoints. ``conv_blocks.0`` of the decoder is the lowest resolution.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,17 @@ from torch.nn import functional as F
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 
+PREFIXES = ("", "gen_vision_model.", "model.vqmodel.")
+"""What stands before the keys of a tokenizer by itself, and in both layouts of Janus."""
+
 ENCODER_PREFIXES = ("encoder.", "quant_conv.")
 """Keys of the half that draws no images."""
 
-IGNORED_KEYS = ("quantize.codebook_used",)
-"""Usage statistics of training."""
+IGNORED = (*ENCODER_PREFIXES, "quantize.codebook_used", "loss.")
+"""Beginnings of the keys that are left in the file: the encoder's, and what training left."""
+
+MIDDLE = {"mid.block_1.": "mid.0.", "mid.attn_1.": "mid.1.", "mid.block_2.": "mid.2."}
+"""Names of the transformers library and Chameleon, and ours."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,8 @@ class VQConfig:
     """Shape of a VQ tokenizer.
 
     ``channels`` are the decoder's, level by level from the lowest resolution to the highest; the image side
-    is ``2 ** (levels - 1)`` pixels a token.
+    is ``2 ** (levels - 1)`` pixels a token. ``attention``: the levels with attention behind every residual block.
+    ``unit_codes``: code vectors are l2-normalised at look-up.
     """
 
     codebook_size: int
@@ -35,6 +43,8 @@ class VQConfig:
     z_channels: int
     channels: tuple[int, ...]
     res_blocks: int = 2
+    attention: tuple[int, ...] = (0,)
+    unit_codes: bool = True
 
     def __post_init__(self) -> None:
         uneven = [c for c in self.channels if c % NORM_GROUPS]
@@ -53,8 +63,54 @@ class VQConfig:
         return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
+@dataclass(frozen=True)
+class Naming:
+    """Keys of a checkpoint that draw images, to our names, and the others below the same prefix. ``unit_codes``: as in :class:`VQConfig`."""
+
+    ours: Mapping[str, str]
+    unknown: tuple[str, ...]
+    unit_codes: bool
+
+
+def naming(names: Iterable[str]) -> Naming | None:
+    """Find an image tokenizer among the keys of a checkpoint; None if there is none.
+
+    Levels are called ``conv_blocks.i`` by LlamaGen and Janus, from the lowest resolution on; ``up.i`` in the same order by the
+    transformers library's Janus; and ``up.i`` from the highest on by Chameleon, whose codes are not normalised.
+    """
+    listed = list(names)
+    for prefix in PREFIXES:
+        if f"{prefix}quantize.embedding.weight" in listed and f"{prefix}decoder.conv_in.weight" in listed:
+            break
+    else:
+        return None
+    inner = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
+    levels = {int(found[1]) for name in inner if (found := re.match(r"decoder\.up\.(\d+)\.", name))}
+    # The highest resolution is the one that is not enlarged any more.
+    reverse = bool(levels) and len(levels) > 1 and "decoder.up.0.upsample.conv.weight" not in inner
+    ours, unknown = {}, []
+    for name in inner:
+        if name.startswith(IGNORED):
+            continue
+        if not name.startswith(("decoder.", "post_quant_conv.", "quantize.")):
+            unknown.append(prefix + name)
+            continue
+        mine = name
+        for theirs, own in MIDDLE.items():
+            mine = mine.replace(theirs, own)
+        if found := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", mine):
+            level = max(levels) - int(found[1]) if reverse else int(found[1])
+            mine = f"decoder.conv_blocks.{level}.{found[2].replace('block.', 'res.')}"
+        ours[prefix + name] = mine
+    return Naming(ours, tuple(unknown), unit_codes=not reverse)
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]], *, unit_codes: bool = True) -> VQConfig:
     """Read the configuration from tensor shapes.
+
+    Args:
+        shapes: name to shape, by our names (:func:`naming`).
+        unit_codes: as in :class:`VQConfig`; no tensor tells.
 
     Raises:
         KeyError: a tensor that tells the size is missing; the argument is its name.
@@ -69,7 +125,10 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> VQConfig:
         shapes[f"decoder.conv_blocks.{level}.res.0.conv1.weight"][0] for level in range(max(levels) + 1)
     )
     blocks = {int(name.split(".")[4]) for name in shapes if name.startswith("decoder.conv_blocks.0.res.")}
-    return VQConfig(codebook_size, code_dim, z_channels, channels, res_blocks=max(blocks))
+    attention = tuple(
+        level for level in sorted(levels) if f"decoder.conv_blocks.{level}.attn.0.q.weight" in shapes
+    )
+    return VQConfig(codebook_size, code_dim, z_channels, channels, max(blocks), attention, unit_codes)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -231,7 +290,7 @@ class Encoder(nn.Module):
                 channels[max(i - 1, 0)],
                 c,
                 config.res_blocks,
-                attention=i == last,
+                attention=last - i in config.attention,
                 resample=Downsample(c) if i != last else None,
             )
             for i, c in enumerate(channels)
@@ -261,7 +320,7 @@ class Decoder(nn.Module):
                 channels[max(i - 1, 0)],
                 c,
                 config.res_blocks + 1,
-                attention=i == 0,
+                attention=i in config.attention,
                 resample=Upsample(c) if i != last else None,
             )
             for i, c in enumerate(channels)
@@ -277,14 +336,16 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Code vectors, l2-normalised at look-up."""
+    """Code vectors, l2-normalised at look-up where the configuration says so."""
 
     def __init__(self, config: VQConfig) -> None:
         super().__init__()
+        self.unit_codes = config.unit_codes
         self.embedding = nn.Embedding(config.codebook_size, config.code_dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.normalize(self.embedding(tokens), dim=-1)
+        codes = self.embedding(tokens)
+        return F.normalize(codes, dim=-1) if self.unit_codes else codes
 
 
 class VQModel(nn.Module):

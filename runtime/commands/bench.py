@@ -32,6 +32,7 @@ from runtime.machine import (
     peak_resident_bytes,
     processor_name,
 )
+from runtime.samples import plan_samples
 from runtime.text import size_text
 
 TOP = 10
@@ -156,7 +157,7 @@ def command(
     peers: dict[str, Peer] = {}
     if compare_pytorch:
         loaded = _needing("exporter.sources", "export").load_sources(opened, checkpoint, vq)
-        peers = _peers(console, loaded, threads, opened.manifest.images, opened.manifest.sampling.guidance)
+        peers = _peers(console, opened, loaded, threads, opened.manifest.images)
     with _progress(as_json) as report:
         [timings], times = measure_beside(
             [measured], peers, threads=threads, rounds=rounds, image_rounds=image_rounds, progress=report
@@ -199,7 +200,7 @@ def _sweep(
                 status.update(f"exporting: {len(paths)} of {len(wanted)} ...")
         sizes = sorted({(cell.grid, cell.batch) for cell in wanted}) if compare_pytorch else []
         for grid, batch in sizes:
-            made = _peers(console, loaded[grid], threads, batch, bundle.manifest.sampling.guidance)
+            made = _peers(console, bundle, loaded[grid], threads, batch)
             peers |= {f"{name}, batch {batch}, grid {grid}": peer for name, peer in made.items()}
         under_test = [Measured(path, None, BackendOptions(threads=threads)) for path in paths]
         with _progress(console.quiet) as report:
@@ -297,13 +298,16 @@ def measure_beside(
     }
 
 
-def _peers(console: Console, loaded: Any, threads: int, batch: int, guidance: float) -> dict[str, Peer]:
-    """PyTorch with ``loaded`` checkpoints: eager, and compiled where that works."""
+def _peers(console: Console, bundle: Bundle, loaded: Any, threads: int, batch: int) -> dict[str, Peer]:
+    """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works."""
     peers = _needing("exporter.peers", "export")
+    samples = plan_samples(bundle.conditioner.usual(), batch, seed=0)
+    inputs = bundle.conditioner.inputs([sample.condition for sample in samples])
+    guidance = bundle.manifest.sampling.guidance
     peers.set_threads(threads)
     made: dict[str, Peer] = {}
     for name, compiled in (("eager", False), ("compiled", True)):
-        peer = peers.PyTorchPeer(*loaded, batch, guidance, compiled=compiled)
+        peer = peers.PyTorchPeer(*loaded, inputs, guidance, compiled=compiled)
         try:
             with console.status(f"PyTorch, {name}: first steps ..."):
                 peer.steps(3)

@@ -79,11 +79,11 @@ def _print(bundle: Bundle, console: Console) -> None:
     rows = {
         "bundle": f"{bundle.path} (schema {manifest.schema}, sha256 {manifest.sha256[:16]})",
         "model": f"{model.family}, {model.parameters:,} parameters, {model.layers} layers, "
-        f"{model.num_classes} classes",
+        f"draws {manifest.condition.text}",
         "precision": manifest.precision.text,
         "checkpoint": f"{model.source.path} (sha256 {model.source.sha256[:16]})",
         "image": f"{raster.lines} x {raster.line_width} tokens, {raster.lines * decoder.patch} x "
-        f"{raster.line_width * decoder.patch} pixels",
+        f"{raster.columns * decoder.patch} pixels",
         "batch": f"{manifest.images} images, "
         + ("guided (two rows an image)" if manifest.guided else "unguided (one row an image)"),
         "buffer": f"{lines_text(manifest.capacity_lines)} of {raster.lines} lines = "

@@ -21,6 +21,7 @@ from runtime.output import (
     write_arrays,
     write_png,
 )
+from runtime.samples import shortened
 
 
 @click.command()
@@ -44,19 +45,21 @@ def command(
         raise OutputError(f"{out} exists; give another --out, or --force to write into it")
     check_target(save_pixels)
     arrays = read_tokens(tokens)
-    rows, classes = arrays["tokens"], arrays.get("classes")
+    rows = arrays["tokens"]
+    asked = {name: arrays[name] for name in ("classes", "prompts") if name in arrays}
     if not len(rows):
         raise RequestError(f"{tokens} holds no images")
-    if classes is not None and classes.shape != rows.shape[:1]:
-        raise RequestError(f"{tokens}: {len(rows)} images and {classes.shape} classes")
+    for name, values in asked.items():
+        if values.shape != rows.shape[:1]:
+            raise RequestError(f"{tokens}: {len(rows)} images and {values.shape} {name}")
     pixels = PixelDecoder(open_bundle(bundle), options)(rows)
     make_folder(out)
     shown = [picture(image) for image in pixels]
     captions = []
     for number, image in enumerate(shown):
-        class_id = None if classes is None else int(classes[number])
         write_png(out / f"image_{number:06d}.png", image)
-        captions.append(f"{number}" if class_id is None else f"{number} · class {class_id}")
+        label = "".join(f" · {shortened(str(values[number]))}" for values in asked.values())
+        captions.append(f"{number}{label}")
     write_png(out / SHEET_NAME, contact_sheet(shown, captions))
     if save_pixels is not None:
         write_arrays(save_pixels, {"pixels": pixels.astype(np.float32, copy=False)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,12 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
+from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
 from runtime.commands.cache_options import cache_options
+from runtime.commands.condition_options import ConditionRequest, condition_options
 from runtime.errors import RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
-from runtime.generator import Generator, Replay, Tokens, picture, plan
+from runtime.generator import Generator, Replay, Tokens, picture
 from runtime.output import (
     PREVIEW_NAME,
     SHEET_IMAGES,
@@ -30,38 +32,21 @@ from runtime.output import (
     Recipe,
     RunFolder,
     RunRequest,
-    Sample,
     check_target,
     contact_sheet,
-    picture_name,
     sheet_columns,
     write_arrays,
     write_png,
 )
+from runtime.samples import Sample, plan_samples
 from runtime.trace import Trace, TraceHeader, per_image, read_trace
-
-
-def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
-    """``3,7`` or ``0-9`` or a mixture."""
-    classes: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            classes += range(int(first), int(last) + 1) if dash else [int(first)]
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is no list of classes like 3,7 or 0-9") from None
-    return tuple(classes)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option(
-    "--classes",
-    callback=lambda c, p, text: parse_classes(c, p, text) if text else None,
-    help="Classes, like 3,7 or 0-9; they take turns.",
-)
-@click.option("--num-images", type=int, help="Images in all. Default: one a class.")
-@click.option("--seed", type=int, help="Seed of each class's first image; the next has one more. Default: 0.")
+@condition_options()
+@click.option("--num-images", type=int, help="Images in all. Default: one a class or prompt.")
+@click.option("--seed", type=int, help="Seed of each one's first image; the next has one more. Default: 0.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token instead of a draw.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's, like the next four.")
@@ -96,7 +81,7 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str) -> 
 @backend_options()
 def command(
     bundle: Path,
-    classes: tuple[int, ...] | None,
+    conditions: ConditionRequest,
     num_images: int | None,
     seed: int | None,
     out: Path,
@@ -136,27 +121,31 @@ def command(
     overrides = {name: value for name, value in given.items() if value is not None}
     trace = None
     if replay_trace is not None:
-        if overrides or not cache.empty or any(value is not None for value in (classes, num_images, seed)):
+        asked = not replace(conditions, captions=None).empty or num_images is not None or seed is not None
+        if overrides or not cache.empty or asked:
             raise RequestError(
-                "--replay-trace draws the recorded images with the recorded settings: leave classes, seeds, sampling "
+                "--replay-trace draws the recorded images with the recorded settings: leave classes, prompts, seeds, sampling "
                 "and cache options out"
             )
         trace = read_trace(replay_trace)
-    elif classes is None:
-        raise RequestError("say what to draw with --classes, or with --replay-trace")
-    generator = Generator(bundle, options)
-    manifest = generator.manifest
+    elif conditions.empty:
+        raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
+    opened = open_bundle(bundle)
+    manifest = opened.manifest
+    asked_conditions = conditions.settle(opened.conditioner)
     if trace is not None:
         trace.check(manifest)
-        samples = trace.samples()
+        samples = list(trace.header.samples)
+        opened.conditioner.check(sample.condition for sample in samples)
         sampling, settings = trace.header.sampling, trace.header.cache
     else:
-        samples = plan(manifest, classes or (), num_images, seed or 0)
+        samples = plan_samples(asked_conditions, num_images, seed or 0)
         sampling = msgspec.structs.replace(manifest.sampling, **overrides)
         settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
     if faults := sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(settings, replayed=trace is not None)
+    generator = Generator(opened, options)
     request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
     folder = RunFolder(out, request, resume=resume, force=force)
     console = Console(stderr=True, highlight=False)
@@ -188,10 +177,10 @@ class _Run:
 
     def trace(self) -> Trace:
         """The write slots recorded."""
-        header = TraceHeader(self.request.bundle_sha256, self.request.sampling, self.request.cache)
-        arrays = self.folder.arrays()
-        tokens, classes, seeds = (arrays[name].astype(np.int64) for name in ("tokens", "classes", "seeds"))
-        return Trace(header, np.concatenate(self.recorded), tokens, classes, seeds)
+        request = self.request
+        header = TraceHeader(request.bundle_sha256, request.sampling, request.cache, request.samples)
+        tokens = self.folder.arrays()["tokens"].astype(np.int64)
+        return Trace(header, np.concatenate(self.recorded), tokens)
 
     def draw(self, console: Console) -> None:
         generator, folder = self.generator, self.folder
@@ -251,7 +240,7 @@ class _Run:
         self._write_pictures(group, tokens)
         if self.map_kind is not None and residency is not None:
             for number, sample in enumerate(group):
-                path = self.folder.path / picture_name(sample.class_id, sample.seed)
+                path = self.folder.path / sample.file_name
                 with PIL.Image.open(path) as finished:
                     drawn = draw_map(finished, residency.image(number), manifest, self.map_kind)
                 write_png(path.with_suffix(".evictions.png"), drawn)
@@ -261,12 +250,10 @@ class _Run:
         """Write a group's pictures, or only those that are missing."""
         request = self.request
         for sample, row in zip(group, tokens, strict=True):
-            path = self.folder.path / picture_name(sample.class_id, sample.seed)
+            path = self.folder.path / sample.file_name
             if missing and path.exists():
                 continue
-            recipe = Recipe.of(
-                self.generator.manifest, sample.class_id, sample.seed, request.sampling, request.cache
-            )
+            recipe = Recipe.of(self.generator.manifest, sample, request.sampling, request.cache)
             write_png(path, picture(self.generator.decoder(row[None])[0]), recipe)
 
 
@@ -294,14 +281,12 @@ def _preview(generator: Generator, tokens: Tokens, lines: int) -> PIL.Image.Imag
 
 def _finish(folder: RunFolder, save_tokens: Path | None) -> None:
     samples = folder.request.samples
-    classes = [sample.class_id for sample in samples]
-    names = [picture_name(sample.class_id, sample.seed) for sample in samples]
     shown = []
-    for name in names[:SHEET_IMAGES]:
-        with PIL.Image.open(folder.path / name) as image:
+    for sample in samples[:SHEET_IMAGES]:
+        with PIL.Image.open(folder.path / sample.file_name) as image:
             shown.append(image.convert("RGB"))
-    captions = [f"{sample.class_id} · {sample.seed}" for sample in samples]
-    columns = sheet_columns(len(set(classes)), len(samples))
+    captions = [sample.label for sample in samples]
+    columns = sheet_columns(len({sample.condition for sample in samples}), len(samples))
     write_png(folder.path / SHEET_NAME, contact_sheet(shown, captions[: len(shown)], columns))
     if save_tokens is not None:
         write_arrays(save_tokens, folder.arrays())

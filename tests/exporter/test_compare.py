@@ -23,7 +23,8 @@ from exporter.timing import decode_backend
 from runtime import Generator
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
-from runtime.generator import Sample, make_batch
+from runtime.generator import make_batch
+from runtime.samples import ClassLabel, Sample
 from tests.conftest import ROOT, TINY, Result
 
 Linert = Callable[..., Result]
@@ -278,10 +279,9 @@ def test_a_resized_decode_graph_is_that_of_a_smaller_bundle(
     options = ("--grid", 6, "--heads", 4, "--batch", 2, "--layer-budgets", "3,2", "--anchor-tokens", 0)
     small = Generator(export(*tiny_files, *options))
     backend = small.backend
-    batch = make_batch(
-        small.manifest, [Sample(1, 2), Sample(3, 4)], small.manifest.sampling, small.manifest.cache
-    )
-    tokens = small.draw([Sample(1, 2), Sample(3, 4)])
+    samples = [Sample(ClassLabel(1), 2), Sample(ClassLabel(3), 4)]
+    batch = make_batch(small.bundle, samples, small.manifest.sampling, small.manifest.cache)
+    tokens = small.draw(samples)
     for _ in zip(range(20), forced_logits(backend, batch, tokens), strict=False):
         pass
     with decode_backend(open_bundle(many_bundle), "decode.unfiltered", (3, 2), 1) as resized:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from exporter import bundle_export
 from exporter.commands.export import cache_plan
-from exporter.models import load_image_decoder, load_transformer
+from exporter.models import ModelRequest, load_models
 from exporter.weights_file import WeightsFile
 from graphs.families import llamagen
 from graphs.line_attention import DOMAIN, OP_TYPE
@@ -138,7 +138,7 @@ def test_state_memory_is_printed_first_and_stands_in_the_manifest(
         (("--share-guidance", "--guidance", 1), "share_guidance needs a guided bundle"),
         (("--ema",), "no ema weights"),
         (("--heads", 7), "not a multiple of heads 7"),
-        (("--grid", 1), "a grid of 1"),
+        (("--grid", 1), "1 lines of 1 tokens"),
     ],
 )
 def test_bad_requests_are_refused_and_write_nothing(
@@ -168,8 +168,7 @@ def test_a_tokenizer_of_another_codebook_is_refused(tiny_files: Files, golden_fi
 
 
 def plan_of(model: Path, vq_file: Path) -> bundle_export.ExportPlan:
-    decoder = load_image_decoder(vq_file)
-    transformer = load_transformer(model, patch=decoder.config.patch, grid=6, heads=4)
+    transformer, decoder = load_models(model, vq_file, ModelRequest(grid=6, heads=4))
     cache = cache_settings()
     return bundle_export.ExportPlan(
         transformer, decoder, ("linear",), cache.budget_lines, cache, 1, SamplingSettings()

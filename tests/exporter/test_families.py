@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,32 +15,43 @@ from exporter.onnx_export import export_stage
 from exporter.precision import Precision, PrecisionPlan, Weight
 from exporter.weights_file import WeightsFile
 from graphs import stages
-from graphs.families import janus, llamagen
+from graphs.families import FAMILIES, janus, llamagen, lumina
 from graphs.families.base import RasterTransformer
-from graphs.policies import POLICIES, LineEndParams
+from graphs.policies import POLICIES
 from tests.conftest import random_state
+from tests.eager import fed_stages, usual_inputs
 
 GRID = 3
 CAPTIONS = llamagen.LlamaGenConfig(2, 32, 4, 64, 48, 0, grid=GRID, prefix_len=5, caption_dim=12)
 JANUS = janus.JanusConfig(2, 32, 4, 4, 48, 40, 64, 6, 3, 5, 7, grid=GRID)
+LUMINA = lumina.LuminaConfig(2, 32, 4, 2, 48, 40, 4, 50, 64, 6, rows=3, columns=2)
+SWIN = replace(LUMINA, swin_norm=True)
 GROUPED = janus.JanusConfig(2, 32, 4, 2, 48, 40, 64, 6, 3, 5, 7, grid=GRID)
 
 
+KINDS = {
+    "llamagen by caption": CAPTIONS,
+    "janus": JANUS,
+    "janus with grouped queries": GROUPED,
+    "lumina": LUMINA,
+    "lumina of 34B": SWIN,
+}
+
+
 def built(name: str) -> RasterTransformer:
-    kinds = {"llamagen by caption": CAPTIONS, "janus": JANUS, "janus, grouped queries": GROUPED}
-    config = kinds[name]
-    net = llamagen.LlamaGen(config) if isinstance(config, llamagen.LlamaGenConfig) else janus.Janus(config)
+    config = KINDS[name]
+    net = FAMILIES[name.split()[0]].build(config)
     net.load_state_dict(random_state(net))
     return net.requires_grad_(False).eval()
 
 
-def conditions(net: RasterTransformer) -> dict[str, torch.Tensor]:
-    """Two, the second with padding."""
+def conditions(net: RasterTransformer, *, guided: bool) -> dict[str, torch.Tensor]:
+    """Two, the first with a negative one, the second with padding."""
     generator = torch.Generator().manual_seed(2)
     made = {}
-    for spec in net.condition_inputs(2):
+    for spec in net.condition_inputs(2, guided=guided):
         if spec.name.endswith("starts"):
-            made[spec.name] = torch.tensor([0, 2])
+            made[spec.name] = torch.tensor([1, -1] if spec.name.startswith("negative") else [1, 2])
         elif spec.dtype is torch.int64:
             made[spec.name] = torch.randint(8, 60, spec.shape, generator=generator)
         else:
@@ -76,7 +88,7 @@ class Sessions:
         }
 
 
-@pytest.mark.parametrize("name", ["llamagen by caption", "janus", "janus, grouped queries"])
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("guided", [True, False])
 def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: Path) -> None:
     net = built(name)
@@ -89,16 +101,7 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
         stages.LineEnd(POLICIES["linear"](), geometry),
     ]
     ours = Sessions(parts, net, tmp_path)
-    cache = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
-    tensors = {
-        **conditions(net),
-        **cache,
-        "uniforms": torch.rand(2, config.image_tokens, generator=torch.Generator().manual_seed(1)),
-        "guidance": torch.tensor(3.0),
-        "guidance_interval": torch.tensor(-1),
-        **dict.fromkeys(("temperature", "top_p"), torch.tensor(1.0)),
-        **dict.fromkeys(("greedy", "top_k", "score_window"), torch.tensor(0)),
-    }
+    tensors = usual_inputs(geometry) | conditions(net, guided=guided)
     ours.arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
 
     def both(stage: str) -> None:
@@ -112,13 +115,12 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
             np.testing.assert_allclose(ours.arrays[key], value.numpy(), atol=2e-4, rtol=0, err_msg=key)
 
     both("prefill")
-    for step in range(config.prefix_len + config.image_tokens - 1):
-        both("decode.unfiltered")
-        index = step + 1 - config.prefix_len
-        if index > 0 and index % config.line_width == 0:
-            both("line_end.linear")
+    # The first position is padding of all, and never fed.
+    assert tensors["position"].unique().tolist() == [1]
+    for stage in fed_stages(config, int(tensors["position"][0])):
+        both({"decode": "decode.unfiltered", "line_end": "line_end.linear"}[stage])
     assert (ours.arrays["tokens"] == tensors["tokens"].numpy()).all()
     # All positions of the shorter condition's padding were overwritten or left empty.
     held = ours.arrays["slot_pos.0"].reshape(geometry.sequences, -1, slots[0])
     assert (held[1, :, :2] == -1).all()
-    assert (held[0, :, : config.prefix_len] == np.arange(config.prefix_len)).all()
+    assert (held[0, :, : config.prefix_len] == [-1, *range(1, config.prefix_len)]).all()

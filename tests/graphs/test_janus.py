@@ -10,7 +10,7 @@ import torch
 
 from graphs import stages
 from graphs.families import janus
-from graphs.policies import POLICIES, LineEndParams
+from tests.eager import Eager
 
 transformers = pytest.importorskip("transformers")
 
@@ -20,25 +20,25 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 PROMPTS = ([BOS, 20, 21, 22, 23, 24, BOI], [BOS, 30, 31, BOI])
 
 
-def published(kv_heads: int) -> Any:
+def published(kv_heads: int, vocabulary: int = TEXT, grid: int = 3) -> Any:
     """A tiny ``JanusForConditionalGeneration`` with random weights, biases included."""
     config = transformers.JanusConfig(
         text_config={
             **SIZES,
             "model_type": "llama",
             "num_key_value_heads": kv_heads,
-            "vocab_size": TEXT,
+            "vocab_size": vocabulary,
             "max_position_embeddings": 256,
             "rms_norm_eps": 1e-6,
         },
         vision_config={
-            **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32},
-            **{"patch_size": 16, "projection_dim": 32, "depth": 2},
+            **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 2 * grid},
+            **{"num_image_tokens": grid * grid, "patch_size": 2, "projection_dim": 32, "depth": 2},
         },
         vq_config={
             **{"embed_dim": 8, "num_embeddings": CODES, "latent_channels": 32, "base_channels": 32},
             **{"channel_multiplier": [1, 1], "num_res_blocks": 1, "projection_dim": 32},
-            **{"image_token_embed_dim": 32, "num_hidden_layers": 2},
+            **{"image_token_embed_dim": 32, "num_hidden_layers": 2, "num_patches": grid},
         },
     )
     torch.manual_seed(0)
@@ -57,16 +57,25 @@ def ours(model: Any, kv_heads: int, grid: int = 3) -> janus.Janus:
         grid=grid,
     )
     module = janus.Janus(config)
-    module.load_state_dict(janus.module_tensors(model.state_dict()))
+    module.load_state_dict(tensors_of(model.state_dict(), config))
     return module.requires_grad_(False)
 
 
-def padded() -> tuple[torch.Tensor, torch.Tensor]:
-    """The prompts in our capacity, with rubbish as padding."""
+def tensors_of(state: dict[str, torch.Tensor], config: janus.JanusConfig) -> dict[str, torch.Tensor]:
+    """The module's parameters of a checkpoint in either layout."""
+    [layout] = [layout for layout in janus.FAMILY.layouts if layout.landmark in state]
+    names, unknown = layout.rename(state)
+    assert not unknown
+    return janus.FAMILY.module_tensors(config, {ours: state[name] for name, ours in names.items()})
+
+
+def padded() -> list[torch.Tensor]:
+    """The prompts in our capacity, with rubbish as padding, and no negative prompts."""
     tokens = torch.full((len(PROMPTS), CAPACITY), TEXT - 1)
     for row, prompt in enumerate(PROMPTS):
         tokens[row, CAPACITY - len(prompt) :] = torch.tensor(prompt)
-    return tokens, torch.tensor([CAPACITY - len(prompt) for prompt in PROMPTS])
+    starts = torch.tensor([CAPACITY - len(prompt) for prompt in PROMPTS])
+    return [tokens, starts, tokens.flip(0), torch.full_like(starts, -1)]
 
 
 @torch.no_grad()
@@ -99,35 +108,7 @@ def test_greedy_tokens_through_the_stages(kv_heads: int) -> None:
     config = net.config
     slots = (config.prefix_len + config.image_tokens,) * config.layers
     geometry = stages.Geometry(config, 2, True, slots)
-    cache = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
-    tensors = {
-        **dict(zip(("prompt_tokens", "prompt_starts"), padded(), strict=True)),
-        "uniforms": torch.zeros(2, config.image_tokens),
-        "guidance": torch.tensor(5.0),
-        "guidance_interval": torch.tensor(-1),
-        **dict.fromkeys(("temperature", "top_p"), torch.tensor(1.0)),
-        "greedy": torch.tensor(1),
-        **dict.fromkeys(("top_k", "score_window"), torch.tensor(0)),
-        **cache,
-    }
-    parts = {
-        "prefill": stages.Prefill(net, geometry),
-        "decode": stages.Decode(net, geometry, filtered=False),
-        "line_end": stages.LineEnd(POLICIES["full"](), geometry),
-    }
-
-    def run(name: str) -> None:
-        stage = parts[name]
-        outputs = stage(*(tensors[spec.name] for spec in stage.inputs))
-        for spec, value in zip(stage.outputs, outputs, strict=True):
-            tensors[spec.name.removesuffix(stages.NEXT)] = value
-
-    run("prefill")
-    for step in range(config.prefix_len + config.image_tokens - 1):
-        run("decode")
-        index = step + 1 - config.prefix_len
-        if index > 0 and index % config.line_width == 0:
-            run("line_end")
+    tokens = Eager(net, geometry, "full", padded(), guidance=5.0, greedy=1).draw()
     for image, prompt in enumerate(PROMPTS):
         drawn: list[int] = []
         for _ in range(config.image_tokens):
@@ -136,20 +117,32 @@ def test_greedy_tokens_through_the_stages(kv_heads: int) -> None:
                 their_logits(model, prompt, so_far, unconditional=flag)[-1] for flag in (False, True)
             )
             drawn.append(int((unconditional + 5.0 * (conditional - unconditional)).argmax()))
-        assert tensors["tokens"][image].tolist() == drawn
+        assert tokens[image].tolist() == drawn
 
 
 def test_both_layouts_are_the_same_module() -> None:
-    state = published(2).state_dict()
-    renamed = {}
-    for name, tensor in state.items():
-        for pattern, mine in janus.TRANSFORMERS.items():
-            if match := re.fullmatch(pattern, name):
-                renamed[original_name(match.expand(mine))] = tensor
-    one, other = janus.module_tensors(state), janus.module_tensors(renamed)
+    model = published(2)
+    state, config = model.state_dict(), ours(model, 2).config
+    one, other = tensors_of(state, config), tensors_of(original(state), config)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert janus.module_names(["model.embed_tokens.weight"]) == {}
+
+
+def original(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Transformers' tensors under deepseek-ai's names, those of the image decoder too."""
+    names, _ = janus.TRANSFORMERS.rename(state)
+    renamed = {original_name(mine): state[name] for name, mine in names.items()}
+    for name, tensor in state.items():
+        if name.startswith("model.vqmodel."):
+            inner = name.removeprefix("model.vqmodel.")
+            inner = re.sub(r"decoder\.up\.(\d+)\.block", r"decoder.conv_blocks.\1.res", inner)
+            inner = re.sub(r"decoder\.up\.", "decoder.conv_blocks.", inner)
+            for theirs, mine in (("block_1", "0"), ("attn_1", "1"), ("block_2", "2")):
+                inner = inner.replace(f"decoder.mid.{theirs}", f"decoder.mid.{mine}")
+            renamed[f"gen_vision_model.{inner}"] = tensor
+    renamed["gen_vision_model.quantize.codebook_used"] = torch.zeros(65536)
+    renamed["language_model.lm_head.weight"] = state["lm_head.weight"]
+    return renamed
 
 
 def original_name(mine: str) -> str:

@@ -11,6 +11,7 @@ from graphs.families import llamagen, vq
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from runtime.generator import picture
+from tests.eager import Eager
 from tests.golden_weights import golden_outputs, golden_state
 
 # Published parameter counts, counted by instantiating the published code (class-conditional, 16384 tokens).
@@ -54,11 +55,26 @@ def golden_captions() -> tuple[dict[str, np.ndarray], list[torch.Tensor]]:
     return golden, [torch.from_numpy(golden["caption_emb"] * mask[:, :, None].astype(np.float32)), starts]
 
 
+def with_no_negatives(captions: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Guided inputs of the prefill that leave the unconditional caption to the model."""
+    features, starts = captions
+    return [features, starts, torch.zeros_like(features), torch.full_like(starts, -1)]
+
+
+def test_a_negative_caption_takes_the_place_of_the_learned_one() -> None:
+    _, (captions, starts) = golden_captions()
+    model = golden_model("t2i")
+    condition = model.condition([captions, starts, captions.flip(0), starts.flip(0)], guided=True)
+    torch.testing.assert_close(condition.embeddings[2:], condition.embeddings[:2].flip(0))
+    assert condition.starts.tolist() == [*starts.tolist(), *starts.flip(0).tolist()]
+
+
 def test_captions_teacher_forced_logits_equal_the_published_codes() -> None:
     golden, captions = golden_captions()
     model = golden_model("t2i")
     tokens = torch.from_numpy(golden["tokens"]).long()
-    logits = model(model.condition(captions, guided=True), tokens.repeat(2, 1)[:, :-1]).transpose(0, 1)
+    condition = model.condition(with_no_negatives(captions), guided=True)
+    logits = model(condition, tokens.repeat(2, 1)[:, :-1]).transpose(0, 1)
     torch.testing.assert_close(logits, torch.from_numpy(golden["logits"]), atol=2e-4, rtol=0)
 
 
@@ -81,46 +97,21 @@ def test_captions_through_the_stages(lines: int) -> None:
     slots = (config.prefix_len + lines * config.line_width,) * config.layers
     geometry = stages.Geometry(config, 2, True, slots)
     policy = "full" if lines == config.lines else "linear"
-    cache = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
-    tensors = {
-        **dict(zip(("captions", "caption_starts"), captions, strict=True)),
-        "uniforms": torch.zeros(2, config.image_tokens),
-        "guidance": torch.tensor(7.5),
-        "guidance_interval": torch.tensor(-1),
-        "temperature": torch.tensor(1.0),
-        "greedy": torch.tensor(1),
-        **dict.fromkeys(("top_k", "score_window"), torch.tensor(0)),
-        "top_p": torch.tensor(1.0),
-        **cache,
-    }
-    parts = {
-        "prefill": stages.Prefill(model, geometry),
-        "decode": stages.Decode(model, geometry, filtered=False),
-        "line_end": stages.LineEnd(POLICIES[policy](), geometry),
-    }
-    history = HistoryModel(model, geometry, POLICIES[policy](), LineEndParams(**cache))
-
-    def run(name: str) -> None:
-        stage = parts[name]
-        outputs = stage(*(tensors[spec.name] for spec in stage.inputs))
-        tensors.update(
-            {
-                spec.name.removesuffix(".next"): value
-                for spec, value in zip(stage.outputs, outputs, strict=True)
-            }
-        )
-
-    run("prefill")
-    for _ in range(config.prefix_len):
-        run("decode")
-    torch.testing.assert_close(history.begin(captions), tensors["logits"], atol=2e-5, rtol=0)
+    eager = Eager(model, geometry, policy, with_no_negatives(captions), guidance=7.5, greedy=1)
+    tensors = eager.tensors
+    params = LineEndParams(*(tensors[name] for name in LineEndParams._fields))
+    history = HistoryModel(model, geometry, POLICIES[policy](), params)
+    eager.begin()
+    torch.testing.assert_close(
+        history.begin(with_no_negatives(captions)), tensors["logits"], atol=2e-5, rtol=0
+    )
     for index in range(config.image_tokens - 1):
         fed = tensors["token"]
-        run("decode")
+        eager.run("decode")
         torch.testing.assert_close(history.feed(fed[:, None])[:, 0], tensors["logits"], atol=5e-5, rtol=0)
         torch.testing.assert_close(history.scores[0], tensors["scores.0"], atol=2e-5, rtol=0)
         if index % config.line_width == config.line_width - 1:
-            run("line_end")
+            eager.run("line_end")
             assert torch.equal(history.end_line().sort(-1).values, tensors["write_slots"].sort(-1).values)
     same = tensors["tokens"].numpy() == golden["tokens"]
     assert same.all() == (lines == config.lines)

@@ -12,6 +12,7 @@ from graphs.families import llamagen
 from graphs.history import HistoryModel
 from graphs.policies import POLICIES, LineEndParams
 from tests.conftest import TINY, random_state
+from tests.eager import Eager
 
 IMAGES = 2
 CLASSES = torch.tensor([1, 3])
@@ -23,44 +24,6 @@ def model() -> llamagen.LlamaGen:
     return net.requires_grad_(False)
 
 
-class Eager:
-    """Runs the stages on named tensors, as a backend would."""
-
-    def __init__(self, net: llamagen.LlamaGen, geometry: stages.Geometry, policy: str, **cache: int) -> None:
-        self.stages = {
-            "prefill": stages.Prefill(net, geometry),
-            "decode": stages.Decode(net, geometry),
-            "line_end": stages.LineEnd(POLICIES[policy](), geometry),
-        }
-        self.tensors = {
-            "class_ids": CLASSES,
-            "uniforms": torch.rand(IMAGES, TINY.image_tokens, generator=torch.Generator().manual_seed(3)),
-            "guidance": torch.tensor(3.0),
-            "guidance_interval": torch.tensor(-1),
-            "temperature": torch.tensor(1.0),
-            "top_k": torch.tensor(0),
-            "top_p": torch.tensor(1.0),
-            "greedy": torch.tensor(0),
-            "capacity": torch.tensor(geometry.capacities),
-            "score_window": torch.tensor(POLICIES[policy]().score_window(TINY.line_width)),
-            **{
-                name: torch.tensor(cache.get(name, 0)) for name in LineEndParams._fields if name != "capacity"
-            },
-        }
-
-    def begin(self) -> None:
-        """Feed the condition."""
-        self.run("prefill")
-        self.run("decode")
-
-    def run(self, name: str) -> None:
-        stage = self.stages[name]
-        outputs = stage(*(self.tensors[spec.name] for spec in stage.inputs))
-        for spec, value in zip(stage.outputs, outputs, strict=True):
-            assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec.name
-            self.tensors[spec.name.removesuffix(stages.NEXT)] = value
-
-
 def geometry(lines: int, *, guided: bool = True) -> stages.Geometry:
     slots = TINY.prefix_len + lines * TINY.line_width
     return stages.Geometry(TINY, IMAGES, guided, (slots,) * TINY.layers)
@@ -70,7 +33,7 @@ def geometry(lines: int, *, guided: bool = True) -> stages.Geometry:
 def test_with_room_for_the_image_the_stages_equal_the_parallel_model(guided: bool) -> None:
     net = model()
     sizes = geometry(TINY.lines, guided=guided)
-    eager = Eager(net, sizes, "full", recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
+    eager = Eager(net, sizes, "full", [CLASSES], recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
     eager.begin()
     logits = [eager.tensors["logits"]]
     for step in range(TINY.image_tokens - 1):
@@ -103,6 +66,7 @@ def test_the_line_buffer_equals_a_masked_history(
         net,
         sizes,
         policy,
+        [CLASSES],
         recent_tokens=recent * TINY.line_width,
         anchor_tokens=anchors,
         strict=strict,
@@ -136,7 +100,13 @@ def test_the_line_buffer_equals_a_masked_history(
 def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
     for strict, empty in ((1, TINY.line_width), (0, 0)):
         eager = Eager(
-            model(), geometry(2), "linear", recent_tokens=TINY.line_width, anchor_tokens=0, strict=strict
+            model(),
+            geometry(2),
+            "linear",
+            [CLASSES],
+            recent_tokens=TINY.line_width,
+            anchor_tokens=0,
+            strict=strict,
         )
         eager.begin()
         for _ in range(2):
@@ -148,7 +118,9 @@ def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
 
 def test_state_bytes_are_the_sum_of_what_is_allocated() -> None:
     sizes = geometry(3)
-    eager = Eager(model(), sizes, "linear", recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
+    eager = Eager(
+        model(), sizes, "linear", [CLASSES], recent_tokens=TINY.line_width, anchor_tokens=0, strict=1
+    )
     eager.begin()
     held = sum(eager.tensors[spec.name].nbytes for spec in sizes.state())
     assert held == sum(spec.nbytes for spec in sizes.state())

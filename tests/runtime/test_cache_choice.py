@@ -16,15 +16,15 @@ from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.errors import GeometryError, RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
-from runtime.generator import Sample
 from runtime.geometry import CacheSettings, Raster, pyramid
 from runtime.loop import begin, run_step
 from runtime.output import read_recipe
+from runtime.samples import ClassLabel, Sample
 from runtime.trace import read_trace
 from tests.conftest import TINY, Result
 
 Linert = Callable[..., Result]
-SAMPLES = [Sample(1, 7), Sample(3, 8)]
+SAMPLES = [Sample(ClassLabel(1), 7), Sample(ClassLabel(3), 8)]
 POLICIES = ("linear", "streaming", "h2o", "snapkv", "rkv", "full")
 EVICTING = POLICIES[:-1]
 
@@ -196,7 +196,7 @@ def test_a_replay_follows_the_trace_and_not_the_scores(
     from runtime.generator import Replay
 
     generator.draw(
-        recorded.samples(),
+        recorded.header.samples,
         recorded.header.sampling,
         recorded.header.cache,
         replay=Replay(replace(recorded, write_slots=slots), [0, 1]),
@@ -340,7 +340,7 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
     )
     stage = stages.LineEnd(REGISTERED[policy](), geometry)
     backend = generator.backend
-    batch = make_batch(manifest, SAMPLES, manifest.sampling, cache)
+    batch = make_batch(generator.bundle, SAMPLES, manifest.sampling, cache)
     begin(backend, batch)
     for step in manifest.raster.schedule():
         if step.stage == "line_end":

@@ -15,9 +15,10 @@ import PIL.Image
 import pytest
 
 from runtime import Generator
-from runtime.generator import plan
+from runtime.conditions import conditions_of
 from runtime.manifest import SamplingSettings
-from runtime.output import picture_name, read_recipe
+from runtime.output import read_recipe
+from runtime.samples import ClassLabel, Sample, plan_samples
 from tests.conftest import ROOT, TINY, Result
 
 Linert = Callable[..., Result]
@@ -82,7 +83,7 @@ def test_the_metadata_makes_an_image_again(linert: Linert, tiny_bundle: Path, tm
         "run",
         tiny_bundle,
         "--classes",
-        recipe.class_id,
+        recipe.condition.class_id,
         "--seed",
         recipe.seed,
         "--out",
@@ -103,25 +104,25 @@ def test_the_metadata_makes_an_image_again(linert: Linert, tiny_bundle: Path, tm
 
 
 def test_three_lines_of_python_do_the_same(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
-    images = Generator(tiny_bundle).generate(classes=[2, 4], num_images=3, seed=6)
+    images = Generator(tiny_bundle).generate([2, 4], num_images=3, seed=6)
     out = tmp_path / "out"
     linert("run", tiny_bundle, "--classes", "2,4", "--num-images", 3, "--seed", 6, "--out", out)
     for image in images:
-        with PIL.Image.open(out / picture_name(image.sample.class_id, image.sample.seed)) as saved:
+        with PIL.Image.open(out / image.sample.file_name) as saved:
             assert saved.tobytes() == image.picture().tobytes()
 
 
 def test_an_image_does_not_depend_on_its_company(tiny_bundle: Path) -> None:
     generator = Generator(tiny_bundle)
-    together = generator.generate(classes=[0, 1, 2, 3, 4], seed=3)
-    alone = generator.generate(classes=[3], seed=3)
+    together = generator.generate([0, 1, 2, 3, 4], seed=3)
+    alone = generator.generate([3], seed=3)
     assert (together[3].tokens == alone[0].tokens).all()
 
 
-def test_more_images_begin_with_the_same_ones(tiny_bundle: Path) -> None:
-    manifest = Generator(tiny_bundle).manifest
-    assert plan(manifest, [1, 2], 7, 5)[:3] == plan(manifest, [1, 2], 3, 5)
-    assert len(set(plan(manifest, [1, 1, 2], 9, 0))) == 9
+def test_more_images_begin_with_the_same_ones() -> None:
+    pair, double = conditions_of([1, 2]), conditions_of([1, 1, 2])
+    assert plan_samples(pair, 7, 5)[:3] == plan_samples(pair, 3, 5)
+    assert len(set(plan_samples(double, 9, 0))) == 9
 
 
 def test_greedy_ignores_the_seed(tiny_bundle: Path) -> None:
@@ -253,7 +254,7 @@ def test_render_draws_the_same_pictures(linert: Linert, tiny_bundle: Path, tmp_p
     assert result.code == 0, result.err
     for number in range(3):
         with (
-            PIL.Image.open(out / picture_name(number, 0)) as first,
+            PIL.Image.open(out / Sample(ClassLabel(number), 0).file_name) as first,
             PIL.Image.open(again / f"image_{number:06d}.png") as second,
         ):
             assert first.tobytes() == second.tobytes()

@@ -1,0 +1,94 @@
+"""The stages in PyTorch, run as a backend would run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from graphs import stages
+from graphs.families.base import RasterTransformer
+from graphs.policies import POLICIES, LineEndParams
+
+GUIDANCE = 3.0
+
+
+def usual_inputs(geometry: stages.Geometry, **given: float) -> dict[str, torch.Tensor]:
+    """Inputs of decode and of a line's end that are neither state nor condition; zeros for cache settings unless ``given``."""
+    config = geometry.config
+    tensors = {
+        "uniforms": torch.rand(
+            geometry.images, config.image_tokens, generator=torch.Generator().manual_seed(3)
+        ),
+        "capacity": torch.tensor(geometry.capacities),
+    }
+    reals = {"guidance": GUIDANCE, "temperature": 1.0, "top_p": 1.0}
+    integers = {"guidance_interval": -1, "top_k": 0, "greedy": 0, "score_window": 0}
+    integers |= dict.fromkeys((name for name in LineEndParams._fields if name != "capacity"), 0)
+    for name, usual in (reals | integers).items():
+        kind = torch.float32 if name in reals else torch.int64
+        tensors[name] = torch.tensor(given.get(name, usual), dtype=kind)
+    return tensors
+
+
+def fed_stages(config: stages.FamilyConfig, position: int) -> Iterator[str]:
+    """The stages behind a prefill that left the position at ``position``, in order."""
+    for held in range(position, config.prefix_len + config.image_tokens - 1):
+        yield "decode"
+        index = held + 1 - config.prefix_len
+        if index > 0 and index % config.line_width == 0:
+            yield "line_end"
+
+
+class Eager:
+    """Runs the stages on named tensors.
+
+    Args:
+        condition: the prefill stage's inputs, in order.
+        given: settings that differ from :func:`usual_inputs`.
+    """
+
+    def __init__(
+        self,
+        net: RasterTransformer,
+        geometry: stages.Geometry,
+        policy: str,
+        condition: Sequence[torch.Tensor],
+        **given: float,
+    ) -> None:
+        self.geometry = geometry
+        chosen = POLICIES[policy]()
+        self.stages: Mapping[str, stages.Stage] = {
+            "prefill": stages.Prefill(net, geometry),
+            "decode": stages.Decode(net, geometry),
+            "line_end": stages.LineEnd(chosen, geometry),
+        }
+        window = chosen.score_window(geometry.config.line_width)
+        self.tensors = usual_inputs(geometry, **{"score_window": window, **given})
+        for spec, value in zip(self.stages["prefill"].inputs, condition, strict=True):
+            assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec.name
+            self.tensors[spec.name] = value
+
+    @property
+    def position(self) -> int:
+        return int(self.tensors["position"][0])
+
+    def begin(self) -> None:
+        """Feed the condition."""
+        self.run("prefill")
+        while self.position < self.geometry.config.prefix_len:
+            self.run("decode")
+
+    def draw(self) -> torch.Tensor:
+        """Tokens ``[I, N]`` of whole images."""
+        self.run("prefill")
+        for stage in fed_stages(self.geometry.config, self.position):
+            self.run(stage)
+        return self.tensors["tokens"]
+
+    def run(self, name: str) -> None:
+        stage = self.stages[name]
+        outputs = stage(*(self.tensors[spec.name] for spec in stage.inputs))
+        for spec, value in zip(stage.outputs, outputs, strict=True):
+            assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec.name
+            self.tensors[spec.name.removesuffix(stages.NEXT)] = value

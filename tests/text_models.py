@@ -1,0 +1,83 @@
+"""Folders of tiny random text-to-image models, as published ones are laid out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from random_folder import (
+    JANUS_TOKENS,
+    LUMINA_TOKENS,
+    Decoder,
+    chameleon_names,
+    lumina_shapes,
+    lumina_vocabulary,
+    write_shards,
+    write_tokenizer,
+)
+
+from graphs.families import janus, vq
+from tests.conftest import random_state
+
+JANUS_VOCABULARY = 320
+LUMINA_CODES = 40
+LUMINA_FIRST = 300
+LUMINA_TEXT = 420
+LUMINA_VQ = vq.VQConfig(LUMINA_CODES, 32, 32, (32,) * 5, res_blocks=1, attention=(), unit_codes=False)
+
+
+def parts(state: Mapping[str, torch.Tensor], count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """``state`` in so many shards."""
+    names = sorted(state)
+    for number in range(count):
+        yield {name: state[name].contiguous().clone() for name in names[number::count]}
+
+
+def write_janus(model: Any, state: Mapping[str, torch.Tensor], folder: Path, *, published: bool) -> Path:
+    """The folder of a Janus: deepseek-ai's, in two ``.bin`` shards, or transformers', in three of safetensors."""
+    folder.mkdir()
+    write_tokenizer(folder / "tokenizer.json", JANUS_TOKENS, JANUS_VOCABULARY)
+    named = {"bos_token": janus.BEGIN_OF_SENTENCE, "pad_token": {"content": janus.PADDING}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    settings = model.config.to_dict()
+    if published:
+        held = ("num_hidden_layers", "vocab_size", "num_attention_heads")
+        text = {name: settings["text_config"][name] for name in held}
+        settings = {"model_type": "multi_modality", "language_config": text}
+        processing = {"sft_format": "deepseek", "image_start_tag": janus.BEGIN_OF_IMAGE}
+        (folder / "processor_config.json").write_text(json.dumps(processing))
+        write_shards(parts(state, 2), 2, folder, pickled=True)
+    else:
+        write_shards(parts(state, 3), 3, folder)
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+class Names(torch.nn.Module):
+    """Parameters of given shapes, for :func:`random_state`."""
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.shapes = shapes
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for name, shape in self.shapes.items():
+            yield name, torch.nn.Parameter(torch.empty(shape))
+
+
+def write_lumina(folder: Path, *, swin_norm: bool = False, kv_heads: int = 4) -> tuple[Path, Path]:
+    """The folder of a Lumina-mGPT and a Chameleon image tokenizer beside it."""
+    folder.mkdir(parents=True)
+    extra = lumina_vocabulary(LUMINA_CODES, LUMINA_FIRST)
+    write_tokenizer(folder / "tokenizer.json", LUMINA_TOKENS, LUMINA_FIRST, extra)
+    decoder = Decoder(2, 32, 4, kv_heads, 48, LUMINA_TEXT)
+    state = random_state(Names(lumina_shapes(decoder, 2 if swin_norm else 1)))
+    write_shards(parts(state, 2), 2, folder)
+    settings = {"num_attention_heads": 4, "swin_norm": swin_norm, "vocabulary_map": extra}
+    (folder / "config.json").write_text(json.dumps(settings))
+    tokenizer = folder.parent / f"{folder.name}-vqgan.ckpt"
+    torch.save({"state_dict": chameleon_names(random_state(vq.VQModel(LUMINA_VQ, encoder=True)))}, tokenizer)
+    return folder, tokenizer
