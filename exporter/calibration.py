@@ -39,7 +39,9 @@ from runtime.conditions import Conditioner
 from runtime.errors import ExportError
 from runtime.geometry import Raster
 from runtime.loop import uniform_row
+from runtime.machine import available_bytes
 from runtime.manifest import CaptionInput, SamplingSettings
+from runtime.text import size_text
 
 DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it."""
@@ -84,7 +86,7 @@ def calibrated(
         conditioner: knows the features of the conditions, if they are captions; the plan's own if None.
 
     Raises:
-        ExportError: conditions must be given and are not.
+        ExportError: conditions must be given and are not, or there is too little memory.
     """
     precision, transformer = plan.precision, plan.transformer
     if not needs_calibration(precision):
@@ -93,6 +95,12 @@ def calibrated(
         raise ExportError(
             "calibration draws images of captions: give features with --calibration-captions FILE.npy, or --quantization rtn and "
             "--image-decoder-precision fp16"
+        )
+    needed = 4 * sum(tensor.numel() for tensor in transformer.tensors.values())
+    if (free := available_bytes()) is not None and needed > free:
+        raise ExportError(
+            f"calibration draws images in PyTorch, with float32 weights of {size_text(needed)}, and {size_text(free)} of memory are "
+            "available: give --quantization rtn and --image-decoder-precision fp16, which need none"
         )
     conditioner = conditioner or plan.conditioner()
     model = transformer.eager()

@@ -228,7 +228,8 @@ def _replace_node(graph: ir.Graph, node: ir.Node, nodes: Sequence[ir.Node]) -> N
     old, new = node.outputs[0], nodes[-1].outputs[0]
     graph.insert_before(node, nodes)
     new.shape, new.type = old.shape, old.type
-    old.replace_all_uses_with(new)
+    # A stage may put out what it looked up.
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
     new.name = old.name
     graph.remove(node, safe=True)
 

@@ -49,6 +49,16 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def available_bytes() -> int | None:
+    """Memory that this process could still take without swapping; None where the system does not say (other than Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
 def resident_bytes() -> int | None:
     """Memory of this process now; None where the system does not tell."""
     try:

@@ -352,3 +352,25 @@ def test_what_lumina_needs_is_said(
     result = linert("export", folder, "--out", tmp_path / "bundle")
     assert result.code == 2
     assert "vqgan.ckpt" in result.err
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("family", ["janus", "lumina"])
+def test_every_precision(
+    precision: str, family: str, janus_folders: dict[str, Path], linert: Linert, tmp_path: Path
+) -> None:
+    """Exported, held to what the precision may cost, and drawn. Four bits are too few for a model as narrow as this."""
+    if family == "janus":
+        checkpoint: tuple[object, ...] = (janus_folders["deepseek-ai's"], "--grid", GRID)
+    else:
+        folder, image_decoder = write_lumina(tmp_path / "tiny", kv_heads=2)
+        checkpoint = (folder, "--vq", image_decoder, "--size", "64x64")
+    bundle = tmp_path / "bundle"
+    options = ("--precision", precision, "--budget-lines", 2, "--calibration-images", 2)
+    result = linert("export", *checkpoint, *options, "--out", bundle, "--block-size", 16)
+    assert result.code == 0, result.err
+    result = linert("validate", bundle, "--json")
+    assert result.code == 0 or precision == "int4", result.err + result.out
+    assert json.loads(result.out)["logits"]["top1_agreement"] > 0.5
+    result = linert("run", bundle, "--prompt", PROMPTS[0], "--out", tmp_path / "out")
+    assert result.code == 0, result.err

@@ -1,0 +1,125 @@
+"""LlamaGen by caption, from its file to pictures, against the published code's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from graphs.families import vq
+from tests.conftest import Result, random_state
+from tests.golden_weights import golden_outputs, golden_state
+
+Linert = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The golden model, and an image tokenizer with as many codes."""
+    folder = tmp_path_factory.mktemp("captions")
+    state = golden_state("t2i")
+    torch.save({"model": state}, folder / "t2i.pt")
+    codes = len(state["tok_embeddings.weight"])
+    config = vq.VQConfig(codebook_size=codes, code_dim=8, z_channels=32, channels=(32, 32), res_blocks=1)
+    torch.save({"model": random_state(vq.VQModel(config, encoder=True))}, folder / "vq.pt")
+    return folder / "t2i.pt", folder / "vq.pt"
+
+
+@pytest.fixture(scope="module")
+def bundle(files: tuple[Path, Path], linert: Linert, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Batch 2, all lines; guidance and top-k are the authors'."""
+    out = tmp_path_factory.mktemp("bundle") / "bundle"
+    options = ("--grid", 8, "--heads", 2, "--batch", 2, "--policy", "full,linear")
+    result = linert("export", files[0], "--vq", files[1], *options, "--out", out)
+    assert result.code == 0, result.err
+    assert "draws features of captions, " in " ".join(result.err.split())
+    return out
+
+
+def features(path: Path) -> Path:
+    """The golden captions as text encoders leave them: zeros behind each."""
+    golden = golden_outputs("t2i_greedy_cfg7.5")
+    rows = np.zeros_like(golden["caption_emb"])
+    for row, (values, mask) in enumerate(zip(golden["caption_emb"], golden["emb_mask"], strict=True)):
+        held = values[mask != 0]
+        rows[row, : len(held)] = held
+    np.save(path, rows)
+    return path
+
+
+def test_the_published_tokens_are_drawn(bundle: Path, linert: Linert, tmp_path: Path) -> None:
+    saved = tmp_path / "tokens.npz"
+    captions = features(tmp_path / "captions.npy")
+    result = linert(
+        "run", bundle, "--captions", captions, "--greedy", "--out", tmp_path / "out", "--save-tokens", saved
+    )
+    assert result.code == 0, result.err
+    with np.load(saved) as arrays:
+        assert (arrays["tokens"] == golden_outputs("t2i_greedy_cfg7.5")["tokens"]).all()
+    assert len(list((tmp_path / "out").glob("captions-npy-0_*.png"))) == 1
+
+
+def test_a_trace_of_captions_needs_their_features(bundle: Path, linert: Linert, tmp_path: Path) -> None:
+    captions, trace = features(tmp_path / "captions.npy"), tmp_path / "trace.npz"
+    cache = ("--policy", "linear", "--budget-lines", 3, "--record-trace", trace)
+    result = linert("run", bundle, "--captions", captions, *cache, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    again = ("run", bundle, "--replay-trace", trace, "--out", tmp_path / "again")
+    result = linert(*again)
+    assert result.code == 2
+    assert "give them with --captions" in result.err
+    result = linert(*again, "--captions", captions)
+    assert result.code == 0, result.err
+    assert "100.00%" in result.err
+    result = linert("validate", bundle, "--trace", trace, "--captions", captions)
+    assert result.code == 0, result.out + result.err
+
+
+def test_it_is_proven_with_noise_where_no_captions_are_given(bundle: Path, linert: Linert) -> None:
+    result = linert("validate", bundle, "--policy", "linear", "--budget-lines", 3)
+    assert result.code == 0, result.out + result.err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "does not exist"),
+        (lambda path: path.write_text("no array"), "is no .npy file"),
+        (lambda path: np.save(path, np.zeros((3, 7), np.float32)), "must be real numbers of shape [length, "),
+        (lambda path: np.save(path, np.zeros((2, 3, 32), np.float32)), "nothing but zeros"),
+        (lambda path: np.save(path, np.ones((130, 32), np.float32)), "room for 120"),
+        (lambda path: np.save(path, np.full((3, 32), np.nan, np.float32)), "not finite"),
+        (lambda path: np.save(path, np.ones(4, np.float32)), "must hold one array of features"),
+    ],
+)
+def test_features_that_do_not_fit(
+    make: Callable[[Path], None], message: str, bundle: Path, linert: Linert, tmp_path: Path
+) -> None:
+    path = tmp_path / "features.npy"
+    make(path)
+    result = linert("run", bundle, "--captions", path, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert message in " ".join(result.err.split())
+
+
+def test_prompts_and_classes_are_refused(bundle: Path, linert: Linert, tmp_path: Path) -> None:
+    for asked in (("--prompt", "a fox"), ("--classes", 1)):
+        result = linert("run", bundle, *asked, "--out", tmp_path / "out")
+        assert result.code == 2
+        assert "give them with --captions FILE.npy" in result.err
+
+
+def test_integers_are_calibrated_on_captions(
+    files: tuple[Path, Path], linert: Linert, tmp_path: Path
+) -> None:
+    export = ("export", files[0], "--vq", files[1], "--grid", 8, "--heads", 2, "--precision", "int8")
+    result = linert(*export, "--out", tmp_path / "bundle")
+    assert result.code == 2
+    assert "--calibration-captions FILE.npy" in result.err
+    captions = features(tmp_path / "captions.npy")
+    given = ("--calibration-captions", captions, "--calibration-images", 2)
+    result = linert(*export, *given, "--out", tmp_path / "bundle")
+    assert result.code == 0, result.err
