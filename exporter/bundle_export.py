@@ -14,15 +14,17 @@ from pathlib import Path
 import msgspec
 import onnx
 
-from exporter.models import LoadedImageDecoder, LoadedTransformer
+from exporter.models import LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
 from exporter.onnx_export import export_stage
 from exporter.precision import Precision, PrecisionPlan, Weight
+from exporter.vocabulary import TokenizerFile
 from exporter.weights_file import WeightsFile
 from exporter.work import work_of
 from graphs import stages
 from graphs.families import vq
 from graphs.families.base import FamilyConfig, part_of
 from graphs.policies import POLICIES
+from graphs.text_encoder import EncodeText
 from runtime.bundle import file_sha256
 from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import ExportError, OutputError
@@ -68,6 +70,7 @@ class ExportPlan:
     images: int
     sampling: SamplingSettings
     precision: PrecisionPlan = field(default_factory=PrecisionPlan)
+    text_encoder: LoadedTextEncoder | None = None
 
     def __post_init__(self) -> None:
         config, decoder = self.transformer.config, self.image_decoder.config
@@ -81,6 +84,13 @@ class ExportPlan:
                 f"{self.transformer.path} predicts {config.vocab_size} tokens and "
                 f"{self.image_decoder.path} has {decoder.codebook_size} codes: they do not belong together"
             )
+        if self.text_encoder is not None:
+            made, seen = self.text_encoder.config.dim, config.caption_dim if self._sees_captions else 0
+            if made != seen:
+                faults.append(
+                    f"{self.text_encoder.path} makes features of {made}, and {self.transformer.path} sees "
+                    f"{f'features of {seen}' if seen else 'no features of captions'}: leave --text-encoder out"
+                )
         if self.cache.policy not in self.policies:
             faults.append(f"the default policy {self.cache.policy} is not among {', '.join(self.policies)}")
         lines = self.raster.lines
@@ -108,7 +118,20 @@ class ExportPlan:
             return PromptInput(
                 TOKENIZER_FILE, prompts.first, prompts.template, prompts.last, prompts.stripped
             )
-        return CaptionInput(config.caption_dim) if config.caption_dim else ClassInput(config.num_classes)
+        if not self._sees_captions:
+            return ClassInput(config.num_classes)
+        if self.text_encoder is None:
+            return CaptionInput(config.caption_dim)
+        return CaptionInput(config.caption_dim, TOKENIZER_FILE, self.text_encoder.source)
+
+    @property
+    def _sees_captions(self) -> bool:
+        return bool(getattr(self.transformer.config, "caption_dim", 0))
+
+    @property
+    def tokenizer(self) -> TokenizerFile | None:
+        """What makes tokens of prompts."""
+        return self.text_encoder.tokenizer if self.text_encoder else self.transformer.tokenizer
 
     def conditioner(self) -> Conditioner:
         """What turns requests into inputs of the prefill stage, before there is a bundle."""
@@ -155,6 +178,10 @@ class ExportPlan:
             stored = precision.decoder_precision
             stored = Precision.FP16 if stored.bits else stored
             found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision)
+        if self.text_encoder is not None:
+            stored = Precision.FP32 if precision.weights is Precision.FP32 else Precision.FP16
+            for name, tensor in self.text_encoder.tensors.items():
+                found[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision)
         return found
 
     @property
@@ -251,6 +278,8 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
             pixels, images=1, rows=raster.lines, columns=raster.columns, line_width=raster.line_width
         ),
     ]
+    if plan.text_encoder is not None:
+        stage_list.append(EncodeText(plan.text_encoder.hollow(), raster.prefix_len))
     tensors = plan.weights()
     work: dict[str, Work] = {}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
@@ -268,10 +297,10 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         path = folder / f"{stage.name}.onnx"
         onnx.checker.check_model(str(path))
         files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
-    if transformer.tokenizer is not None:
+    if plan.tokenizer is not None:
         path = folder / TOKENIZER_FILE
         path.parent.mkdir()
-        shutil.copyfile(transformer.tokenizer.path, path)
+        shutil.copyfile(plan.tokenizer.path, path)
         files[TOKENIZER_FILE] = FileRecord(file_sha256(path), path.stat().st_size)
     report("reading the checkpoints' digests")
     manifest = seal(_manifest(plan, stage_list, work, files))

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from exporter.checkpoint import Checkpoint, check_tensors, open_checkpoint, shapes_of
 from exporter.vocabulary import TokenizerFile
+from graphs import text_encoder
 from graphs.families import FAMILIES, vq
 from graphs.families.base import Family, FamilyConfig, Given, Layout, PromptFormat, RasterTransformer
+from graphs.text_encoder import TextEncoder, TextEncoderConfig
 from runtime.errors import CheckpointError
 from runtime.manifest import Source
 
@@ -59,6 +61,13 @@ class Loaded(Generic[ConfigT, ModelT]):
 
 
 LoadedImageDecoder = Loaded[vq.VQConfig, vq.VQModel]
+
+
+@dataclass(frozen=True)
+class LoadedTextEncoder(Loaded[TextEncoderConfig, TextEncoder]):
+    """What makes features of captions, and its ``tokenizer``."""
+
+    tokenizer: TokenizerFile
 
 
 @dataclass(frozen=True)
@@ -230,6 +239,28 @@ def load_image_decoder(path: Path, checkpoint: Checkpoint | None = None) -> Load
     what = f"a VQ tokenizer ({config})"
     check_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=naming.unknown)
     return Loaded(config, tensors, checkpoint, vq.VQModel)
+
+
+def load_text_encoder(path: Path) -> LoadedTextEncoder:
+    """Load the encoder of a T5 1.1 or Flan-T5 from its folder; the decoder is left there.
+
+    Raises:
+        CheckpointError: unreadable, another model, or without a tokenizer.
+    """
+    checkpoint = open_checkpoint(path)
+    names, unknown = text_encoder.LAYOUT.rename(checkpoint.tensors)
+    tensors = {ours: checkpoint.tensors[name] for name, ours in names.items()}
+    try:
+        config = text_encoder.infer_config(shapes_of(tensors), checkpoint.settings)
+    except KeyError as error:
+        raise _lacks(path, "a T5 encoder", error, checkpoint.tensors) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    check_tensors(path, tensors, config.tensor_shapes(), what="a T5 encoder", unknown=unknown)
+    tokenizer = TokenizerFile.find(checkpoint, None)
+    if tokenizer is None:
+        raise CheckpointError(f"{path} has no tokenizer.json beside it")
+    return LoadedTextEncoder(config, tensors, checkpoint, TextEncoder, tokenizer)
 
 
 def _reordered(decoder: LoadedImageDecoder, transformer: LoadedTransformer) -> LoadedImageDecoder:

@@ -71,7 +71,8 @@ def quality_cost(
         found = []
         on_cpu = BackendOptions(threads=options.threads)
         for name, path, chosen in (("bundle", bundle.path, options), ("float32", wide, on_cpu)):
-            generator = Generator(open_bundle(path, digests=False), chosen)
+            opened = open_bundle(path, digests=False)
+            generator = Generator(opened.sharing(bundle.conditioner), chosen)
             tokens = []
             for group in generator.batches(samples):
                 progress(f"{name} draws", sum(map(len, tokens)), len(samples))

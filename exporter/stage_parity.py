@@ -150,6 +150,11 @@ def feeds_of(backend: Backend, batch: Batch) -> dict[str, Feed]:
     tokens = backend.read("tokens")[: backend.specs["grid_tokens"].shape[0]]
     backend.write("grid_tokens", tokens)
     keep("vq_decoder")
+    if "text_encoder" in backend.stages:
+        tokens = backend.specs["text_tokens"]
+        backend.write("text_tokens", np.arange(tokens.shape[1], dtype=np.int64)[None])
+        backend.write("text_lengths", np.array([tokens.shape[1] // 2]))
+        keep("text_encoder")
     return feeds
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from exporter.checkpoint import TOKENIZER_NAME, Checkpoint
-from runtime.errors import CheckpointError, LinertError
+from runtime.errors import CheckpointError
+from runtime.tokenizer import open_tokenizer
 
 NAMES = (TOKENIZER_NAME, "text_tokenizer.json")
 """What folders call the file: those of the transformers library, and Chameleon's."""
@@ -39,16 +39,5 @@ class TokenizerFile:
     @functools.cached_property
     def vocabulary(self) -> dict[str, int]:
         """Ids of all tokens by name."""
-        vocabulary: dict[str, int] = self._read().get_vocab(with_added_tokens=True)
+        vocabulary: dict[str, int] = open_tokenizer(self.path).get_vocab(with_added_tokens=True)
         return vocabulary
-
-    def _read(self) -> Any:
-        try:
-            from tokenizers import Tokenizer
-        except ModuleNotFoundError as error:
-            raise LinertError("prompts need tokenizers: pip install 'linert[prompts]'") from error
-        try:
-            return Tokenizer.from_file(str(self.path))
-        except Exception as error:
-            # The library raises bare exceptions for whatever is wrong with a file.
-            raise CheckpointError(f"{self.path} is no tokenizer.json: {error}") from error

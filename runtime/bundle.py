@@ -6,10 +6,14 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import BundleError
 from runtime.manifest import MANIFEST_NAME, Manifest, decode
+
+if TYPE_CHECKING:
+    from runtime.backend import Backend
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,27 @@ class Bundle:
 
     @cached_property
     def conditioner(self) -> Conditioner:
-        """Turns what people ask for into what the bundle takes."""
+        """Turns what people ask for into what the bundle takes. A text encoder is run on the CPU."""
         manifest = self.manifest
         return conditioner_of(
-            manifest.condition, manifest.raster.prefix_len, self.path, guided=manifest.guided
+            manifest.condition,
+            manifest.raster.prefix_len,
+            self.path,
+            self._open_text_encoder,
+            guided=manifest.guided,
         )
+
+    def sharing(self, conditioner: Conditioner) -> Bundle:
+        """The same bundle with a conditioner that knows features already."""
+        shared = Bundle(self.path, self.manifest)
+        vars(shared)["conditioner"] = conditioner
+        return shared
+
+    def _open_text_encoder(self) -> Backend:
+        # Backends are made of bundles.
+        from runtime.backends import BackendOptions
+
+        return BackendOptions().open(self, ["text_encoder"])
 
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files."""

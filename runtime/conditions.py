@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BundleError, LinertError, RequestError
+from runtime.errors import RequestError
 from runtime.manifest import CaptionInput, ClassInput, PromptInput
 from runtime.samples import Caption, ClassLabel, Condition, Prompt, shortened
+from runtime.text_encoder import TextEncoder
+from runtime.tokenizer import open_tokenizer
+
+if TYPE_CHECKING:
+    from runtime.backend import Backend
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -58,6 +63,13 @@ class Conditioner(ABC):
     def usual(self) -> list[Condition]:
         """Conditions for a command that needs any and was given none."""
 
+    def _check_negative(self, prompt: Prompt) -> None:
+        if prompt.negative is not None and not self.guided:
+            raise RequestError(
+                "a negative prompt needs unconditional rows and the bundle was exported without: export it with "
+                "--guidance above 1"
+            )
+
     def _refuse_others(self, conditions: Iterable[Condition], kind: type, remedy: str) -> None:
         if any(not isinstance(condition, kind) for condition in conditions):
             raise RequestError(f"the model does not draw what was asked for; {remedy}")
@@ -99,15 +111,7 @@ class PromptConditioner(Conditioner):
 
     @cached_property
     def _tokenizer(self) -> Any:
-        try:
-            from tokenizers import Tokenizer
-        except ModuleNotFoundError as error:
-            raise LinertError("prompts need tokenizers: pip install 'linert[prompts]'") from error
-        try:
-            return Tokenizer.from_file(str(self.path))
-        except Exception as error:
-            # The library raises bare exceptions for whatever is wrong with a file.
-            raise BundleError(f"{self.path} is no tokenizer.json: {error}") from error
+        return open_tokenizer(self.path)
 
     @cached_property
     def _special(self) -> list[str]:
@@ -145,11 +149,7 @@ class PromptConditioner(Conditioner):
             if isinstance(prompt, Prompt):
                 self.tokens(prompt.text)
                 self.tokens(prompt.negative or "")
-                if prompt.negative is not None and not self.guided:
-                    raise RequestError(
-                        "a negative prompt needs unconditional rows and the bundle was exported without: export it with "
-                        "--guidance above 1"
-                    )
+                self._check_negative(prompt)
 
     def inputs(self, conditions: Sequence[Condition]) -> Inputs:
         self.check(conditions)
@@ -190,12 +190,18 @@ class PromptConditioner(Conditioner):
 
 
 class CaptionConditioner(Conditioner):
-    """Of a model that sees features of a text encoder."""
+    """Of a model that sees features of a text encoder.
 
-    def __init__(self, spec: CaptionInput, prefix_len: int, *, guided: bool) -> None:
+    ``encoder`` makes them of prompts; None where the bundle has none.
+    """
+
+    def __init__(
+        self, spec: CaptionInput, prefix_len: int, encoder: TextEncoder | None, *, guided: bool
+    ) -> None:
         super().__init__(prefix_len, guided=guided)
-        self.spec = spec
+        self.spec, self.encoder = spec, encoder
         self._features: dict[str, NDArray[np.float32]] = {}
+        self._encoded: dict[str, NDArray[np.float32]] = {}
 
     def add(self, features: NDArray[Any], name: str) -> Caption:
         """Make features known that can then be drawn.
@@ -247,23 +253,45 @@ class CaptionConditioner(Conditioner):
         return [self.add(row, f"{path.name} {number}") for number, row in enumerate(values)]
 
     def check(self, conditions: Iterable[Condition]) -> None:
-        listed = list(conditions)
-        self._refuse_others(
-            listed, Caption, "it sees features of captions: give them with --captions FILE.npy"
-        )
-        for caption in listed:
-            if isinstance(caption, Caption) and caption.sha256 not in self._features:
+        for condition in conditions:
+            if isinstance(condition, Prompt) and self.encoder is not None:
+                self.encoder.tokens(condition.text)
+                self.encoder.tokens(condition.negative or "")
+                self._check_negative(condition)
+            elif not isinstance(condition, Caption):
+                remedy = "export it with --text-encoder for prompts" if self.encoder is None else "or prompts"
                 raise RequestError(
-                    f"the features of {caption.name} (sha256 {caption.sha256[:16]}) are not there: give them with --captions"
+                    "the model does not draw what was asked for; it sees features of captions: give them with --captions FILE.npy, "
+                    f"{remedy}"
+                )
+            elif condition.sha256 not in self._features:
+                raise RequestError(
+                    f"the features of {condition.name} (sha256 {condition.sha256[:16]}) are not there: give them with --captions"
                 )
 
     def inputs(self, conditions: Sequence[Condition]) -> Inputs:
-        self.check(conditions)
-        rows = [self._features[caption.sha256] for caption in conditions if isinstance(caption, Caption)]
-        found = self._padded("caption", rows)
+        listed = list(conditions)
+        self.check(listed)
+        found = self._padded("caption", [self._of(condition) for condition in listed])
         if self.guided:
-            found |= self._padded("negative", [None] * len(rows))
+            negative = [label.negative if isinstance(label, Prompt) else None for label in listed]
+            rows = [None if text is None else self._encode(text) for text in negative]
+            found |= self._padded("negative", rows)
         return found
+
+    def _of(self, condition: Condition) -> NDArray[np.float32]:
+        if isinstance(condition, Caption):
+            return self._features[condition.sha256]
+        if isinstance(condition, Prompt):
+            return self._encode(condition.text)
+        raise TypeError(f"{condition} is neither a caption nor a prompt")
+
+    def _encode(self, text: str) -> NDArray[np.float32]:
+        if self.encoder is None:
+            raise RequestError("the bundle has no text encoder: export it with --text-encoder")
+        if text not in self._encoded:
+            self._encoded[text] = self.encoder(text)
+        return self._encoded[text]
 
     def _padded(self, kind: str, rows: Sequence[NDArray[np.float32] | None]) -> Inputs:
         capacity, width = self.prefix_len, self.spec.feature_dim
@@ -276,7 +304,9 @@ class CaptionConditioner(Conditioner):
         return {f"{kind}_features": features, f"{kind}_starts": starts}
 
     def usual(self) -> list[Condition]:
-        """Noise, of every length."""
+        """Prompts of our own if there is an encoder, else noise of every length."""
+        if self.encoder is not None:
+            return [Prompt(text) for text in USUAL_PROMPTS]
         random = np.random.default_rng(0)
         capacity, width = self.prefix_len, self.spec.feature_dim
         lengths = np.linspace(1, capacity, 8).astype(int)
@@ -287,14 +317,26 @@ class CaptionConditioner(Conditioner):
 
 
 def conditioner_of(
-    spec: ClassInput | PromptInput | CaptionInput, prefix_len: int, folder: Path, *, guided: bool
+    spec: ClassInput | PromptInput | CaptionInput,
+    prefix_len: int,
+    folder: Path,
+    open_stage: Callable[[], Backend] | None = None,
+    *,
+    guided: bool,
 ) -> Conditioner:
-    """What turns requests into the inputs of a model that draws what ``spec`` says; its files are in ``folder``."""
+    """What turns requests into the inputs of a model that draws what ``spec`` says; its files are in ``folder``.
+
+    Args:
+        open_stage: loads the text encoder's stage, if there is one.
+    """
     if isinstance(spec, ClassInput):
         return ClassConditioner(spec, prefix_len, guided=guided)
     if isinstance(spec, PromptInput):
         return PromptConditioner(spec, prefix_len, folder / spec.tokenizer, guided=guided)
-    return CaptionConditioner(spec, prefix_len, guided=guided)
+    encoder = None
+    if spec.encoder is not None and open_stage is not None:
+        encoder = TextEncoder(open_stage, folder / spec.tokenizer, prefix_len)
+    return CaptionConditioner(spec, prefix_len, encoder, guided=guided)
 
 
 def conditions_of(values: Iterable[Condition | int | str]) -> list[Condition]:

@@ -91,7 +91,7 @@ class Generator:
         self.options = options or BackendOptions()
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.manifest = self.bundle.manifest
-        drawing = [name for name in self.manifest.stages if name != "vq_decoder"]
+        drawing = [name for name in self.manifest.stages if name not in ("vq_decoder", "text_encoder")]
         self.backend = self.options.open(self.bundle, drawing)
         self.decoder = PixelDecoder(self.bundle, self.options)
 

@@ -146,13 +146,20 @@ class PromptInput(Record, frozen=True, tag="prompt"):
 
 
 class CaptionInput(Record, frozen=True, tag="caption"):
-    """The model draws what features of captions say, vectors of ``feature_dim``."""
+    """The model draws what features of captions say, vectors of ``feature_dim``.
+
+    ``tokenizer``: a file of the bundle, where it has a stage ``text_encoder`` that makes features of text; else empty.
+    ``encoder``: the checkpoint of that stage.
+    """
 
     feature_dim: int
+    tokenizer: str = ""
+    encoder: Source | None = None
 
     @property
     def text(self) -> str:
-        return f"features of captions, {self.feature_dim} wide"
+        what = "prompts, by its text encoder, or " if self.encoder else ""
+        return f"{what}features of captions, {self.feature_dim} wide"
 
 
 class ImageDecoder(Record, frozen=True):
@@ -287,6 +294,8 @@ class Manifest(Record, frozen=True):
             faults.append(f"state of unknown dtype {', '.join(unknown)}")
         wanted = {"prefill", "decode", "decode.unfiltered", "line_end.replay", "vq_decoder"}
         wanted |= {f"line_end.{policy}" for policy in self.policies}
+        if isinstance(self.condition, CaptionInput) and self.condition.encoder:
+            wanted.add("text_encoder")
         if missing := sorted(wanted - set(self.stages)):
             faults.append(f"no stage {', '.join(missing)}")
         for name, stage in self.stages.items():
@@ -301,8 +310,9 @@ class Manifest(Record, frozen=True):
                     states[state].dtype,
                 ):
                     faults.append(f"stage {name}: {output} has not the shape and dtype of {state}")
-        if isinstance(self.condition, PromptInput) and self.condition.tokenizer not in self.files:
-            faults.append(f"the tokenizer {self.condition.tokenizer} is not among the files")
+        tokenizer = "" if isinstance(self.condition, ClassInput) else self.condition.tokenizer
+        if tokenizer and tokenizer not in self.files:
+            faults.append(f"the tokenizer {tokenizer} is not among the files")
         if faults:
             raise BundleError("the manifest contradicts itself: " + "; ".join(faults))
         if len(self.capacity_lines) != self.model.layers:

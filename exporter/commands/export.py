@@ -11,7 +11,7 @@ from rich.console import Console
 
 from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.calibration import Calibration, calibrated
-from exporter.models import ModelRequest, load_models
+from exporter.models import ModelRequest, load_models, load_text_encoder
 from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
 from graphs.policies import POLICIES
 from runtime.cache_request import CacheRequest, quarter
@@ -57,6 +57,11 @@ DEFAULT_SHARE_GUIDANCE = False
     "--tokenizer",
     type=click.Path(path_type=Path),
     help="tokenizer.json, or a folder with it. Default: the one beside CHECKPOINT.",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    help="Folder of the Flan-T5 whose features the model sees: the bundle then reads prompts.",
 )
 @click.option(
     "--prompt-template",
@@ -155,6 +160,7 @@ def command(
     size: tuple[int, int] | None,
     prompt_tokens: int | None,
     tokenizer: Path | None,
+    text_encoder: Path | None,
     prompt_template: str | None,
     heads: int | None,
     ema: bool,
@@ -212,6 +218,7 @@ def command(
             Method(quantization or ("gptq" if precision == "int4" else "rtn")),
             Precision(image_decoder_precision) if image_decoder_precision else None,
         ),
+        text_encoder=load_text_encoder(text_encoder) if text_encoder else None,
     )
     _announce(console, plan)
     conditioner = plan.conditioner()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from random_folder import write_tokenizer
+from tokenizers import Tokenizer, processors
 
 from graphs.families import vq
 from tests.conftest import Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
+from tests.graphs.test_text_encoder import published
 
 Linert = Callable[..., Result]
 
@@ -123,3 +127,83 @@ def test_integers_are_calibrated_on_captions(
     given = ("--calibration-captions", captions, "--calibration-images", 2)
     result = linert(*export, *given, "--out", tmp_path / "bundle")
     assert result.code == 0, result.err
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A tiny T5 encoder of the width that the golden model sees, in the layout of the transformers library."""
+    model = published(dim=32)
+    folder = tmp_path_factory.mktemp("t5") / "t5"
+    model.save_pretrained(folder)
+    tokenizer = folder / "tokenizer.json"
+    write_tokenizer(tokenizer, ("</s>", "<unk>"), 290)
+    whole = Tokenizer.from_file(str(tokenizer))
+    whole.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    whole.save(str(tokenizer))
+    return model, folder
+
+
+def test_prompts_pass_the_text_encoder(
+    files: tuple[Path, Path], encoder: tuple[Any, Path], linert: Linert, tmp_path: Path
+) -> None:
+    """A prompt draws what features from the transformers library draw."""
+    model, folder = encoder
+    bundle = tmp_path / "bundle"
+    options = ("--grid", 8, "--heads", 2, "--text-encoder", folder, "--batch", 2)
+    result = linert("export", files[0], "--vq", files[1], *options, "--out", bundle)
+    assert result.code == 0, result.err
+    prompts = ("A red fox,   <b>sitting</b> in snow https://x.example/y", "oranges &amp; light")
+    cleaned = ("a red fox, sitting in snow", "oranges & light")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rows = np.zeros((2, 120, 32), np.float32)
+    for row, text in enumerate(cleaned):
+        ids = tokenizer.encode(text).ids
+        assert ids[-1] == 0
+        with torch.no_grad():
+            rows[row, : len(ids)] = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    np.save(tmp_path / "captions.npy", rows)
+
+    def tokens(name: str, *asked: object) -> np.ndarray:
+        saved = tmp_path / f"{name}.npz"
+        result = linert("run", bundle, *asked, "--greedy", "--out", tmp_path / name, "--save-tokens", saved)
+        assert result.code == 0, result.err
+        with np.load(saved) as arrays:
+            return arrays["tokens"]
+
+    texts = [part for prompt in prompts for part in ("--prompt", prompt)]
+    wanted = tokens("features", "--captions", tmp_path / "captions.npy")
+    assert (tokens("prompts", *texts) == wanted).all()
+    assert (tokens("away", *texts, "--negative-prompt", "blurred") != wanted).any()
+    result = linert("validate", bundle)
+    assert result.code == 0, result.out + result.err
+    result = linert("run", bundle, "--prompt", "word " * 200, "--out", tmp_path / "long")
+    assert result.code == 2
+    assert "trained with at most 120" in result.err
+
+
+def test_an_encoder_of_another_width_is_refused(
+    files: tuple[Path, Path],
+    tiny_files: tuple[Path, Path],
+    encoder: tuple[Any, Path],
+    linert: Linert,
+    tmp_path: Path,
+) -> None:
+    options = ("--text-encoder", encoder[1], "--out", tmp_path / "bundle")
+    result = linert("export", tiny_files[0], "--vq", tiny_files[1], "--grid", 6, "--heads", 4, *options)
+    assert result.code == 2
+    assert "no features of captions: leave --text-encoder out" in " ".join(result.err.split())
+    result = linert(
+        "export",
+        files[0],
+        "--vq",
+        files[1],
+        "--grid",
+        8,
+        "--heads",
+        2,
+        "--text-encoder",
+        files[0],
+        *options[2:],
+    )
+    assert result.code == 2
+    assert "is not a T5 encoder" in result.err

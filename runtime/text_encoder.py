@@ -1,0 +1,71 @@
+"""Captions as features, by a stage of the bundle."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.errors import RequestError
+from runtime.samples import shortened
+from runtime.tokenizer import open_tokenizer
+
+if TYPE_CHECKING:
+    from runtime.backend import Backend
+
+
+class TextEncoder:
+    """The bundle's stage that makes features of captions.
+
+    Args:
+        open_stage: loads the stage when it is first needed.
+        tokenizer: its file.
+        length: most tokens.
+    """
+
+    def __init__(self, open_stage: Callable[[], Backend], tokenizer: Path, length: int) -> None:
+        self._open, self._path, self._length = open_stage, tokenizer, length
+
+    @cached_property
+    def _backend(self) -> Backend:
+        return self._open()
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return open_tokenizer(self._path)
+
+    def tokens(self, text: str) -> list[int]:
+        """Token ids of a cleaned caption.
+
+        Raises:
+            RequestError: there are too many.
+        """
+        found: list[int] = self._tokenizer.encode(clean_caption(text)).ids
+        if len(found) > self._length:
+            raise RequestError(
+                f"the prompt {shortened(text)!r} has {len(found)} tokens; the model was trained with at most {self._length}: shorten it"
+            )
+        return found
+
+    def __call__(self, text: str) -> NDArray[np.float32]:
+        """Features ``[length of the text in tokens, feature_dim]`` float32."""
+        found = self.tokens(text)
+        tokens = np.zeros((1, self._length), np.int64)
+        tokens[0, : len(found)] = found
+        self._backend.write("text_tokens", tokens)
+        self._backend.write("text_lengths", np.array([len(found)]))
+        self._backend.run("text_encoder")
+        return cast("NDArray[np.float32]", self._backend.read("text_features"))[0, : len(found)]
+
+
+def clean_caption(text: str) -> str:
+    """A caption as those that LlamaGen was trained on: lower case, without addresses and markup, in one line."""
+    plain = re.sub(r"<[^<>]*>", " ", html.unescape(html.unescape(text)))
+    plain = re.sub(r"(?:https?://|www\.)\S+", " ", plain)
+    return " ".join(plain.lower().split())
