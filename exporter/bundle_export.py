@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +25,11 @@ from graphs.families import vq
 from graphs.families.base import FamilyConfig, part_of
 from graphs.policies import POLICIES
 from graphs.text_encoder import EncodeText
-from runtime.bundle import file_sha256
+from runtime.bundle import file_sha256, manifest_name
 from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import ExportError, OutputError
 from runtime.geometry import CacheSettings, Raster
 from runtime.manifest import (
-    MANIFEST_NAME,
     SCHEMA,
     CaptionInput,
     ClassInput,
@@ -129,6 +128,12 @@ class ExportPlan:
         return bool(getattr(self.transformer.config, "caption_dim", 0))
 
     @property
+    def size(self) -> str:
+        """Width and height of the images in pixels, as in ``512x768``."""
+        patch = self.image_decoder.config.patch
+        return f"{self.raster.columns * patch}x{self.raster.lines * patch}"
+
+    @property
     def tokenizer(self) -> TokenizerFile | None:
         """What makes tokens of prompts."""
         return self.text_encoder.tokenizer if self.text_encoder else self.transformer.tokenizer
@@ -200,7 +205,12 @@ def raster_of(config: FamilyConfig) -> Raster:
 
 
 def export_bundle(
-    plan: ExportPlan, out: Path, *, force: bool = False, report: Callable[[str], None] = print
+    plan: ExportPlan,
+    out: Path,
+    *,
+    others: Sequence[ExportPlan] = (),
+    force: bool = False,
+    report: Callable[[str], None] = print,
 ) -> Path:
     """Write the bundle of ``plan`` to folder ``out``.
 
@@ -208,6 +218,7 @@ def export_bundle(
     ``out`` is what it was before.
 
     Args:
+        others: the same model for images of other sizes, which share its weights.
         force: replace ``out`` if it exists.
         report: called with a line before each piece of work.
 
@@ -224,7 +235,7 @@ def export_bundle(
             raise OutputError(
                 f"{out.parent.resolve()} has {free >> 20} MiB free and the bundle needs about {needed >> 20} MiB"
             )
-        _write(plan, folder, report)
+        _write(plan, others, folder, report)
     return out
 
 
@@ -259,16 +270,61 @@ def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> None:
-    transformer, decoder = plan.transformer, plan.image_decoder
+@dataclass
+class _Size:
+    """A bundle's stages for one size of images, while it is written. ``suffix``: of its files' names."""
+
+    plan: ExportPlan
+    suffix: str
+    stages: list[stages.Stage]
+    work: dict[str, Work] = field(default_factory=dict)
+
+    def file(self, stage: stages.Stage) -> str:
+        return f"{stage.name}{self.suffix}.onnx"
+
+
+def _write(
+    plan: ExportPlan, others: Sequence[ExportPlan], folder: Path, report: Callable[[str], None]
+) -> None:
+    sizes = [_Size(plan, "", _stages(plan)), *(_Size(o, f".{o.size}", _stages(o)) for o in others)]
+    tensors = plan.weights()
+    with WeightsFile(folder / WEIGHTS_NAME) as weights:
+        for size in sizes:
+            for stage in size.stages:
+                report(f"tracing {stage.name}{size.suffix}")
+                try:
+                    proto = export_stage(stage, weights, tensors, size.suffix)
+                except RuntimeError as error:
+                    raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
+                size.work[stage.name] = work_of(proto)
+                onnx.save(proto, folder / size.file(stage))
+    shared = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
+    if plan.tokenizer is not None:
+        path = folder / TOKENIZER_FILE
+        path.parent.mkdir()
+        shutil.copyfile(plan.tokenizer.path, path)
+        shared[TOKENIZER_FILE] = FileRecord(file_sha256(path), path.stat().st_size)
+    report("checking the graphs and reading the checkpoints' digests")
+    for size in sizes:
+        files = dict(shared)
+        for stage in size.stages:
+            path = folder / size.file(stage)
+            onnx.checker.check_model(str(path))
+            files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
+        manifest = seal(_manifest(size, files))
+        manifest.check()
+        (folder / manifest_name(size.suffix.removeprefix("."))).write_bytes(encode(manifest))
+
+
+def _stages(plan: ExportPlan) -> list[stages.Stage]:
     raster, geometry = plan.raster, plan.geometry
-    model = transformer.hollow(plan.precision.activations.dtype)
-    pixels = decoder.hollow()
+    model = plan.transformer.hollow(plan.precision.activations.dtype)
+    pixels = plan.image_decoder.hollow()
     for module in pixels.modules():
         if isinstance(module, vq.Upsample):
             # Convolutions in integers keep the taps that were quantised.
             module.by_phase = not plan.precision.convolutions
-    stage_list: list[stages.Stage] = [
+    found: list[stages.Stage] = [
         stages.Prefill(model, geometry),
         stages.Decode(model, geometry),
         stages.Decode(model, geometry, filtered=False),
@@ -279,38 +335,12 @@ def _write(plan: ExportPlan, folder: Path, report: Callable[[str], None]) -> Non
         ),
     ]
     if plan.text_encoder is not None:
-        stage_list.append(EncodeText(plan.text_encoder.hollow(), raster.prefix_len))
-    tensors = plan.weights()
-    work: dict[str, Work] = {}
-    with WeightsFile(folder / WEIGHTS_NAME) as weights:
-        for stage in stage_list:
-            report(f"tracing {stage.name}")
-            try:
-                proto = export_stage(stage, weights, tensors)
-            except RuntimeError as error:
-                raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
-            work[stage.name] = work_of(proto)
-            onnx.save(proto, folder / f"{stage.name}.onnx")
-    report("checking the graphs")
-    files = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
-    for stage in stage_list:
-        path = folder / f"{stage.name}.onnx"
-        onnx.checker.check_model(str(path))
-        files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
-    if plan.tokenizer is not None:
-        path = folder / TOKENIZER_FILE
-        path.parent.mkdir()
-        shutil.copyfile(plan.tokenizer.path, path)
-        files[TOKENIZER_FILE] = FileRecord(file_sha256(path), path.stat().st_size)
-    report("reading the checkpoints' digests")
-    manifest = seal(_manifest(plan, stage_list, work, files))
-    manifest.check()
-    (folder / MANIFEST_NAME).write_bytes(encode(manifest))
+        found.append(EncodeText(plan.text_encoder.hollow(), raster.prefix_len))
+    return found
 
 
-def _manifest(
-    plan: ExportPlan, stage_list: list[stages.Stage], work: dict[str, Work], files: dict[str, FileRecord]
-) -> Manifest:
+def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
+    plan = size.plan
     transformer, decoder = plan.transformer, plan.image_decoder
     config = transformer.config
     return Manifest(
@@ -344,14 +374,16 @@ def _manifest(
         cache=plan.cache,
         sampling=plan.sampling,
         state=tuple(_spec(spec) for spec in plan.geometry.state()),
-        stages={stage.name: _stage_spec(stage, work[stage.name]) for stage in stage_list},
+        stages={
+            stage.name: _stage_spec(stage, size.file(stage), size.work[stage.name]) for stage in size.stages
+        },
         files=files,
     )
 
 
-def _stage_spec(stage: stages.Stage, work: Work) -> StageSpec:
+def _stage_spec(stage: stages.Stage, file: str, work: Work) -> StageSpec:
     return StageSpec(
-        file=f"{stage.name}.onnx",
+        file=file,
         inputs=tuple(_spec(spec) for spec in stage.inputs),
         outputs=tuple(_spec(spec) for spec in stage.outputs),
         updates=stage.updates(),

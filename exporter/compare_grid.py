@@ -6,11 +6,10 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import msgspec
 
-from runtime.cache_request import CacheRequest
+from runtime.cache_request import CacheRequest, budget_lines
 from runtime.errors import GeometryError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest
@@ -80,17 +79,6 @@ class Grid:
         if len(cells) == 1 and refused:
             raise RequestError(f"no cell of the grid fits: {refused[0]}")
         return list(cells.values()), refused
-
-
-def budget_lines(text: str, lines: int) -> int:
-    """Whole lines of a budget like ``4`` or ``1/6`` (of the image, rounded to the nearest, at least 1)."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise RequestError(f"budget {text!r} is neither a number of lines nor a fraction like 1/4") from None
-    if value <= 0 or (value >= 1 and value.denominator != 1):
-        raise RequestError(f"budget {text} is neither a number of lines nor a fraction like 1/4")
-    return max(1, int(value * lines + Fraction(1, 2))) if value < 1 else int(value)
 
 
 def labels_of(cells: Sequence[Cell]) -> list[str]:

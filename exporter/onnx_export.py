@@ -31,13 +31,16 @@ FOLD_ELEMENTS = 1024
 """Constant folding stops here, so that no state-sized constant is baked into a graph."""
 
 
-def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weight]) -> onnx.ModelProto:
+def export_stage(
+    stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weight], size: str = ""
+) -> onnx.ModelProto:
     """Return ``stage`` as an opset-24 model that refers to ``weights``.
 
     Args:
         stage: its parameters need shapes only; what they hold is not read.
         weights: where everything large goes.
         tensors: what the parameters hold and are stored in, by their name in ``stage``.
+        size: tells the constants of stages of the same name apart.
 
     Raises:
         RuntimeError: the tracer failed, or an input that is updated in place has more than one reader.
@@ -53,7 +56,7 @@ def export_stage(stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weigh
             input_size_limit=FOLD_ELEMENTS,
             output_size_limit=FOLD_ELEMENTS,
         )
-    store_weights(model, lifted, weights, stage.name)
+    store_weights(model, lifted, weights, f"{stage.name}{size}")
     model.graph.name = stage.name
     model.producer_name, model.producer_version = PRODUCER, None
     _tidy(model)

@@ -12,13 +12,12 @@ import torch
 
 from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.calibration import with_integer_decoder
-from exporter.compare_grid import budget_lines
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.precision import Method, Precision
 from exporter.sources import precision_plan
 from graphs.policies import POLICIES
 from runtime.bundle import Bundle
-from runtime.cache_request import CacheRequest
+from runtime.cache_request import CacheRequest, budget_lines
 from runtime.errors import RequestError
 
 AXES = ("batch", "policy", "budget", "precision", "grid")

@@ -18,7 +18,8 @@ import numpy as np
 
 from runtime.backend import Backend
 from runtime.backends import BackendOptions
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import Bundle
+from runtime.commands.bundle_argument import BundlePlace
 from runtime.generator import Generator, Pixels, make_batch, picture
 from runtime.geometry import CacheSettings, Step
 from runtime.loop import Batch, begin, run_step
@@ -100,14 +101,14 @@ class Measured:
     """A bundle under measurement: one batch that can be stepped, and drawn as a whole.
 
     Args:
-        path: the bundle's folder.
+        place: opens the bundle.
         cache: policy, budget and the rest; the bundle's defaults if None.
         options: where stages run.
     """
 
-    def __init__(self, path: Path, cache: CacheSettings | None, options: BackendOptions) -> None:
+    def __init__(self, place: BundlePlace, cache: CacheSettings | None, options: BackendOptions) -> None:
         begun = time.perf_counter()
-        bundle = open_bundle(path)
+        bundle = place.open()
         verified = time.perf_counter()
         manifest = bundle.manifest
         self.generator = Generator(bundle, options)

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from runtime.conditions import Conditioner, conditioner_of
-from runtime.errors import BundleError
+from runtime.errors import BundleError, RequestError
 from runtime.manifest import MANIFEST_NAME, Manifest, decode
 
 if TYPE_CHECKING:
@@ -18,10 +18,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its folder and its manifest."""
+    """A verified bundle: its folder and its manifest.
+
+    ``size``: which of the image sizes in the folder it is, as in ``512x768``; empty for the first.
+    """
 
     path: Path
     manifest: Manifest
+    size: str = ""
+
+    @property
+    def sizes(self) -> list[str]:
+        """The image sizes that the folder holds, the first one first."""
+        return sizes_of(self.path)
 
     @cached_property
     def conditioner(self) -> Conditioner:
@@ -37,7 +46,7 @@ class Bundle:
 
     def sharing(self, conditioner: Conditioner) -> Bundle:
         """The same bundle with a conditioner that knows features already."""
-        shared = Bundle(self.path, self.manifest)
+        shared = Bundle(self.path, self.manifest, self.size)
         vars(shared)["conditioner"] = conditioner
         return shared
 
@@ -63,19 +72,26 @@ class Bundle:
         return self.file(stages[stage].file)
 
 
-def open_bundle(path: str | Path, *, digests: bool = True) -> Bundle:
+def open_bundle(path: str | Path, size: str | None = None, *, digests: bool = True) -> Bundle:
     """Verify and open the bundle in folder ``path``.
 
     Args:
         path: the bundle's folder.
+        size: width and height of the images in pixels, as in ``512x768``; the first that was exported if None.
         digests: compare the sha256 of every file; without, only presence and size (enough to describe it).
 
     Raises:
         BundleError: no bundle there, another schema, a missing or changed file, or a file name that leaves
             the folder.
+        RequestError: it draws no images of that size.
     """
     folder = Path(path)
-    manifest_path = folder / MANIFEST_NAME
+    other = "" if size is None or size == _first_size(folder) else size
+    manifest_path = folder / manifest_name(other)
+    if other and (folder / MANIFEST_NAME).is_file() and not manifest_path.is_file():
+        raise RequestError(
+            f"{folder} draws no images of {size}; it draws {', '.join(sizes_of(folder))}: export it with --size"
+        )
     try:
         data = manifest_path.read_bytes()
     except FileNotFoundError:
@@ -88,16 +104,37 @@ def open_bundle(path: str | Path, *, digests: bool = True) -> Bundle:
         file = _inside(folder, name)
         if not file.is_file():
             raise BundleError(f"{folder} lacks {name}; export the bundle again")
-        size = file.stat().st_size
-        if size != record.bytes:
+        held = file.stat().st_size
+        if held != record.bytes:
             raise BundleError(
-                f"{file} has {size} bytes, the manifest says {record.bytes}; export the bundle again"
+                f"{file} has {held} bytes, the manifest says {record.bytes}; export the bundle again"
             )
         if digests and file_sha256(file) != record.sha256:
             raise BundleError(
                 f"{file} was changed: its sha256 is not the manifest's; export the bundle again"
             )
-    return Bundle(folder, manifest)
+    return Bundle(folder, manifest, other)
+
+
+def manifest_name(size: str) -> str:
+    """The manifest's file for images of ``size``; empty for the first size."""
+    stem, dot, suffix = MANIFEST_NAME.rpartition(".")
+    return f"{stem}.{size}{dot}{suffix}" if size else MANIFEST_NAME
+
+
+def sizes_of(folder: Path) -> list[str]:
+    """The image sizes that a bundle's folder holds, the first one first."""
+    others = sorted(path.name.split(".")[1] for path in folder.glob(manifest_name("*")))
+    return [_first_size(folder), *others]
+
+
+def _first_size(folder: Path) -> str:
+    """Of the manifest that every bundle has; empty if there is none that can be read."""
+    path = folder / MANIFEST_NAME
+    try:
+        return decode(path.read_bytes(), str(path)).size
+    except (OSError, BundleError):
+        return ""
 
 
 def file_sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from runtime.errors import RequestError
 from runtime.geometry import (
@@ -24,10 +25,10 @@ UNIFORM = "uniform"
 
 @dataclass(frozen=True)
 class CacheRequest:
-    """Cache settings as asked for; None was not given."""
+    """Cache settings as asked for; None was not given. ``budget_lines``: a number, or a fraction of the image like ``1/6``."""
 
     policy: str | None = None
-    budget_lines: int | None = None
+    budget_lines: int | str | None = None
     layer_budgets: str | None = None
     mode: str | None = None
     recent_lines: float | None = None
@@ -91,7 +92,8 @@ class CacheRequest:
                     f"--layer-budgets {self.layer_budgets}: give {UNIFORM}, {PYRAMID}, or one number of lines a layer"
                 ) from None
         if self.budget_lines is not None:
-            return (self.budget_lines,) * layers
+            asked = self.budget_lines
+            return (asked if isinstance(asked, int) else budget_lines(asked, raster.lines),) * layers
         if policy == "full":
             return (raster.lines,) * layers
         if defaults.policy == "full":
@@ -99,6 +101,17 @@ class CacheRequest:
         if self.layer_budgets is None:
             return defaults.budget_lines
         return (round(sum(defaults.budget_lines) / layers),) * layers
+
+
+def budget_lines(text: str, lines: int) -> int:
+    """Whole lines of a budget like ``4`` or ``1/6`` (of the image, rounded to the nearest, at least 1)."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(f"budget {text!r} is neither a number of lines nor a fraction like 1/4") from None
+    if value <= 0 or (value >= 1 and value.denominator != 1):
+        raise RequestError(f"budget {text} is neither a number of lines nor a fraction like 1/4")
+    return max(1, int(value * lines + Fraction(1, 2))) if value < 1 else int(value)
 
 
 def quarter(raster: Raster) -> int:

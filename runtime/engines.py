@@ -74,17 +74,19 @@ class Engines(msgspec.Struct, frozen=True):
 def built_flavours(bundle: Bundle) -> list[str]:
     """The flavours that ``bundle`` has plans for, whether they still belong to it or not."""
     records = sorted((bundle.path / ENGINES_FOLDER).glob(f"*/{RECORD_NAME}"))
-    return [record.parent.name for record in records]
+    found = [record.parent.name.partition(".") for record in records]
+    return [flavour for flavour, _, size in found if size == bundle.size]
 
 
 def engines_folder(bundle: Bundle, flavour: str) -> Path:
     """Where the plans of a flavour lie."""
-    return bundle.path / ENGINES_FOLDER / flavour
+    return bundle.path / ENGINES_FOLDER / (f"{flavour}.{bundle.size}" if bundle.size else flavour)
 
 
 def build_again(bundle: Bundle, flavour: str) -> str:
     """What to do about plans that do not fit."""
-    return f"build them with: linert build {bundle.path} --target {flavour}"
+    size = f" --size {bundle.size}" if bundle.size else ""
+    return f"build them with: linert build {bundle.path} --target {flavour}{size}"
 
 
 def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engines:

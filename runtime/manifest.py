@@ -235,6 +235,12 @@ class Manifest(Record, frozen=True):
     sha256: str = ""
 
     @property
+    def size(self) -> str:
+        """Width and height of the images in pixels, as in ``512x768``."""
+        patch = self.image_decoder.patch
+        return f"{self.raster.columns * patch}x{self.raster.lines * patch}"
+
+    @property
     def state_bytes(self) -> int:
         """Exact size of everything that persists between decode steps."""
         return sum(spec.nbytes for spec in self.state)

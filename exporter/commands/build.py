@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from exporter.tensorrt.build import BuildPlan, build, parse_capabilities
 from exporter.tensorrt.build_stage import Event
-from runtime.bundle import open_bundle
+from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.engines import Engines, engines_folder
 from runtime.text import size_text
 from runtime.trt_flavour import FLAVOURS
@@ -19,7 +17,7 @@ RTX_CAPABILITIES = "80,86,89,120"
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option(
     "--target",
     type=click.Choice(list(FLAVOURS)),
@@ -34,12 +32,12 @@ RTX_CAPABILITIES = "80,86,89,120"
 )
 @click.option("--no-plugin", is_flag=True, help="Build LineAttention from standard operators.")
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")
-def command(bundle: Path, target: str, capabilities: str | None, no_plugin: bool, force: bool) -> None:
+def command(place: BundlePlace, target: str, capabilities: str | None, no_plugin: bool, force: bool) -> None:
     """Build a TensorRT plan for every stage of BUNDLE, into its folder.
 
     Nothing is done where the plans that are there are those that would be built.
     """
-    opened = open_bundle(bundle)
+    opened = place.open()
     wanted = capabilities or (RTX_CAPABILITIES if target == "rtx" else "current")
     plan = BuildPlan(opened, FLAVOURS[target], parse_capabilities(wanted), not no_plugin)
     folder = engines_folder(opened, target)

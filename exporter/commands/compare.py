@@ -22,6 +22,7 @@ from exporter.report import header, render_page, row_of
 from runtime.backends import BackendOptions
 from runtime.bundle import file_sha256
 from runtime.cache_request import PYRAMID, UNIFORM
+from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.condition_options import ConditionRequest, condition_options
 from runtime.errors import OutputError, RequestError
 from runtime.generator import Generator
@@ -62,7 +63,7 @@ def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the comparison.")
 @click.option(
     "--policies", callback=several(str), help="Policies, like linear,h2o. Default: all that the bundle holds."
@@ -101,7 +102,7 @@ def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple
 @click.option("--resume", is_flag=True, help="Continue an interrupted comparison in OUT.")
 @click.option("--threads", default=0, help="CPU threads. Default: one a core.")
 def command(
-    bundle: Path,
+    place: BundlePlace,
     out: Path,
     policies: tuple[str, ...],
     budgets: tuple[str, ...],
@@ -121,7 +122,7 @@ def command(
     """
     if out.exists() and not resume:
         raise OutputError(f"{out} exists; give another --out, or --resume to continue the comparison in it")
-    generator = Generator(bundle, BackendOptions(threads=threads))
+    generator = Generator(place.open(), BackendOptions(threads=threads))
     manifest = generator.manifest
     metric_file = metric_source.partition(":")[0]
     listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
@@ -168,7 +169,7 @@ def command(
         strips = [comparison.pictures(cell, STRIP_IMAGES) for cell in cells]
         progress.update(task, completed=progress.tasks[0].total)
     facts = {
-        "bundle": f"{bundle} (sha256 {manifest.sha256[:16]})",
+        "bundle": f"{place.path} (sha256 {manifest.sha256[:16]})",
         "model": f"{manifest.model.family}, {manifest.model.parameters:,} parameters, {manifest.raster.lines} x "
         f"{manifest.raster.line_width} tokens",
         "samples": f"{len(planned)} a cell, seeds from {seed}; logits compared on {request.forced_images}",

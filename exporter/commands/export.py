@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -11,10 +11,11 @@ from rich.console import Console
 
 from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.calibration import Calibration, calibrated
-from exporter.models import ModelRequest, load_models, load_text_encoder
+from exporter.models import ModelRequest, load_models, load_text_encoder, load_transformer
 from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
 from graphs.policies import POLICIES
 from runtime.cache_request import CacheRequest, quarter
+from runtime.commands.bundle_argument import parse_size
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest
 from runtime.errors import OutputError, RequestError
@@ -44,9 +45,11 @@ DEFAULT_SHARE_GUIDANCE = False
 )
 @click.option(
     "--size",
-    callback=lambda c, p, text: parse_size(text) if text else None,
-    metavar="WIDTHxHEIGHT",
-    help="Pixels of the images, for models that draw many sizes. Default: a square, from a name with 512, 768 or 1024.",
+    "sizes",
+    callback=lambda c, p, text: parse_sizes(text) if text else (None,),
+    metavar="WIDTHxHEIGHT,...",
+    help="Pixels of the images, for models that draw many sizes; all share the weights. Default: a square, from a name with 512, "
+    "768 or 1024.",
 )
 @click.option(
     "--prompt-tokens",
@@ -157,7 +160,7 @@ def command(
     vq: Path | None,
     out: Path,
     grid: int | None,
-    size: tuple[int, int] | None,
+    sizes: tuple[tuple[int, int] | None, ...],
     prompt_tokens: int | None,
     tokenizer: Path | None,
     text_encoder: Path | None,
@@ -194,14 +197,13 @@ def command(
         raise OutputError(f"{out} exists; give another --out, or --force to replace it")
     if prompt_tokens is not None and prompt_tokens < 1:
         raise RequestError("--prompt-tokens must be at least 1")
-    request = ModelRequest(grid, heads, prompt_tokens, size, tokenizer, prompt_template, ema)
+    request = ModelRequest(grid, heads, prompt_tokens, sizes[0], tokenizer, prompt_template, ema)
     transformer, image_decoder = load_models(checkpoint, vq, request)
     config = transformer.config
     usual = transformer.family.usual_sampling(config)
     guidance = usual.guidance if guidance is None else guidance
     top_k = usual.top_k if top_k is None else top_k
-    raster = raster_of(config)
-    settled, capacities = cache_plan(raster, config.layers, policies, cache, capacity_lines)
+    settled, capacities = cache_plan(raster_of(config), config.layers, policies, cache, capacity_lines)
     plan = ExportPlan(
         transformer,
         image_decoder,
@@ -220,11 +222,21 @@ def command(
         ),
         text_encoder=load_text_encoder(text_encoder) if text_encoder else None,
     )
-    _announce(console, plan)
+    others = []
+    for size in sizes[1:]:
+        sized = load_transformer(
+            transformer.checkpoint, replace(request, size=size), patch=image_decoder.config.patch
+        )
+        settled, capacities = cache_plan(
+            raster_of(sized.config), config.layers, policies, cache, capacity_lines
+        )
+        others.append(replace(plan, transformer=sized, cache=settled, capacity_lines=capacities))
     conditioner = plan.conditioner()
-    if transformer.prompts is not None:
-        # What stands around prompts must fit at least.
-        conditioner.check([Prompt("")])
+    for each in (plan, *others):
+        _announce(console, each)
+        if each.transformer.prompts is not None:
+            # What stands around prompts must fit at least.
+            each.conditioner().check([Prompt("")])
     shown = ConditionRequest(prompt_file=calibration_prompts, captions=calibration_captions).settle(
         conditioner
     )
@@ -234,16 +246,16 @@ def command(
         def report(line: str) -> None:
             status.update(f"{line} ...")
 
-        export_bundle(calibrated(plan, calibration, report, conditioner), out, force=force, report=report)
+        plan = calibrated(plan, calibration, report, conditioner)
+        others = [replace(other, precision=plan.precision) for other in others]
+        export_bundle(plan, out, others=others, force=force, report=report)
     click.echo(f"bundle: {out}")
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """``768x512``: width and height."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None:
-        raise click.BadParameter(f"{text!r} is no size like 768x512")
-    return int(match[1]), int(match[2])
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """``768x768,512x1024``: widths and heights."""
+    found = [parse_size(part.strip()).split("x") for part in text.split(",")]
+    return tuple(dict.fromkeys((int(width), int(height)) for width, height in found))
 
 
 def parse_policies(text: str) -> tuple[str, ...]:

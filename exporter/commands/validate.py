@@ -22,9 +22,10 @@ from exporter.parity_report import Bounds, Check, Choices, Report
 from exporter.quality import QualityCost, quality_cost
 from exporter.sources import load_sources
 from runtime.backends import BackendName, BackendOptions
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import Bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
+from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest, condition_options
 from runtime.engines import built_flavours, missing_plugins, read_engines
@@ -37,7 +38,7 @@ from runtime.trace import Trace, read_trace
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
@@ -82,7 +83,7 @@ from runtime.trace import Trace, read_trace
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 @backend_options()
 def command(
-    bundle: Path,
+    place: BundlePlace,
     checkpoint: Path | None,
     vq: Path | None,
     conditions: ConditionRequest,
@@ -104,7 +105,7 @@ def command(
     drawn freely, pixels. Exit code 1 when a bound fails. A bundle below float32 is held to what its precision may
     cost, by logits and pixels, as it rightly draws other tokens.
     """
-    opened = open_bundle(bundle)
+    opened = place.open()
     manifest = opened.manifest
     asked = conditions.settle(opened.conditioner)
     transformer, image_decoder = load_sources(opened, checkpoint, vq)

@@ -19,9 +19,10 @@ from rich.table import Table
 
 from runtime.backends import BackendName, BackendOptions
 from runtime.bench import Limit, Measured, NodeTime, Timings, limit_of, measure, profile
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import Bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
+from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.errors import LinertError, RequestError
 from runtime.machine import (
@@ -65,7 +66,7 @@ class PeerTimes:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @cache_options()
 @backend_options()
 @click.option("--rounds", default=8, show_default=True, help="Lines of decode steps to time.")
@@ -94,7 +95,7 @@ class PeerTimes:
 @click.option("--vq", type=click.Path(path_type=Path), help="The VQ checkpoint, likewise.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON line alone.")
 def command(
-    bundle: Path,
+    place: BundlePlace,
     cache: CacheRequest,
     options: BackendOptions,
     rounds: int,
@@ -123,7 +124,7 @@ def command(
     threads = options.threads or default_threads()
     options = replace(options, threads=threads)
     console = Console(highlight=False, quiet=as_json)
-    opened = open_bundle(bundle, digests=False)
+    opened = place.open(digests=False)
     machine: dict[str, Any] = {"processor": processor_name(), "threads": threads}
     console.print(f"machine: {machine['processor']}, {threads} threads")
     if sweep:
@@ -146,7 +147,7 @@ def command(
         # Before anything of the bundle is in memory.
         _print_limit(console, limit_of(opened.manifest, ReadBandwidth(threads).measure(), peak_macs()))
     forget_peak()
-    measured = Measured(bundle, settled, options)
+    measured = Measured(place, settled, options)
     if device := measured.backend.device_memory():
         machine["gpu"] = device.name
         console.print(f"device: {device.name}, {options.name}")
@@ -202,7 +203,7 @@ def _sweep(
         for grid, batch in sizes:
             made = _peers(console, bundle, loaded[grid], threads, batch)
             peers |= {f"{name}, batch {batch}, grid {grid}": peer for name, peer in made.items()}
-        under_test = [Measured(path, None, BackendOptions(threads=threads)) for path in paths]
+        under_test = [Measured(BundlePlace(path), None, BackendOptions(threads=threads)) for path in paths]
         with _progress(console.quiet) as report:
             timings, times = measure_beside(
                 under_test, peers, threads=threads, rounds=rounds, image_rounds=image_rounds, progress=report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
 import click
@@ -18,7 +19,11 @@ def cache_options(policy: bool = True) -> Decorator:
     """
     options = [
         click.option("--policy", help="Cache policy, of those that the bundle holds."),
-        click.option("--budget-lines", type=int, help="Lines in the cache, the one in progress included."),
+        click.option(
+            "--budget-lines",
+            callback=lambda c, p, text: int(text) if re.fullmatch(r"-?\d+", text or "") else text,
+            help="Lines in the cache, the one in progress included; or a share of the image's, like 1/6.",
+        ),
         click.option(
             "--layer-budgets",
             help="How layers share the budget: uniform, pyramid (much to the first, little to the last), or a "

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
 
 import click
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bundle import Bundle, open_bundle
+from runtime.bundle import Bundle
+from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.engines import built_flavours, read_engines
 from runtime.manifest import Manifest
 from runtime.text import lines_text, size_text
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.option(
     "--layers", "stage", metavar="STAGE", help="List the layers of a stage's TensorRT plans as well."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def command(bundle: Path, stage: str | None, as_json: bool) -> None:
+def command(place: BundlePlace, stage: str | None, as_json: bool) -> None:
     """Tell what BUNDLE is, costs and needs, and what plans it has. Reads records and file sizes; loads no weights."""
-    opened = open_bundle(bundle, digests=False)
+    opened = place.open(digests=False)
     if stage is not None:
         opened.stage_path(stage)
     if as_json:
@@ -82,6 +82,7 @@ def _print(bundle: Bundle, console: Console) -> None:
         f"draws {manifest.condition.text}",
         "precision": manifest.precision.text,
         "checkpoint": f"{model.source.path} (sha256 {model.source.sha256[:16]})",
+        **({"sizes": ", ".join(bundle.sizes)} if len(bundle.sizes) > 1 else {}),
         "image": f"{raster.lines} x {raster.line_width} tokens, {raster.lines * decoder.patch} x "
         f"{raster.columns * decoder.patch} pixels",
         "batch": f"{manifest.images} images, "

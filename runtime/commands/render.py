@@ -8,8 +8,8 @@ import click
 import numpy as np
 
 from runtime.backends import BackendOptions
-from runtime.bundle import open_bundle
 from runtime.commands.backend_options import backend_options
+from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.errors import OutputError, RequestError
 from runtime.generator import PixelDecoder, picture
 from runtime.output import (
@@ -25,7 +25,7 @@ from runtime.samples import shortened
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @click.argument("tokens", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
 @click.option(
@@ -36,7 +36,12 @@ from runtime.samples import shortened
 @click.option("--force", is_flag=True, help="Write into OUT though it exists.")
 @backend_options()
 def command(
-    bundle: Path, tokens: Path, out: Path, save_pixels: Path | None, force: bool, options: BackendOptions
+    place: BundlePlace,
+    tokens: Path,
+    out: Path,
+    save_pixels: Path | None,
+    force: bool,
+    options: BackendOptions,
 ) -> None:
     """Turn the saved TOKENS of ``linert run --save-tokens`` into pictures again, with BUNDLE's image decoder."""
     if out.exists() and not out.is_dir():
@@ -52,7 +57,7 @@ def command(
     for name, values in asked.items():
         if values.shape != rows.shape[:1]:
             raise RequestError(f"{tokens}: {len(rows)} images and {values.shape} {name}")
-    pixels = PixelDecoder(open_bundle(bundle), options)(rows)
+    pixels = PixelDecoder(place.open(), options)(rows)
     make_folder(out)
     shown = [picture(image) for image in pixels]
     captions = []

@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
-from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
+from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest, condition_options
 from runtime.errors import RequestError
@@ -43,7 +43,7 @@ from runtime.trace import Trace, TraceHeader, per_image, read_trace
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@bundle_argument()
 @condition_options()
 @click.option("--num-images", type=int, help="Images in all. Default: one a class or prompt.")
 @click.option("--seed", type=int, help="Seed of each one's first image; the next has one more. Default: 0.")
@@ -80,7 +80,7 @@ from runtime.trace import Trace, TraceHeader, per_image, read_trace
 @click.option("--force", is_flag=True, help="Write into OUT though it exists.")
 @backend_options()
 def command(
-    bundle: Path,
+    place: BundlePlace,
     conditions: ConditionRequest,
     num_images: int | None,
     seed: int | None,
@@ -130,7 +130,7 @@ def command(
         trace = read_trace(replay_trace)
     elif conditions.empty:
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
-    opened = open_bundle(bundle)
+    opened = place.open()
     manifest = opened.manifest
     asked_conditions = conditions.settle(opened.conditioner)
     if trace is not None:

@@ -16,6 +16,7 @@ from random_folder import lumina_vocabulary
 from tokenizers import Tokenizer
 
 from graphs.families import vq
+from runtime.bundle import open_bundle
 from runtime.output import read_recipe
 from tests.conftest import Result, random_state
 from tests.graphs.test_janus import original, published
@@ -320,6 +321,53 @@ def _same_pixels_as_chameleon(bundle: Path, saved: Path, linert: Linert, tmp_pat
     with torch.no_grad(), np.load(pixels) as arrays:
         wanted = net.decode(torch.from_numpy(codes))
         np.testing.assert_allclose(arrays["pixels"], wanted.numpy(), atol=2e-5, rtol=0)
+
+
+def test_one_bundle_draws_many_sizes(linert: Linert, tmp_path: Path) -> None:
+    """Each as a bundle of its own draws it, with one copy of the weights."""
+    folder, image_decoder = write_lumina(tmp_path / "tiny")
+    export = (
+        "export",
+        folder,
+        "--vq",
+        image_decoder,
+        "--prompt-tokens",
+        64,
+        "--budget-lines",
+        "1/2",
+        "--policy",
+        "all",
+    )
+    sizes = {"128x64": (4, 8), "64x128": (8, 4), "96x96": (6, 6)}
+    bundle = tmp_path / "bundle"
+    result = linert(*export, "--size", ",".join(sizes), "--out", bundle)
+    assert result.code == 0, result.err
+    ask = ("--prompt", "a red fox", "--seed", 3)
+    for size, (lines, columns) in sizes.items():
+        alone = tmp_path / f"alone-{size}"
+        assert linert(*export, "--size", size, "--out", alone).code == 0
+        manifest = open_bundle(bundle, size).manifest
+        assert (manifest.raster.lines, manifest.raster.columns) == (lines, columns)
+        assert set(manifest.cache.budget_lines) == {lines // 2}
+        drawn = []
+        for source, options in ((bundle, ("--size", size)), (alone, ())):
+            out = tmp_path / f"{source.name}-{size}-images"
+            result = linert("run", source, *options, *ask, "--out", out)
+            assert result.code == 0, result.err
+            [name] = list(out.glob("a-red-fox_*.png"))
+            with PIL.Image.open(name) as image:
+                assert image.size == tuple(map(int, size.split("x")))
+                drawn.append(image.tobytes())
+        assert drawn[0] == drawn[1]
+    weights = [(tmp_path / name / "weights.bin").stat().st_size for name in ("bundle", "alone-128x64")]
+    # The rotary tables differ.
+    assert weights[0] < 1.2 * weights[1]
+    assert linert("validate", bundle, "--size", "64x128").code == 0
+    result = linert("inspect", bundle, "--size", "96x96")
+    assert "128x64, 64x128, 96x96" in result.out
+    result = linert("run", bundle, "--size", "64x64", *ask, "--out", tmp_path / "no")
+    assert result.code == 2
+    assert "draws no images of 64x64; it draws 128x64, 64x128, 96x96" in " ".join(result.err.split())
 
 
 def no_map(folder: Path) -> None:

@@ -1,0 +1,45 @@
+"""The bundle that a command works on, and which of its image sizes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from runtime.bundle import Bundle, open_bundle
+from runtime.commands.option_group import Decorator, option_group
+
+
+@dataclass(frozen=True)
+class BundlePlace:
+    """A bundle as it was asked for; ``size`` None is the first that was exported."""
+
+    path: Path
+    size: str | None = None
+
+    def open(self, *, digests: bool = True) -> Bundle:
+        """:func:`runtime.bundle.open_bundle`."""
+        return open_bundle(self.path, self.size, digests=digests)
+
+
+def parse_size(text: str) -> str:
+    """``768x512``: width and height in pixels."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise click.BadParameter(f"{text!r} is no size like 768x512")
+    return text
+
+
+def bundle_argument() -> Decorator:
+    """Give a command its ``BUNDLE`` and ``--size``; it gets them as one ``place``, a :class:`BundlePlace`."""
+    options = [
+        click.argument("path", metavar="BUNDLE", type=click.Path(path_type=Path)),
+        click.option(
+            "--size",
+            metavar="WIDTHxHEIGHT",
+            callback=lambda c, p, text: parse_size(text) if text else None,
+            help="Size of the images, of those that the bundle draws. Default: the first that was exported.",
+        ),
+    ]
+    return option_group("place", options, ["path", "size"], BundlePlace)
