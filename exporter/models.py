@@ -169,7 +169,7 @@ def load_transformer(
     if family.reads_prompts and tokenizer is None:
         raise CheckpointError(f"{path} has no tokenizer.json beside it: give one with --tokenizer")
     mapped = checkpoint.settings.get("vocabulary_map") or {}
-    side = NAMED_SIDE.search(path.name)
+    side = NAMED_SIDE.search(path.resolve().name)
     given = Given(
         shapes_of(found),
         checkpoint.settings,

@@ -45,8 +45,10 @@ def decode_backend(bundle: Bundle, stage: str, lines: Sequence[int], threads: in
         folder = Path(name)
         onnx.save(model, folder / spec.file)
         for file in manifest.files:
-            if not file.endswith(".onnx"):
-                link(bundle.file(file), folder / file)
+            target = folder / file
+            if target.suffix != ".onnx":
+                target.parent.mkdir(exist_ok=True)
+                link(bundle.file(file), target)
         yield OrtBackend(Bundle(folder, timed), [stage], threads=threads)
 
 

@@ -1,7 +1,7 @@
 """Drives a bundle with numpy and one inference runtime. Importing it never imports torch.
 
 from runtime import Generator
-images = Generator("bundle").generate(classes=[3, 7], seed=1)
+images = Generator("bundle").generate([3, 7], seed=1)
 images[0].picture().save("three.png")
 """
 

@@ -18,8 +18,7 @@ import numpy as np
 
 from runtime.backend import Backend
 from runtime.backends import BackendOptions
-from runtime.bundle import Bundle
-from runtime.commands.bundle_argument import BundlePlace
+from runtime.bundle import Bundle, open_bundle
 from runtime.generator import Generator, Pixels, make_batch, picture
 from runtime.geometry import CacheSettings, Step
 from runtime.loop import Batch, begin, run_step
@@ -101,14 +100,17 @@ class Measured:
     """A bundle under measurement: one batch that can be stepped, and drawn as a whole.
 
     Args:
-        place: opens the bundle.
+        path: the bundle's folder.
         cache: policy, budget and the rest; the bundle's defaults if None.
         options: where stages run.
+        size: of the images, of those that the bundle draws.
     """
 
-    def __init__(self, place: BundlePlace, cache: CacheSettings | None, options: BackendOptions) -> None:
+    def __init__(
+        self, path: Path, cache: CacheSettings | None, options: BackendOptions, size: str | None = None
+    ) -> None:
         begun = time.perf_counter()
-        bundle = place.open()
+        bundle = open_bundle(path, size)
         verified = time.perf_counter()
         manifest = bundle.manifest
         self.generator = Generator(bundle, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -115,9 +116,13 @@ class PromptConditioner(Conditioner):
 
     @cached_property
     def _special(self) -> list[str]:
-        """Texts that the tokenizer does not take for text; longest first."""
+        """Texts that the tokenizer does not take for text; longest first.
+
+        Tokenizers also list whole letters and words beside their vocabulary, which are text.
+        """
         added = self._tokenizer.get_added_tokens_decoder().values()
-        return sorted((token.content for token in added), key=len, reverse=True)
+        marked = [token.content for token in added if token.special or re.fullmatch("<.+>", token.content)]
+        return sorted(marked, key=len, reverse=True)
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of a whole prompt, from the beginning of the sentence to that of the image.

@@ -136,6 +136,8 @@ def write_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
+    # Published tokenizers list letters among the added tokens, which are no special ones.
+    tokenizer.add_tokens(["\u00f6"])
     content = json.loads(tokenizer.to_str())
     content["model"]["vocab"] |= extra or {}
     path.write_text(json.dumps(content))

@@ -14,7 +14,8 @@ from tests.conftest import ROOT
 
 def told_commands() -> list[list[str]]:
     """Every ``linert COMMAND ...`` line of the README and the Makefile, continuation lines joined."""
-    text = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    text = (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
+    text = text.replace("\\\n", " ")
     lines = re.findall(r"^\s+(?:\$\(BIN\)/)?linert (\w+ .*)$", text, flags=re.MULTILINE)
     return [shlex.split(line.split("#")[0]) for line in lines]
 

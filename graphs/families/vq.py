@@ -86,8 +86,9 @@ def naming(names: Iterable[str]) -> Naming | None:
         return None
     inner = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
     levels = {int(found[1]) for name in inner if (found := re.match(r"decoder\.up\.(\d+)\.", name))}
-    # The highest resolution is the one that is not enlarged any more.
-    reverse = bool(levels) and len(levels) > 1 and "decoder.up.0.upsample.conv.weight" not in inner
+    # The highest resolution is the one that is not enlarged any more; a single one is Chameleon's where it stands by itself.
+    reverse = bool(levels) and "decoder.up.0.upsample.conv.weight" not in inner
+    reverse = reverse and (len(levels) > 1 or not prefix)
     ours, unknown = {}, []
     for name in inner:
         if name.startswith(IGNORED):

@@ -147,7 +147,7 @@ def command(
         # Before anything of the bundle is in memory.
         _print_limit(console, limit_of(opened.manifest, ReadBandwidth(threads).measure(), peak_macs()))
     forget_peak()
-    measured = Measured(place, settled, options)
+    measured = Measured(place.path, settled, options, place.size)
     if device := measured.backend.device_memory():
         machine["gpu"] = device.name
         console.print(f"device: {device.name}, {options.name}")
@@ -203,7 +203,7 @@ def _sweep(
         for grid, batch in sizes:
             made = _peers(console, bundle, loaded[grid], threads, batch)
             peers |= {f"{name}, batch {batch}, grid {grid}": peer for name, peer in made.items()}
-        under_test = [Measured(BundlePlace(path), None, BackendOptions(threads=threads)) for path in paths]
+        under_test = [Measured(path, None, BackendOptions(threads=threads)) for path in paths]
         with _progress(console.quiet) as report:
             timings, times = measure_beside(
                 under_test, peers, threads=threads, rounds=rounds, image_rounds=image_rounds, progress=report

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import asdict, dataclass
 
 import click
 import msgspec
@@ -44,6 +45,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "policies": list(manifest.policies),
         "state_bytes": manifest.state_bytes,
         "state_bytes_full_cache": full_cache_bytes(manifest),
+        "cache_saving": {**asdict(CacheSaving.of(manifest)), "saved": CacheSaving.of(manifest).saved},
         "state_bytes_by_kind": state_by_kind(manifest),
         "file_bytes": sum(record.bytes for record in manifest.files.values()),
         "decode_steps": manifest.raster.image_tokens - 1,
@@ -60,6 +62,41 @@ def state_by_kind(manifest: Manifest) -> dict[str, int]:
     for spec in manifest.state:
         kinds[spec.name.split(".")[0]] += spec.nbytes
     return dict(kinds)
+
+
+@dataclass(frozen=True)
+class CacheSaving:
+    """What keys and values take in a bundle, against a cache that holds the whole image.
+
+    ``token_bytes``: of a token in one sequence, all layers. ``sequences``: of a batch, unconditional ones included. ``kept``,
+    ``whole``: image tokens that a layer has room for (the mean), and those of an image.
+    """
+
+    token_bytes: int
+    sequences: int
+    kept: float
+    whole: int
+
+    @staticmethod
+    def of(manifest: Manifest) -> CacheSaving:
+        raster, sequences = manifest.raster, manifest.images * manifest.branches
+        held = [spec for spec in manifest.state if spec.name.startswith(("k_cache.", "v_cache."))]
+        one = sum(spec.nbytes // (sequences * spec.shape[2]) for spec in held)
+        lines = sum(manifest.capacity_lines) / len(manifest.capacity_lines)
+        return CacheSaving(one, sequences, lines * raster.line_width, raster.image_tokens)
+
+    @property
+    def saved(self) -> int:
+        """Bytes that are not needed."""
+        return round(self.token_bytes * self.sequences * (self.whole - self.kept))
+
+    @property
+    def text(self) -> str:
+        """The arithmetic, for people."""
+        return (
+            f"{self.token_bytes:,} bytes a token and sequence x {self.sequences} sequences x ({self.whole} - {self.kept:g} "
+            f"image tokens) = {size_text(self.saved)}"
+        )
 
 
 def full_cache_bytes(manifest: Manifest) -> int:
@@ -89,6 +126,7 @@ def _print(bundle: Bundle, console: Console) -> None:
         + ("guided (two rows an image)" if manifest.guided else "unguided (one row an image)"),
         "buffer": f"{lines_text(manifest.capacity_lines)} of {raster.lines} lines = "
         f"{lines_text([raster.slots(lines) for lines in manifest.capacity_lines])} slots a layer",
+        "saved": f"keys and values: {CacheSaving.of(manifest).text}",
         "policies": ", ".join(manifest.policies),
         "by default": cache.text,
         "sampling": ", ".join(

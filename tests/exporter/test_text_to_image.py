@@ -16,6 +16,7 @@ from random_folder import lumina_vocabulary
 from tokenizers import Tokenizer
 
 from graphs.families import vq
+from graphs.policies import POLICIES
 from runtime.bundle import open_bundle
 from runtime.output import read_recipe
 from tests.conftest import Result, random_state
@@ -136,6 +137,15 @@ def test_a_prompt_is_the_same_alone_and_in_company(
     assert (recipe.condition.text, recipe.condition.negative) == (PROMPTS[0], None)
 
 
+def test_letters_beside_the_vocabulary_are_text(
+    janus_bundles: dict[str, Path], linert: Linert, tmp_path: Path
+) -> None:
+    result = linert(
+        "run", janus_bundles["transformers'"], "--prompt", "a k\u00f6nig", "--out", tmp_path / "out"
+    )
+    assert result.code == 0, result.err
+
+
 def test_negative_and_empty_prompts(janus_bundles: dict[str, Path], linert: Linert, tmp_path: Path) -> None:
     """A negative prompt is what guidance leads away from: with the prompt itself there is nothing to lead."""
     bundle = janus_bundles["transformers'"]
@@ -211,6 +221,41 @@ def test_a_bundle_of_prompts_is_proven_against_its_folder(
     report = json.loads(result.out)
     assert report["passed"]
     assert report["asked"][0].startswith("a red fox")
+
+
+def test_policies_are_compared_on_prompts(
+    janus_bundles: dict[str, Path], linert: Linert, tmp_path: Path
+) -> None:
+    (tmp_path / "metric.py").write_text(
+        "import numpy as np\n"
+        "from runtime.metrics import Metric\n"
+        "class Length(Metric):\n"
+        "    name, higher_is_better = 'length', True\n"
+        "    def measure(self, pixels, asked):\n"
+        "        return np.array([[len(text)] for text in asked], np.float64)\n"
+        "    def score(self, rows):\n"
+        "        return float(rows.mean())\n"
+        "def metrics():\n"
+        "    return [Length()]\n"
+    )
+    asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    options = ("--samples", 4, "--budgets", "1/2", "--metrics", tmp_path / "metric.py")
+    result = linert("compare", janus_bundles["transformers'"], "--out", tmp_path / "out", *options, *asked)
+    assert result.code == 0, result.err
+    told = json.loads((tmp_path / "out" / "compare.json").read_text())
+    wanted = sum(map(len, PROMPTS)) / len(PROMPTS)
+    assert {cell["metrics"]["length"]["value"] for cell in told["cells"]} == {wanted}
+
+
+@pytest.mark.parametrize("layout", ["transformers'", "deepseek-ai's"])
+def test_bench_measures_what_prompts_draw(
+    layout: str, janus_bundles: dict[str, Path], linert: Linert
+) -> None:
+    result = linert("bench", janus_bundles[layout], "--rounds", 1, "--compare-pytorch", "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out.splitlines()[-1])
+    assert told["decode_ms"] > 0
+    assert told["pytorch"]["eager"]["decode_ms"] > 0
 
 
 def broken(folder: Path, to: Path, change: Callable[[Path], None]) -> Path:
@@ -362,7 +407,10 @@ def test_one_bundle_draws_many_sizes(linert: Linert, tmp_path: Path) -> None:
     weights = [(tmp_path / name / "weights.bin").stat().st_size for name in ("bundle", "alone-128x64")]
     # The rotary tables differ.
     assert weights[0] < 1.2 * weights[1]
-    assert linert("validate", bundle, "--size", "64x128").code == 0
+    for number, policy in enumerate(POLICIES):
+        size = list(sizes)[number % len(sizes)]
+        result = linert("validate", bundle, "--size", size, "--policy", policy)
+        assert result.code == 0, result.out + result.err
     result = linert("inspect", bundle, "--size", "96x96")
     assert "128x64, 64x128, 96x96" in result.out
     result = linert("run", bundle, "--size", "64x64", *ask, "--out", tmp_path / "no")
