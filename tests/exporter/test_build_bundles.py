@@ -21,6 +21,7 @@ from runtime.engines import Engines, missing_plugins, read_engines
 from runtime.generator import make_batch
 from runtime.loop import generate
 from runtime.ort import OrtBackend
+from runtime.ort_cuda import OrtCudaBackend
 from runtime.samples import plan_samples
 from tests.conftest import ROOT, Result
 from tests.runtime.test_backends import emulated
@@ -123,5 +124,6 @@ def test_prompts_newlines_and_grouped_queries_on_an_emulated_gpu(
     here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
     found, wanted = generate(here, batch), generate(reference, batch)
     assert (found == wanted).all()
+    assert (generate(OrtCudaBackend(bundle, stages, device="cpu"), batch) == wanted).all()
     assert (found.reshape(2, 4, 7)[:, :, -1] == manifest.model.vocab_size).all()
     np.testing.assert_allclose(here.read("logits"), reference.read("logits"), atol=2e-4)

@@ -12,20 +12,23 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from random_folder import lumina_vocabulary
+from random_folder import lumina_vocabulary, write_shards
 from tokenizers import Tokenizer
 
-from graphs.families import vq
+from graphs.families import lumina, vq
 from graphs.policies import POLICIES
 from runtime.bundle import open_bundle
 from runtime.output import read_recipe
 from tests.conftest import Result, random_state
 from tests.graphs.test_janus import original, published
+from tests.graphs.test_lumina import chameleon
 from tests.text_models import (
     JANUS_VOCABULARY,
     LUMINA_CODES,
     LUMINA_FIRST,
+    LUMINA_TEXT,
     LUMINA_VQ,
+    parts,
     write_janus,
     write_lumina,
 )
@@ -366,6 +369,60 @@ def _same_pixels_as_chameleon(bundle: Path, saved: Path, linert: Linert, tmp_pat
     with torch.no_grad(), np.load(pixels) as arrays:
         wanted = net.decode(torch.from_numpy(codes))
         np.testing.assert_allclose(arrays["pixels"], wanted.numpy(), atol=2e-5, rtol=0)
+
+
+@torch.no_grad()
+def chameleons_tokens(model: Any, prompt: list[int], lines: int, columns: int, guidance: float) -> list[int]:
+    """Ids that the library's model draws greedily, with the published grammar and unconditional stream."""
+    names = lumina_vocabulary(LUMINA_CODES, LUMINA_FIRST)
+    newline, images = names[lumina.NEWLINE], slice(LUMINA_FIRST, LUMINA_FIRST + LUMINA_CODES)
+    drawn: list[int] = []
+    for index in range(lines * (columns + 1)):
+        if (index + 1) % (columns + 1) == 0:
+            drawn.append(newline)
+            continue
+        conditional, unconditional = (
+            model.lm_head(model.model(input_ids=torch.tensor([[*prefix, *drawn]])).last_hidden_state)[
+                0, -1, images
+            ]
+            for prefix in (prompt, prompt[-3:])
+        )
+        guided = unconditional + guidance * (conditional - unconditional)
+        drawn.append(LUMINA_FIRST + int(guided.argmax()))
+    return drawn
+
+
+@pytest.mark.parametrize("swin_norm", [False, True])
+def test_lumina_draws_what_transformers_chameleon_draws(
+    swin_norm: bool, linert: Linert, tmp_path: Path
+) -> None:
+    """The library's layout, with norms of every head, through export and loop."""
+    model = chameleon(2, swin_norm=swin_norm, vocab_size=LUMINA_TEXT)
+    folder, image_decoder = write_lumina(tmp_path / "tiny", kv_heads=2)
+    for file in folder.glob("model*"):
+        file.unlink()
+    write_shards(parts(model.state_dict(), 2), 2, folder)
+    names = lumina_vocabulary(LUMINA_CODES, LUMINA_FIRST)
+    (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), "vocabulary_map": names}))
+    bundle, saved = tmp_path / "bundle", tmp_path / "tokens.npz"
+    size = ("--size", "96x64", "--policy", "full", "--prompt-tokens", 90, "--batch", 2)
+    result = linert("export", folder, "--vq", image_decoder, *size, "--out", bundle)
+    assert result.code == 0, result.err
+    asked = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
+    result = linert("run", bundle, *asked, "--greedy", "--out", tmp_path / "out", "--save-tokens", saved)
+    assert result.code == 0, result.err
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with np.load(saved) as arrays:
+        for row, prompt in zip(arrays["tokens"], PROMPTS, strict=True):
+            text = f"Generate an image of 96x64 according to the following prompt:\n{prompt}"
+            ids = [0, *tokenizer.encode(text, add_special_tokens=False).ids]
+            ids += [names[lumina.END_OF_TURN], names[lumina.BEGIN_OF_IMAGE]]
+            ids += [names[lumina.size_token(2)], names[lumina.size_token(3)]]
+            wanted = chameleons_tokens(model, ids, 4, 6, 4.0)
+            found = [
+                names[lumina.NEWLINE] if token == LUMINA_CODES else token + LUMINA_FIRST for token in row
+            ]
+            assert found == wanted
 
 
 def test_one_bundle_draws_many_sizes(linert: Linert, tmp_path: Path) -> None:

@@ -81,11 +81,11 @@ def test_greedy_tokens_through_the_stages_equal_the_published_codes() -> None:
 SMALL = lumina.LuminaConfig(2, 32, 4, 2, 48, 40, 4, 50, 64, 6, rows=2, columns=2)
 
 
-def chameleon(kv_heads: int, *, swin_norm: bool) -> Any:
+def chameleon(kv_heads: int, *, swin_norm: bool, vocab_size: int = 64) -> Any:
     """A tiny random Chameleon of the transformers library."""
     transformers = pytest.importorskip("transformers")
     config = transformers.ChameleonConfig(
-        vocab_size=64,
+        vocab_size=vocab_size,
         **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
         num_key_value_heads=kv_heads,
         vocabulary_map={"<image>": 60},
