@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import subprocess
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
@@ -20,6 +23,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from graphs.families import llamagen, vq
+from runtime.cli import main
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode
 from tests.golden_weights import golden_state
 
@@ -34,15 +38,24 @@ class Result:
 
 
 def run_linert(*arguments: object) -> Result:
-    """Run the installed command in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from runtime.cli import main; main()", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
+    """Run the command as the shell would, but in this process: importing torch takes longer than most commands.
+
+    Tests of interruption, of memory and of what is imported start processes of their own.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["linert", *map(str, arguments)]),
+            contextlib.chdir(ROOT),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            main()
+    except SystemExit as done:
+        return Result(int(done.code or 0), out.getvalue(), err.getvalue())
+    finally:
+        signal.signal(signal.SIGTERM, terminate)
 
 
 @pytest.fixture(scope="session")

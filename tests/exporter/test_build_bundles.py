@@ -87,8 +87,7 @@ def test_the_demo(export: Export, linert: Linert) -> None:
         ROOT / "demo" / "vq_demo.pt",
         *("--grid", 16, "--heads", 4, "--guidance", 3, "--budget-lines", 4, "--batch", 2),
     )
-    for options in ((), ("--no-plugin",)):
-        check_layers(*build(linert, bundle, *options), plugins=not options, weights="fp32")
+    check_layers(*build(linert, bundle), plugins=True, weights="fp32")
 
 
 @pytest.mark.parametrize("weights", ["fp16", "int4"])

@@ -428,33 +428,22 @@ def test_lumina_draws_what_transformers_chameleon_draws(
 def test_one_bundle_draws_many_sizes(linert: Linert, tmp_path: Path) -> None:
     """Each as a bundle of its own draws it, with one copy of the weights."""
     folder, image_decoder = write_lumina(tmp_path / "tiny")
-    export = (
-        "export",
-        folder,
-        "--vq",
-        image_decoder,
-        "--prompt-tokens",
-        64,
-        "--budget-lines",
-        "1/2",
-        "--policy",
-        "all",
-    )
-    sizes = {"128x64": (4, 8), "64x128": (8, 4), "96x96": (6, 6)}
+    options = ("--vq", image_decoder, "--prompt-tokens", 64, "--budget-lines", "1/2")
+    sizes = {"128x64": (4, 8), "64x128": (8, 4)}
     bundle = tmp_path / "bundle"
-    result = linert(*export, "--size", ",".join(sizes), "--out", bundle)
+    result = linert("export", folder, *options, "--policy", "all", "--size", ",".join(sizes), "--out", bundle)
     assert result.code == 0, result.err
     ask = ("--prompt", "a red fox", "--seed", 3)
     for size, (lines, columns) in sizes.items():
         alone = tmp_path / f"alone-{size}"
-        assert linert(*export, "--size", size, "--out", alone).code == 0
+        assert linert("export", folder, *options, "--size", size, "--out", alone).code == 0
         manifest = open_bundle(bundle, size).manifest
         assert (manifest.raster.lines, manifest.raster.columns) == (lines, columns)
         assert set(manifest.cache.budget_lines) == {lines // 2}
         drawn = []
-        for source, options in ((bundle, ("--size", size)), (alone, ())):
+        for source, chosen in ((bundle, ("--size", size)), (alone, ())):
             out = tmp_path / f"{source.name}-{size}-images"
-            result = linert("run", source, *options, *ask, "--out", out)
+            result = linert("run", source, *chosen, *ask, "--out", out)
             assert result.code == 0, result.err
             [name] = list(out.glob("a-red-fox_*.png"))
             with PIL.Image.open(name) as image:
@@ -468,11 +457,11 @@ def test_one_bundle_draws_many_sizes(linert: Linert, tmp_path: Path) -> None:
         size = list(sizes)[number % len(sizes)]
         result = linert("validate", bundle, "--size", size, "--policy", policy)
         assert result.code == 0, result.out + result.err
-    result = linert("inspect", bundle, "--size", "96x96")
-    assert "128x64, 64x128, 96x96" in result.out
+    result = linert("inspect", bundle, "--size", "64x128")
+    assert "128x64, 64x128" in result.out
     result = linert("run", bundle, "--size", "64x64", *ask, "--out", tmp_path / "no")
     assert result.code == 2
-    assert "draws no images of 64x64; it draws 128x64, 64x128, 96x96" in " ".join(result.err.split())
+    assert "draws no images of 64x64; it draws 128x64, 64x128" in " ".join(result.err.split())
 
 
 def no_map(folder: Path) -> None:
