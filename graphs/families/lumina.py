@@ -60,8 +60,8 @@ def size_token(units: int) -> str:
 
 
 def sizes(side: int) -> list[tuple[int, int]]:
-    """Widths and heights in pixels that a model made for squares of ``side`` offers: largest areas, and sides that differ by a
-    factor of 4 at most."""
+    """Widths and heights in pixels that a model made for squares of ``side`` was trained on: the largest areas, and sides that
+    differ by a factor of 4 at most. It draws smaller ones as well."""
     units = side // SIZE_UNIT
     most = units * units
     return [
@@ -341,16 +341,16 @@ class LuminaFamily(Family):
         if given.size is None:
             return given.side or 0, given.side or 0
         width, height = given.size
-        if given.side is not None and given.size not in sizes(given.side):
-            listed = ", ".join(f"{w}x{h}" for w, h in sizes(given.side))
-            raise ValueError(f"no images of {width}x{height} are on offer; there are {listed}")
-        if width % SIZE_UNIT or height % SIZE_UNIT or min(width, height) < SIZE_UNIT:
-            raise ValueError(f"a size of {width}x{height}: both sides must be multiples of {SIZE_UNIT}")
-        if max(width, height) > MOST_ASPECT * min(width, height):
-            raise ValueError(
-                f"a size of {width}x{height}: one side is more than {MOST_ASPECT} times the other"
-            )
-        return width, height
+        uneven = width % SIZE_UNIT or height % SIZE_UNIT or min(width, height) < SIZE_UNIT
+        side = given.side
+        fits = side is None or width * height <= side * side
+        if fits and not uneven and max(width, height) <= MOST_ASPECT * min(width, height):
+            return width, height
+        rule = f"sides are multiples of {SIZE_UNIT} that differ by a factor of {MOST_ASPECT} at most"
+        if side is not None:
+            listed = ", ".join(f"{w}x{h}" for w, h in sizes(side))
+            rule += f", of {side}x{side} pixels in all at most; the model was trained on {listed}"
+        raise ValueError(f"no images of {width}x{height} are on offer: {rule}")
 
 
 FAMILY = LuminaFamily()

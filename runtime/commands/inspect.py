@@ -120,8 +120,8 @@ def _print(bundle: Bundle, console: Console) -> None:
         "precision": manifest.precision.text,
         "checkpoint": f"{model.source.path} (sha256 {model.source.sha256[:16]})",
         **({"sizes": ", ".join(bundle.sizes)} if len(bundle.sizes) > 1 else {}),
-        "image": f"{raster.lines} x {raster.line_width} tokens, {raster.lines * decoder.patch} x "
-        f"{raster.columns * decoder.patch} pixels",
+        "image": f"{raster.lines} x {raster.line_width} tokens, {raster.columns * decoder.patch} x "
+        f"{raster.lines * decoder.patch} pixels",
         "batch": f"{manifest.images} images, "
         + ("guided (two rows an image)" if manifest.guided else "unguided (one row an image)"),
         "buffer": f"{lines_text(manifest.capacity_lines)} of {raster.lines} lines = "

@@ -473,7 +473,7 @@ def no_map(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (None, ("--size", "256x64"), "no images of 256x64 are on offer; there are"),
+        (None, ("--size", "1024x64"), "no images of 1024x64 are on offer"),
         (None, ("--size", "large"), "is no size like 768x512"),
         (no_map, (), "there is no vocabulary map"),
         (without("tokenizer.json"), (), "has no tokenizer.json beside it"),

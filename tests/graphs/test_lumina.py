@@ -205,6 +205,7 @@ def configured(**changed: Any) -> lumina.LuminaConfig:
 
 
 def test_the_configuration_is_read() -> None:
+    assert (configured(size=(128, 96)).rows, configured().columns) == (6, 32)
     config = configured(size=(768, 320), prefix_len=20)
     assert (config.rows, config.columns, config.line_width) == (20, 48, 49)
     assert (config.kv_heads, config.vocab_size, config.first_image_token, config.newline_id) == (2, 3, 8, 7)
@@ -220,11 +221,12 @@ def test_the_configuration_is_read() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"size": (768, 64)}, "no images of 768x64 are on offer; there are"),
+        ({"size": (768, 64)}, "no images of 768x64 are on offer: .* trained on .*, 512x512, "),
         ({"size": (500, 512)}, "no images of 500x512 are on offer"),
+        ({"size": (544, 512)}, "of 512x512 pixels in all at most"),
         ({"side": None}, "give it with --size"),
         ({"side": None, "size": (100, 96)}, "multiples of 32"),
-        ({"side": None, "size": (512, 96)}, "more than 4 times"),
+        ({"side": None, "size": (512, 96)}, "by a factor of 4 at most"),
         ({"vocabulary": {}}, "no vocabulary map"),
         ({"vocabulary": {**VOCABULARY, "IMGIMGDZ": 40}}, "no vocabulary map"),
         (
