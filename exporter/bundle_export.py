@@ -84,7 +84,7 @@ class ExportPlan:
                 f"{self.image_decoder.path} has {decoder.codebook_size} codes: they do not belong together"
             )
         if self.text_encoder is not None:
-            made, seen = self.text_encoder.config.dim, config.caption_dim if self._sees_captions else 0
+            made, seen = self.text_encoder.config.dim, self._caption_dim
             if made != seen:
                 faults.append(
                     f"{self.text_encoder.path} makes features of {made}, and {self.transformer.path} sees "
@@ -117,21 +117,20 @@ class ExportPlan:
             return PromptInput(
                 TOKENIZER_FILE, prompts.first, prompts.template, prompts.last, prompts.stripped
             )
-        if not self._sees_captions:
+        if not self._caption_dim:
             return ClassInput(config.num_classes)
         if self.text_encoder is None:
-            return CaptionInput(config.caption_dim)
-        return CaptionInput(config.caption_dim, TOKENIZER_FILE, self.text_encoder.source)
+            return CaptionInput(self._caption_dim)
+        return CaptionInput(self._caption_dim, TOKENIZER_FILE, self.text_encoder.source)
 
     @property
-    def _sees_captions(self) -> bool:
-        return bool(getattr(self.transformer.config, "caption_dim", 0))
+    def _caption_dim(self) -> int:
+        return self.transformer.family.caption_dim(self.transformer.config)
 
     @property
     def size(self) -> str:
         """Width and height of the images in pixels, as in ``512x768``."""
-        patch = self.image_decoder.config.patch
-        return f"{self.raster.columns * patch}x{self.raster.lines * patch}"
+        return self.raster.size(self.image_decoder.config.patch)
 
     @property
     def tokenizer(self) -> TokenizerFile | None:

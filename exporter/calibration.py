@@ -68,12 +68,6 @@ class Calibration:
         return [conditions[k * len(conditions) // self.images % len(conditions)] for k in range(self.images)]
 
 
-def needs_calibration(precision: PrecisionPlan) -> bool:
-    """Whether images must be drawn to find the integers."""
-    gptq = precision.method is Method.GPTQ and precision.integers
-    return gptq or precision.decoder_precision is Precision.INT8
-
-
 def calibrated(
     plan: ExportPlan,
     calibration: Calibration,
@@ -89,7 +83,7 @@ def calibrated(
         ExportError: conditions must be given and are not, or there is too little memory.
     """
     precision, transformer = plan.precision, plan.transformer
-    if not needs_calibration(precision):
+    if not precision.uncalibrated:
         return plan
     if calibration.conditions is None and isinstance(plan.condition, CaptionInput):
         raise ExportError(

@@ -146,19 +146,22 @@ class PromptConditioner(Conditioner):
         return found
 
     def check(self, conditions: Iterable[Condition]) -> None:
-        listed = list(conditions)
+        for prompt in set(self._prompts(list(conditions))):
+            self.tokens(prompt.text)
+            self.tokens(prompt.negative or "")
+
+    def _prompts(self, conditions: Sequence[Condition]) -> list[Prompt]:
+        """``conditions``, which must all be prompts that the bundle has rows for."""
         self._refuse_others(
-            listed, Prompt, "it reads prompts: say what to draw with --prompt or --prompt-file"
+            conditions, Prompt, "it reads prompts: say what to draw with --prompt or --prompt-file"
         )
-        for prompt in set(listed):
-            if isinstance(prompt, Prompt):
-                self.tokens(prompt.text)
-                self.tokens(prompt.negative or "")
-                self._check_negative(prompt)
+        prompts = [prompt for prompt in conditions if isinstance(prompt, Prompt)]
+        for prompt in prompts:
+            self._check_negative(prompt)
+        return prompts
 
     def inputs(self, conditions: Sequence[Condition]) -> Inputs:
-        self.check(conditions)
-        prompts = [prompt for prompt in conditions if isinstance(prompt, Prompt)]
+        prompts = self._prompts(conditions)
         found = self._padded("prompt", [prompt.text for prompt in prompts])
         if self.guided:
             found |= self._padded("negative", [prompt.negative for prompt in prompts])

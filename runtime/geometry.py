@@ -68,6 +68,10 @@ class Raster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def image_tokens(self) -> int:
         return self.lines * self.line_width
 
+    def size(self, patch: int) -> str:
+        """Width and height in pixels, as in ``512x768``, where a token has ``patch`` on a side."""
+        return f"{self.columns * patch}x{self.lines * patch}"
+
     def slots(self, lines: int) -> int:
         """Slots of a layer whose buffer holds ``lines``."""
         return self.prefix_len + lines * self.line_width

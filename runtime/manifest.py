@@ -237,8 +237,7 @@ class Manifest(Record, frozen=True):
     @property
     def size(self) -> str:
         """Width and height of the images in pixels, as in ``512x768``."""
-        patch = self.image_decoder.patch
-        return f"{self.raster.columns * patch}x{self.raster.lines * patch}"
+        return self.raster.size(self.image_decoder.patch)
 
     @property
     def state_bytes(self) -> int:

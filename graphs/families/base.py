@@ -328,6 +328,10 @@ class Family(ABC):
         """
         return dict(found)
 
+    def caption_dim(self, config: Any) -> int:
+        """Width of the features of captions that the model sees; 0 if it sees none."""
+        return 0
+
     def prompt_format(self, config: Any, given: Given) -> PromptFormat | None:
         """How prompts become tokens; None for a model that reads none."""
         return None

@@ -7,31 +7,24 @@ embedding of halves. Image tokens have an embedding and a head of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.base import (
-    Block,
     Condition,
     Family,
     Given,
     Layout,
     PromptFormat,
-    RasterTransformer,
     SquareRaster,
     UsualSampling,
-    prompt_inputs,
     unless_given,
 )
-from graphs.families.layers import RMSNorm, Rope, rope_tables
-from graphs.families.llama import LlamaBlock, rope_base
-from graphs.rotary import sequence_table
-from graphs.tensor_spec import TensorSpec
+from graphs.families.llama import LlamaBlock, PromptedLlama, rope_base
 
 GRID = 24
 """Tokens in an image row of every published size (384 px, patch 16)."""
@@ -147,35 +140,14 @@ class Head(nn.Module):
         return self.vision_head(F.gelu(self.proj(x)))
 
 
-class Janus(RasterTransformer):
+class Janus(PromptedLlama):
     """The transformer and what draws images with it; vision, and the head of text, stay in the checkpoint."""
 
     config: JanusConfig
-    rope_table: Tensor
 
     def __init__(self, config: JanusConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
-        self.image_embedding = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        super().__init__(config, (LlamaBlock(config) for _ in range(config.layers)), config.vocab_size)
         self.head = Head(config)
-        with torch.device("cpu"):
-            positions = config.prefix_len + config.image_tokens
-            cos, sin = sequence_table(positions, config.head_dim, config.rope_base)
-        self.register_buffer("rope_table", rope_tables(cos, sin, config.head_dim), persistent=False)
-
-    def blocks(self) -> Iterable[Block]:
-        return cast("Iterable[Block]", self.layers)
-
-    def rope(self, positions: Tensor, starts: Tensor) -> Rope:
-        """Positions count from the first that is no padding."""
-        table = F.embedding((positions - starts[:, None]).clamp(min=0), self.rope_table)
-        return Rope(*table.type_as(self.norm.weight).chunk(4, dim=-1))
-
-    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
-        return prompt_inputs(images, self.config.prefix_len, guided=guided)
 
     def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
         """Embedded prompts. Unconditional ones are of the same length, with padding for all but the tokens that begin a sentence
@@ -187,14 +159,6 @@ class Janus(RasterTransformer):
             other, other_starts = unless_given(torch.where(kept, tokens, config.padding), starts, negative)
             tokens, starts = torch.cat([tokens, other]), torch.cat([starts, other_starts])
         return Condition(self.text_embedding(tokens), starts)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
-        return self.image_embedding(tokens)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
-        return self.head(self.norm(x)).float()
 
 
 class JanusFamily(Family):

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from graphs.families.layers import RMSNorm, Rope, products, swiglu
-from graphs.rotary import rotate_halves
+from graphs.families.base import Block, FamilyConfig, RasterTransformer, prompt_inputs
+from graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
+from graphs.rotary import rotate_halves, sequence_table
+from graphs.tensor_spec import TensorSpec
 
 
-class LlamaConfig(Protocol):
+class LlamaConfig(FamilyConfig, Protocol):
     """Sizes of a decoder."""
 
-    @property
-    def dim(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
     @property
     def ffn_dim(self) -> int: ...
     @property
     def norm_eps(self) -> float: ...
+    @property
+    def rope_base(self) -> float: ...
+    @property
+    def text_vocab_size(self) -> int: ...
 
 
 def rope_base(settings: Mapping[str, Any]) -> float:
@@ -92,3 +92,48 @@ class LlamaBlock(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.self_attn.o_proj(attended.flatten(-2))
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class PromptedLlama(RasterTransformer):
+    """A decoder that is conditioned on prompts, with embeddings of its own for text and for what images are made of.
+
+    Args:
+        config: its sizes.
+        blocks: its layers.
+        image_rows: of the embedding of image tokens.
+    """
+
+    head: nn.Module
+    """Logits ``[..., vocab_size]`` of the normed stream ``[..., dim]``."""
+    rope_table: Tensor
+
+    def __init__(self, config: LlamaConfig, blocks: Iterable[LlamaBlock], image_rows: int) -> None:
+        super().__init__()
+        self.config = config
+        self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
+        self.image_embedding = nn.Embedding(image_rows, config.dim)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        with torch.device("cpu"):
+            positions = config.prefix_len + config.image_tokens
+            cos, sin = sequence_table(positions, config.head_dim, config.rope_base)
+        self.register_buffer("rope_table", rope_tables(cos, sin, config.head_dim), persistent=False)
+
+    def blocks(self) -> Iterable[Block]:
+        return cast("Iterable[Block]", self.layers)
+
+    def rope(self, positions: Tensor, starts: Tensor) -> Rope:
+        """Positions count from the first that is no padding."""
+        table = F.embedding((positions - starts[:, None]).clamp(min=0), self.rope_table)
+        return Rope(*table.type_as(self.norm.weight).chunk(4, dim=-1))
+
+    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+        return prompt_inputs(images, self.config.prefix_len, guided=guided)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings ``[B, S, dim]`` of what images are made of ``[B, S]``."""
+        return self.image_embedding(tokens)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
+        return self.head(self.norm(x)).float()

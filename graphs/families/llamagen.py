@@ -306,6 +306,9 @@ class LlamaGenFamily(Family):
     def build(self, config: LlamaGenConfig) -> LlamaGen:
         return LlamaGen(config)
 
+    def caption_dim(self, config: LlamaGenConfig) -> int:
+        return config.caption_dim
+
     def usual_sampling(self, config: LlamaGenConfig) -> UsualSampling:
         return UsualSampling(7.5, top_k=1000) if config.caption_dim else UsualSampling(4.0)
 

@@ -7,30 +7,24 @@ image ends in a newline token. Image tokens are numbered here from 0, in the ord
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.base import (
-    Block,
     Condition,
     Family,
     Given,
     Layout,
     PromptFormat,
-    RasterTransformer,
     UsualSampling,
-    prompt_inputs,
     unless_given,
 )
-from graphs.families.layers import RMSNorm, Rope, rope_tables
-from graphs.families.llama import LlamaAttention, LlamaBlock, rope_base
-from graphs.rotary import sequence_table
-from graphs.tensor_spec import TensorSpec
+from graphs.families.layers import Rope
+from graphs.families.llama import LlamaAttention, LlamaBlock, PromptedLlama, rope_base
 
 PREFIX_LEN = 128
 """Longest prompt, in tokens, unless another is asked for."""
@@ -170,37 +164,17 @@ class SwinBlock(LlamaBlock):
         return x + self.post_attention_layernorm(self.mlp(x))
 
 
-class Lumina(RasterTransformer):
+class Lumina(PromptedLlama):
     """The transformer: the head and the embedding of what images are made of, and the embedding of all tokens for prompts."""
 
     config: LuminaConfig
-    rope_table: Tensor
 
     def __init__(self, config: LuminaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.text_embedding = nn.Embedding(config.text_vocab_size, config.dim)
-        # The last row is the newline's.
-        self.image_embedding = nn.Embedding(config.vocab_size + 1, config.dim)
         kind = SwinBlock if config.swin_norm else LlamaBlock
-        self.layers = nn.ModuleList(kind(config, Attention(config)) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        blocks = (kind(config, Attention(config)) for _ in range(config.layers))
+        # The last row is the newline's.
+        super().__init__(config, blocks, config.vocab_size + 1)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        with torch.device("cpu"):
-            positions = config.prefix_len + config.image_tokens
-            cos, sin = sequence_table(positions, config.head_dim, config.rope_base)
-        self.register_buffer("rope_table", rope_tables(cos, sin, config.head_dim), persistent=False)
-
-    def blocks(self) -> Iterable[Block]:
-        return cast("Iterable[Block]", self.layers)
-
-    def rope(self, positions: Tensor, starts: Tensor) -> Rope:
-        """Positions count from the first that is no padding."""
-        table = F.embedding((positions - starts[:, None]).clamp(min=0), self.rope_table)
-        return Rope(*table.type_as(self.norm.weight).chunk(4, dim=-1))
-
-    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
-        return prompt_inputs(images, self.config.prefix_len, guided=guided)
 
     def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
         """Embedded prompts. Unconditional sequences have what begins the image alone, at positions of their own."""
@@ -210,14 +184,6 @@ class Lumina(RasterTransformer):
             other, other_starts = unless_given(tokens, short, negative)
             tokens, starts = torch.cat([tokens, other]), torch.cat([starts, other_starts])
         return Condition(self.text_embedding(tokens), starts)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of image tokens and newlines ``[B, S]``."""
-        return self.image_embedding(tokens)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``, of image tokens alone."""
-        return self.head(self.norm(x)).float()
 
 
 class LuminaFamily(Family):
