@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from random_folder import (
 )
 
 from graphs.families import janus, vq
-from tests.conftest import random_state
+from tests.conftest import Result, random_state
 
 JANUS_VOCABULARY = 320
 LUMINA_CODES = 40
@@ -81,3 +82,32 @@ def write_lumina(folder: Path, *, swin_norm: bool = False, kv_heads: int = 4) ->
     tokenizer = folder.parent / f"{folder.name}-vqgan.ckpt"
     torch.save({"state_dict": chameleon_names(random_state(vq.VQModel(LUMINA_VQ, encoder=True)))}, tokenizer)
     return folder, tokenizer
+
+
+def broken(folder: Path, to: Path, change: Callable[[Path], None]) -> Path:
+    """A copy of a folder, changed."""
+    shutil.copytree(folder, to)
+    change(to)
+    return to
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+PRECISIONS = ("fp16", "bf16", "int8", "int4")
+
+
+def check_precision(
+    precision: str, checkpoint: Sequence[object], linert: Callable[..., Result], folder: Path
+) -> None:
+    """Exported, held to what the precision may cost, and drawn. Four bits are too few for a model as narrow as these."""
+    bundle = folder / "bundle"
+    options = ("--precision", precision, "--budget-lines", 2, "--calibration-images", 2)
+    result = linert("export", *checkpoint, *options, "--out", bundle, "--block-size", 16)
+    assert result.code == 0, result.err
+    result = linert("validate", bundle, "--json")
+    assert result.code == 0 or precision == "int4", result.err + result.out
+    assert json.loads(result.out)["logits"]["top1_agreement"] > 0.5
+    result = linert("run", bundle, "--prompt", "a red fox", "--out", folder / "out")
+    assert result.code == 0, result.err
