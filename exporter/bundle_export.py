@@ -21,6 +21,7 @@ from exporter.vocabulary import TokenizerFile
 from exporter.weights_file import WeightsFile
 from exporter.work import work_of
 from graphs import stages
+from graphs import tensor_spec as graph_spec
 from graphs.families import vq
 from graphs.families.base import FamilyConfig, part_of
 from graphs.policies import POLICIES
@@ -58,14 +59,14 @@ class ExportPlan:
     """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`.
 
     ``policies``: those that the bundle holds. ``capacity_lines``: lines of each layer's buffer. ``cache``: the default
-    settings of its runs.
+    settings of its runs. A model without a cache has none of the three.
     """
 
     transformer: LoadedTransformer
     image_decoder: LoadedImageDecoder
     policies: tuple[str, ...]
     capacity_lines: tuple[int, ...]
-    cache: CacheSettings
+    cache: CacheSettings | None
     images: int
     sampling: SamplingSettings
     precision: PrecisionPlan = field(default_factory=PrecisionPlan)
@@ -90,19 +91,26 @@ class ExportPlan:
                     f"{self.text_encoder.path} makes features of {made}, and {self.transformer.path} sees "
                     f"{f'features of {seen}' if seen else 'no features of captions'}: leave --text-encoder out"
                 )
-        if self.cache.policy not in self.policies:
-            faults.append(f"the default policy {self.cache.policy} is not among {', '.join(self.policies)}")
+        if self.cache is not None:
+            faults += self._cache_faults(self.cache)
+        faults += self.sampling.faults(guided=True)
+        if faults:
+            raise ExportError("; ".join(faults))
+        if self.cache is not None:
+            self.cache.check(self.raster, self.capacity_lines)
+
+    def _cache_faults(self, cache: CacheSettings) -> list[str]:
+        faults = []
+        if cache.policy not in self.policies:
+            faults.append(f"the default policy {cache.policy} is not among {', '.join(self.policies)}")
         lines = self.raster.lines
         if wrong := [held for held in self.capacity_lines if not 1 <= held <= lines]:
             faults.append(f"a buffer of {wrong[0]} lines; must be 1 to {lines}")
         elif "full" in self.policies and min(self.capacity_lines) < lines:
             faults.append(f"the full policy needs a buffer of all {lines} lines: leave --capacity-lines out")
-        if self.cache.share_guidance and not self.guided:
+        if cache.share_guidance and not self.guided:
             faults.append("share_guidance needs a guided bundle: give --guidance above 1")
-        faults += self.sampling.faults(guided=True)
-        if faults:
-            raise ExportError("; ".join(faults))
-        self.cache.check(self.raster, self.capacity_lines)
+        return faults
 
     @property
     def raster(self) -> Raster:
@@ -165,9 +173,9 @@ class ExportPlan:
 
     @property
     def full_state_bytes(self) -> int:
-        """The same with a cache that holds the whole image."""
+        """The same with a cache that holds the whole image, if there is one."""
         full = self.raster.slots(self.raster.lines)
-        geometry = self._geometry((full,) * self.transformer.config.layers)
+        geometry = self._geometry((full,) * len(self.capacity_lines))
         return sum(spec.nbytes for spec in geometry.state())
 
     def weights(self) -> dict[str, Weight]:
@@ -287,6 +295,7 @@ def _write(
 ) -> None:
     sizes = [_Size(plan, "", _stages(plan)), *(_Size(o, f".{o.size}", _stages(o)) for o in others)]
     tensors = plan.weights()
+    held = {spec.name for spec in plan.geometry.state()}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for size in sizes:
             for stage in size.stages:
@@ -295,7 +304,7 @@ def _write(
                     proto = export_stage(stage, weights, tensors, size.suffix)
                 except RuntimeError as error:
                     raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
-                size.work[stage.name] = work_of(proto)
+                size.work[stage.name] = work_of(proto, held)
                 onnx.save(proto, folder / size.file(stage))
     shared = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
     if plan.tokenizer is not None:
@@ -327,8 +336,7 @@ def _stages(plan: ExportPlan) -> list[stages.Stage]:
         stages.Prefill(model, geometry),
         stages.Decode(model, geometry),
         stages.Decode(model, geometry, filtered=False),
-        *(stages.LineEnd(POLICIES[policy](), geometry) for policy in plan.policies),
-        stages.ReplayLineEnd(geometry),
+        *geometry.memory.line_ends(model, plan.policies),
         stages.VQDecoder(
             pixels, images=1, rows=raster.lines, columns=raster.columns, line_width=raster.line_width
         ),
@@ -391,5 +399,5 @@ def _stage_spec(stage: stages.Stage, file: str, work: Work) -> StageSpec:
     )
 
 
-def _spec(spec: stages.TensorSpec) -> TensorSpec:
+def _spec(spec: graph_spec.TensorSpec) -> TensorSpec:
     return TensorSpec(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape)

@@ -30,10 +30,10 @@ from exporter.precision import (
 )
 from exporter.sampling_params import sampling_params
 from graphs.families.base import Condition, RasterTransformer, part_of
-from graphs.history import HistoryModel
-from graphs.policies import POLICIES, LineEndParams
+from graphs.history import full_history
 from graphs.sampling import draw, filtered_mass, guide
-from graphs.stages import Geometry, with_newlines
+from graphs.stage import Geometry
+from graphs.stages import with_newlines
 from runtime import samples
 from runtime.conditions import Conditioner
 from runtime.errors import ExportError
@@ -214,8 +214,7 @@ def draw_images(
     config, images = model.config, len(condition[0])
     slots = (config.prefix_len + config.image_tokens,) * config.layers
     geometry = Geometry(config, images, sampling.guidance > 1, slots)
-    never = dict.fromkeys(LineEndParams._fields, torch.tensor(0)) | {"capacity": torch.tensor(slots)}
-    history = HistoryModel(model, geometry, POLICIES["full"](), LineEndParams(**never))
+    history = full_history(model, geometry)
     uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
     params = sampling_params(sampling)
     logits = history.begin(condition)

@@ -50,8 +50,9 @@ class Grid:
             RequestError: the bundle lacks a policy, full or room, or nothing fits.
         """
         lines = manifest.raster.lines
+        defaults = manifest.require_cache("compare weighs cache policies")
         full = Cell(
-            CacheRequest(policy="full").settle(manifest.raster, manifest.capacity_lines, manifest.cache),
+            CacheRequest(policy="full").settle(manifest.raster, manifest.capacity_lines, defaults),
             "1",
         )
         if "full" not in manifest.policies:
@@ -70,7 +71,7 @@ class Grid:
                 **dict(zip(names, chosen, strict=True)),
             )
             try:
-                cache = request.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
+                cache = request.settle(manifest.raster, manifest.capacity_lines, defaults)
                 manifest.check_cache(cache)
             except GeometryError as error:
                 refused.append(f"{policy}, {budget}: {error}")

@@ -23,7 +23,8 @@ from exporter.precision import Weight
 from exporter.weight_storage import lift_weights, store_weights
 from exporter.weights_file import WeightsFile
 from graphs import line_attention
-from graphs.stages import LineEnd, Stage
+from graphs.line_buffer import LineEnd
+from graphs.stage import Stage
 
 PRODUCER = "linert"
 
@@ -62,8 +63,7 @@ def export_stage(
     _tidy(model)
     proto = ir.to_proto(model)
     if any(node.domain == line_attention.DOMAIN for node in proto.graph.node):
-        geometry = stage.geometry
-        proto.functions.append(line_attention.function_proto(geometry.query_group, geometry.cache_dtype))
+        proto.functions.append(stage.geometry.memory.function())
     if operation is not None:
         as_operation(proto, operation)
     _check_in_place(proto, stage)
@@ -125,8 +125,9 @@ def _tidy(model: ir.Model) -> None:
 def _check_in_place(proto: onnx.ModelProto, stage: Stage) -> None:
     """A second reader of a state that is updated in place may run after the write and read the new data."""
     scopes = [(proto.graph.node, stage.in_place)]
-    buffer = frozenset(line_attention.LineBufferState._fields)
-    scopes += [(function.node, buffer) for function in proto.functions]
+    for function in proto.functions:
+        replaced = {name.removesuffix("_next") for name in function.output if name.endswith("_next")}
+        scopes.append((function.node, frozenset(replaced)))
     for nodes, watched in scopes:
         readers = Counter(name for node in nodes for name in set(node.input))
         shared = sorted(name for name in watched if readers[name] > 1)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +27,11 @@ from exporter.parity_report import (
 )
 from exporter.sampling_params import sampling_params
 from graphs.families.base import Condition, RasterTransformer
-from graphs.history import HistoryModel
+from graphs.history import History, HistoryModel, full_history
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import SamplingParams, draw, filtered_mass, guide
-from graphs.stages import Geometry, with_newlines
+from graphs.stage import Geometry
+from graphs.stages import with_newlines
 from runtime.backend import Backend
 from runtime.generator import PixelDecoder
 from runtime.geometry import Mode, Step
@@ -49,6 +49,9 @@ class Comparison:
         report: receives what is measured; its ``choices`` say whose evictions both sides live with while they are
             fed the same tokens.
         report_line: called with a phase's name and the lines done.
+
+    Attributes:
+        reference: the model in PyTorch. ``cached``: the same where it has a cache.
     """
 
     backend: Backend
@@ -60,12 +63,18 @@ class Comparison:
     def __post_init__(self) -> None:
         manifest = self.backend.bundle.manifest
         cache = self.batch.cache
-        config: Any = self.model.config
+        config = self.model.config
         capacities = tuple(manifest.raster.slots(lines) for lines in manifest.capacity_lines)
         geometry = Geometry(config, manifest.images, manifest.guided, capacities)
-        inputs = settings_inputs(manifest, self.batch)
-        params = LineEndParams(*(torch.from_numpy(inputs[name]) for name in LineEndParams._fields))
-        self.reference = HistoryModel(self.model, geometry, POLICIES[cache.policy](), params)
+        self.cached: HistoryModel | None = None
+        if cache is None:
+            self.reference: History = full_history(self.model, geometry)
+        else:
+            inputs = settings_inputs(manifest, self.batch)
+            params = LineEndParams(*(torch.from_numpy(inputs[name]) for name in LineEndParams._fields))
+            self.reference = self.cached = HistoryModel(
+                self.model, geometry, POLICIES[cache.policy](), params
+            )
         wanted = self.model.condition_inputs(geometry.images, guided=geometry.guided)
         self.condition = [torch.from_numpy(self.batch.conditions[spec.name]) for spec in wanted]
 
@@ -114,7 +123,7 @@ def validate(
             backend,
             batch,
             lambda line: report_line("bundle draws", line),
-            lambda line: evicted.append(backend.read("write_slots")),
+            (lambda line: evicted.append(backend.read("write_slots"))) if batch.cache else None,
         )
     )
     fed = drawn
@@ -124,7 +133,8 @@ def validate(
     cost = cost_of(backend.bundle.manifest.precision)
     _teacher_forced(both, fed)
     with torch.no_grad():
-        _compression(both, fed)
+        if both.cached:
+            _compression(both, fed)
         if cost is None:
             _free_running(both, drawn, evicted)
         _pixels(decoder, image_decoder, drawn, report)
@@ -154,7 +164,10 @@ def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
             measured = []
             both.report_line("same tokens on both sides", step.line + 1)
         if step.stage == "line_end":
-            both.report.lines.append(_line_end(both, step))
+            if both.cached:
+                both.report.lines.append(_line_end(both, both.cached, step))
+            else:
+                run_step(backend, both.batch, step)
 
 
 def _compare(report: Report, reference: Tensor, measured: list[np.ndarray]) -> None:
@@ -163,8 +176,8 @@ def _compare(report: Report, reference: Tensor, measured: list[np.ndarray]) -> N
     report.steps_max_abs += (reference - other).abs().amax(dim=(0, 2)).tolist()
 
 
-def _line_end(both: Comparison, step: Step) -> LineReport:
-    backend, reference = both.backend, both.reference
+def _line_end(both: Comparison, reference: HistoryModel, step: Step) -> LineReport:
+    backend = both.backend
     layers = range(len(reference.scores))
     error = max(
         float(np.abs(backend.read(f"scores.{layer}") - reference.scores[layer].numpy()).max())
@@ -238,18 +251,22 @@ def _free_running(both: Comparison, tokens: Tensor, evicted: list[np.ndarray]) -
         line, column = divmod(index, config.line_width)
         if column == config.line_width - 1:
             own = reference.end_line(both.imposed(line))
-            if both.batch.replay is None:
+            if both.cached and both.batch.replay is None:
                 theirs = torch.from_numpy(evicted[line])
                 same = own.sort(-1).values == theirs.sort(-1).values
                 comparable = evicts_alike & np.array([index is None for index in diverged])
                 shares += _by_image(same, geometry)[comparable].tolist()
                 # A lazily evicted token stays until its turn comes, so that the order counts as well.
-                alike = same if both.batch.cache.mode is Mode.STRICT else own == theirs
+                alike = same if _strict(both.batch) else own == theirs
                 evicts_alike &= _by_image(alike, geometry) == 1
             both.report_line("PyTorch draws", line + 1)
     report.evictions_agreement = float(np.mean(shares)) if shares else 1.0
     report.tokens_agreement = (drawn == tokens).float().mean().item()
     report.first_divergence = diverged
+
+
+def _strict(batch: Batch) -> bool:
+    return batch.cache is not None and batch.cache.mode is Mode.STRICT
 
 
 def _by_image(same: Tensor, geometry: Geometry) -> np.ndarray:
@@ -258,15 +275,13 @@ def _by_image(same: Tensor, geometry: Geometry) -> np.ndarray:
     return split.double().mean((0, 1, 3)).numpy()
 
 
-def _guided(reference: HistoryModel, logits: Tensor, params: SamplingParams, index: int) -> Tensor:
+def _guided(reference: History, logits: Tensor, params: SamplingParams, index: int) -> Tensor:
     if not reference.geometry.guided:
         return logits
     return guide(logits, params, torch.full((reference.geometry.images,), index))
 
 
-def _draw(
-    reference: HistoryModel, logits: Tensor, params: SamplingParams, uniforms: Tensor, index: int
-) -> Tensor:
+def _draw(reference: History, logits: Tensor, params: SamplingParams, uniforms: Tensor, index: int) -> Tensor:
     guided = _guided(reference, logits, params, index)
     if params.greedy:
         return guided.argmax(-1)
@@ -274,7 +289,7 @@ def _draw(
 
 
 def _undecided(
-    reference: HistoryModel,
+    reference: History,
     logits: Tensor,
     params: SamplingParams,
     uniforms: Tensor,

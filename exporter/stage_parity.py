@@ -142,7 +142,8 @@ def feeds_of(backend: Backend, batch: Batch) -> dict[str, Feed]:
     keep("prefill")
     for step in raster.schedule():
         if (step.stage, step.line) == ("line_end", middle):
-            backend.write("replay_slots", backend.read("write_slots"))
+            if "replay_slots" in backend.specs:
+                backend.write("replay_slots", backend.read("write_slots"))
             keep("line_end")
         run_step(backend, batch, step)
         if (step.stage, step.line, step.column) == ("decode", middle, raster.line_width // 2):

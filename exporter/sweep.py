@@ -25,11 +25,11 @@ AXES = ("batch", "policy", "budget", "precision", "grid")
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One combination; ``labels`` are its values along the axes swept."""
+    """One combination; ``labels`` are its values along the axes swept. ``policy``: None where there is no cache."""
 
     labels: Mapping[str, str]
     batch: int
-    policy: str
+    policy: str | None
     budget: str | None
     precision: Precision
     grid: int
@@ -63,9 +63,12 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
     found = []
     for values in itertools.product(*axes.values()):
         labels = dict(zip(axes, values, strict=True))
-        policy = labels.get("policy", manifest.cache.policy)
+        policy = labels.get("policy", manifest.cache.policy if manifest.cache else None)
         precision = labels.get("precision", manifest.precision.weights)
-        if policy not in POLICIES:
+        for axis in ("policy", "budget"):
+            if axis in labels:
+                manifest.require_cache(f"--sweep {axis}")
+        if policy is not None and policy not in POLICIES:
             raise RequestError(f"no policy {policy}; there are {', '.join(POLICIES)}")
         if precision not in list(Precision):
             raise RequestError(f"no precision {precision}; there are {', '.join(Precision)}")
@@ -109,12 +112,14 @@ def cell_plan(
     """The plan of a cell's bundle. A budget that is not swept is the bundle's share of the lines."""
     manifest, config = bundle.manifest, transformer.config
     raster = raster_of(config)
-    share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
-    everything = cell.policy == "full" or (cell.budget is None and share == 1)
-    kept = raster.lines if everything else budget_lines(cell.budget or str(share), raster.lines)
-    cache = CacheRequest(policy=cell.policy, budget_lines=kept).settle(
-        raster, (raster.lines,) * config.layers, manifest.cache
-    )
+    cache = None
+    if manifest.cache is not None:
+        share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
+        everything = cell.policy == "full" or (cell.budget is None and share == 1)
+        kept = raster.lines if everything else budget_lines(cell.budget or str(share), raster.lines)
+        cache = CacheRequest(policy=cell.policy, budget_lines=kept).settle(
+            raster, (raster.lines,) * config.layers, manifest.cache
+        )
     precision = replace(precision_plan(manifest.precision), method=Method.RTN)
     if cell.precision is not precision.weights:
         precision = replace(precision, weights=cell.precision, parts={}, image_decoder=None)
@@ -124,8 +129,8 @@ def cell_plan(
     return ExportPlan(
         transformer,
         image_decoder,
-        (cell.policy,),
-        cache.budget_lines,
+        (cache.policy,) if cache else (),
+        cache.budget_lines if cache else (),
         cache,
         cell.batch,
         manifest.sampling,

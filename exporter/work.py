@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection
 
 import onnx
 from onnx import TensorProto, helper
 
-from graphs import line_attention
+from graphs import line_attention, spatial_decay_step
 from runtime.manifest import Work
 
 BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
 
 
-def work_of(model: onnx.ModelProto) -> Work:
-    """Bytes of weights that one run of ``model`` reads, and its multiply-accumulates in products and convolutions.
+def work_of(model: onnx.ModelProto, state: Collection[str]) -> Work:
+    """Bytes of weights and of state that one run of ``model`` reads, and its multiply-accumulates in products and convolutions.
 
-    Of a table only the rows looked up count.
+    Of a table only the rows looked up count, and of a matrix a column only one.
+
+    Args:
+        state: names of the inputs that are state.
     """
     graph = onnx.shape_inference.infer_shapes(model).graph
     shapes = {
@@ -28,6 +32,12 @@ def work_of(model: onnx.ModelProto) -> Work:
     shapes |= {name: list(tensor.dims) for name, tensor in weights.items()}
     read: Counter[str] = Counter()
     macs = 0
+    held = {
+        value.name: math.prod(shapes[value.name])
+        * helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
+        for value in graph.input
+        if value.name in state
+    }
     for node in graph.node:
         out = shapes.get(node.output[0], [])
         for name in {name for name in node.input if name in weights}:
@@ -41,7 +51,12 @@ def work_of(model: onnx.ModelProto) -> Work:
         elif node.op_type == line_attention.OP_TYPE:
             queries, keys = shapes[node.input[0]], shapes[node.input[3]]
             macs += 2 * math.prod(queries) * keys[2]
-    return Work(sum(_bytes(weights[name], elements) for name, elements in read.items()), macs)
+        elif node.op_type == spatial_decay_step.OP_TYPE:
+            queries, keys, above = (shapes[node.input[at]] for at in (0, 3, 5))
+            macs += math.prod(queries) * (2 * keys[2] + above[3])
+            held[node.input[5]] //= above[1]
+    weight_bytes = sum(_bytes(weights[name], elements) for name, elements in read.items())
+    return Work(weight_bytes, sum(held.values()), macs)
 
 
 def _bytes(tensor: onnx.TensorProto, elements: int) -> int:

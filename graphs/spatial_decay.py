@@ -2,18 +2,21 @@
 
 The query at row r and column c weighs the token at (r', c'), which comes before it in raster order or is itself, with
 ``a^(r - r') b^|c - c'|``: a row decay and a column decay a head, between 0 and 1, and nothing else (no softmax, no denominator).
-The published formula is not public; this one is ours, and is the distance that the name says.
+What comes before the image is seen without decay. The published formula is not public; this one is ours, and is the distance
+that the name says. Signed decay has ``c - c'`` in the place of ``|c - c'|``, and ``a = g b^(W - 1)`` with g between 0 and 1: along
+the raster every token is weighed by b, and by g from a row to the next. Where g is b as well it is the ordinary decay of a sequence.
 
-The same attention in two forms: :func:`parallel` for training and reference, over whole images; and a recurrence that needs one line of states:
+The same attention in two forms: all weights at once (:func:`weights`) for training and reference; and row by row, with one
+matrix a column for everything above, which is all that a decode step reads of it:
 
-    S_c   what the rows above hold of column c, decayed to this row
-    R_c   sum over c' > c of b^(c' - c) S_c'                   made once a row, from right to left
-    L     what lies above on the left, above, and in this row so far: L <- b L + S_c + k v^T
-    o   = q (L + R_c)
+    o = q T_c + sum over c' <= c of b^(c - c') (q k_c') v_c' + sum over the prefix of (q k) v
+    at a row's end   T_c <- a (T_c + sum over c' of b^|c - c'| k_c' v_c'^T)
 
-and S_c becomes ``a (S_c + k v^T)`` for the next row. A prefix is seen by all of the image without decay, as one more state P.
+Signed decay has one matrix for all columns: ``o = b^c q T + ...`` and ``T <- a T + g sum b^(W - 1 - c') k_c' v_c'^T``. Everything that
+decays does so by factors below 1, so that nothing overflows whatever the decays.
 
-Axes: R = sequences x heads, W = columns, N = image tokens, D = size of a key, E = size of a value.
+Axes: R = sequences x heads, H = heads, W = columns of the image, M = matrices of a state (W or 1), C = slots (prefix + W),
+D = size of a key, E = size of a value.
 """
 
 from __future__ import annotations
@@ -22,107 +25,95 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Decay(NamedTuple):
-    """Logarithms, below 0, of the decay from row to row and from column to column: ``[R]`` each, or broadcastable to it."""
+    """Logarithms, at most 0, of what is weighed from one row to the next and from one column to the next: ``[H]`` each.
+
+    ``rows``: of a, or where the decay is ``signed`` of g.
+    """
 
     rows: Tensor
     columns: Tensor
+    signed: bool
+
+    def whole_row(self, width: int) -> Tensor:
+        """The logarithm of a: ``[H]``."""
+        return self.rows + (width - 1) * self.columns if self.signed else self.rows
 
 
-class DecayState(NamedTuple):
-    """What an image's past leaves, in float32: sums of many terms, each of which may be small beside the sum.
+def weights(held: Tensor, seen: Tensor, prefix_len: int, width: int, decay: Decay) -> Tensor:
+    """What queries at positions ``held [n]`` give keys at positions ``seen [m]``: ``[H, n, m]``, 0 where the key comes later.
 
-    ``columns``: S, ``[R, W, D, E]``. ``right``: R, likewise. ``running``: L, ``[R, D, E]``. ``prefix``: P, likewise.
+    Positions count from the beginning of the prefix.
+    """
+    query, key = (held - prefix_len)[:, None], (seen - prefix_len)[None]
+    down = query // width - key // width
+    across = query % width - key % width
+    if not decay.signed:
+        across = across.abs()
+    found = down * decay.whole_row(width)[:, None, None] + across * decay.columns[:, None, None]
+    found = found.masked_fill(key < 0, 0.0).masked_fill(key > query, float("-inf"))
+    return found.exp()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, weighed: Tensor) -> Tensor:
+    """``[..., n, E]``: queries ``[..., n, D]`` read keys ``[..., m, D]`` and values ``[..., m, E]``, ``weighed [..., n, m]``."""
+    return ((q @ k.mT) * weighed) @ v
+
+
+class RowState(NamedTuple):
+    """What a layer keeps of a sequence.
+
+    ``k_line``, ``v_line``: ``[R, 1, C, D or E]``, keys and values of the prefix and of the row in progress. ``above``: T,
+    ``[R, M, D, E]`` float32: sums of many terms, each of which may be small beside the sum.
     """
 
-    columns: Tensor
-    right: Tensor
-    running: Tensor
-    prefix: Tensor
+    k_line: Tensor
+    v_line: Tensor
+    above: Tensor
 
 
-def log_weights(width: int, tokens: int, decay: Decay) -> Tensor:
-    """Logarithms of the weights ``[R, tokens, tokens]`` of every token's (last axis) for every query; -inf where it comes later."""
-    at = torch.arange(tokens)
-    row, column = at // width, at % width
-    down = row[:, None] - row[None]
-    across = (column[:, None] - column[None]).abs()
-    found = down * decay.rows[:, None, None] + across * decay.columns[:, None, None]
-    return found.masked_fill(at[None] > at[:, None], float("-inf"))
+def factors(width: int, decay: Decay) -> Tensor:
+    """``[W + 2, H]`` float32: powers of b from 0 to W - 1, then 1 and 0; :func:`step_index` says which of them weigh what."""
+    powers = torch.arange(width)[:, None] * decay.columns.float()
+    constant = torch.tensor([[1.0], [0.0]]).expand(-1, powers.shape[1])
+    return torch.cat([powers.exp(), constant])
 
 
-def parallel(
-    q: Tensor, k: Tensor, v: Tensor, width: int, decay: Decay, prefix: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Attention of all queries at once.
+def step_index(held: Tensor, starts: Tensor, prefix_len: int, width: int, *, signed: bool) -> Tensor:
+    """Which of :func:`factors` weigh what the tokens at positions ``held [B]`` read.
 
     Args:
-        q, k: ``[R, n, D]``, the first n tokens of an image in raster order.
-        v: ``[R, n, E]``.
-        width: tokens in a row of the image.
-        prefix: keys ``[R, T, D]`` and values ``[R, T, E]`` that all of them see without decay.
+        starts: ``[B]``, padding at the beginning of the prefix.
 
     Returns:
-        ``[R, n, E]``.
+        ``[B, C + 1]`` int64: for each slot, and last for T.
     """
-    weights = (q @ k.mT) * log_weights(width, q.shape[1], decay).exp()
-    attended = weights @ v
-    if prefix is None:
-        return attended
-    keys, values = prefix
-    return attended + q @ (keys.mT @ values)
+    visible, hidden = width, width + 1
+    slot = torch.arange(prefix_len)[None]
+    last = torch.maximum(held, starts)[:, None]
+    prefix = torch.where((slot >= starts[:, None]) & (slot <= last), visible, hidden)
+    column = ((held - prefix_len) % width)[:, None]
+    back = column - torch.arange(width)[None]
+    row = torch.where((back >= 0) & (held >= prefix_len)[:, None], back, hidden)
+    return torch.cat([prefix, row, column if signed else torch.full_like(column, visible)], dim=1)
 
 
-def empty_state(rows: int, width: int, key_dim: int, value_dim: int) -> DecayState:
-    """Before anything was seen."""
-    line = torch.zeros(rows, width, key_dim, value_dim)
-    one = torch.zeros(rows, key_dim, value_dim)
-    return DecayState(line, line.clone(), one, one.clone())
-
-
-def see_prefix(state: DecayState, k: Tensor, v: Tensor) -> DecayState:
-    """Take a position of the prefix, ``k [R, D]`` and ``v [R, E]``, into the state."""
-    return state._replace(prefix=state.prefix + outer(k, v))
-
-
-def step(
-    q: Tensor, k: Tensor, v: Tensor, column: Tensor, state: DecayState, decay: Decay
-) -> tuple[Tensor, DecayState]:
-    """Take the token at ``column`` into the state and read what it sees.
-
-    Args:
-        q, k: ``[R, D]``.
-        v: ``[R, E]``.
-        column: ``[R]`` int64, of the token in its row.
-
-    Returns:
-        ``[R, E]``, and the state after it.
-    """
-    pair = outer(k, v)
-    index = column[:, None, None, None].expand(-1, 1, *pair.shape[1:])
-    above = state.columns.gather(1, index).squeeze(1)
-    right = state.right.gather(1, index).squeeze(1)
-    running = decay.columns.exp()[:, None, None] * state.running + above + pair
-    attended = (q.float()[:, None] @ (running + right + state.prefix)).squeeze(1)
-    folded = decay.rows.exp()[:, None, None] * (above + pair)
-    columns = state.columns.scatter(1, index, folded[:, None])
-    return attended.to(q.dtype), state._replace(columns=columns, running=running)
-
-
-def end_row(state: DecayState, decay: Decay) -> DecayState:
-    """Make the right-hand sums of the next row, and begin it."""
-    width = state.columns.shape[1]
-    factor = decay.columns.exp()[:, None, None]
-    held = torch.zeros_like(state.running)
-    right = [held]
-    for column in range(width - 1, 0, -1):
-        held = factor * (held + state.columns[:, column])
-        right.append(held)
-    return state._replace(right=torch.stack(right[::-1], dim=1), running=torch.zeros_like(state.running))
-
-
-def outer(k: Tensor, v: Tensor) -> Tensor:
-    """``k v^T``: ``[R, D, E]`` float32."""
-    return k.float()[:, :, None] * v.float()[:, None]
+def fold(state: RowState, width: int, decay: Decay) -> Tensor:
+    """``above`` for the next row, ``[R, M, D, E]``, when all of a row lies in the last W slots."""
+    columns = torch.arange(width)
+    apart = (
+        width - 1 - columns[None] if decay.signed else (columns[:, None] - columns).abs()
+    )  # [M, W]: how far a token decays on its way to a matrix
+    powers = factors(width, decay)
+    heads = powers.shape[1]
+    reached = F.embedding(apart, powers).permute(2, 0, 1) * decay.rows.float().exp()[:, None, None]
+    keys = state.k_line[:, 0, -width:].float().unflatten(0, (-1, heads))  # [B, H, W, D]
+    values = state.v_line[:, :, -width:].float()
+    spread = keys.mT[:, :, None] * reached[:, :, None]  # [B, H, M, D, W]
+    fresh = spread.flatten(0, 1).flatten(1, 2) @ values.squeeze(1)
+    left = decay.whole_row(width).float().exp()
+    left = left[None, :, None, None, None].expand(len(keys), -1, 1, 1, 1).flatten(0, 1)
+    return state.above * left + fresh.unflatten(1, (len(apart), -1))

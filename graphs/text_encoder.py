@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from graphs.families.base import Layout
 from graphs.families.layers import RMSNorm
-from graphs.stages import Stage
+from graphs.stage import Stage
 from graphs.tensor_spec import TensorSpec
 
 LAYOUT = Layout(

@@ -90,10 +90,10 @@ class Start:
 
 
 def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) -> Limit:
-    """Of one decode step of a bundle. All of its buffer is read, whatever the budget."""
+    """Of one decode step of a bundle. All of its buffer is read, whatever the budget; of a matrix a column, one."""
     stage = "decode" if manifest.sampling.filtered else "decode.unfiltered"
     work = manifest.stages[stage].work
-    return Limit(work.weight_bytes, manifest.state_bytes, work.macs, read_bandwidth, mac_rate)
+    return Limit(work.weight_bytes, work.state_bytes, work.macs, read_bandwidth, mac_rate)
 
 
 class Measured:

@@ -18,6 +18,7 @@ from runtime.geometry import (
     pyramid,
     recent_tokens,
 )
+from runtime.manifest import Manifest
 
 PYRAMID = "pyramid"
 UNIFORM = "uniform"
@@ -40,6 +41,18 @@ class CacheRequest:
     @property
     def empty(self) -> bool:
         return self == CacheRequest()
+
+    def settle_for(self, manifest: Manifest) -> CacheSettings | None:
+        """Fill in a bundle's defaults; None for one that has no cache.
+
+        Raises:
+            RequestError: something is asked of a cache that is not there.
+            GeometryError: a pyramid does not fit.
+        """
+        if self.empty and manifest.cache is None:
+            return None
+        defaults = manifest.require_cache("cache options")
+        return self.settle(manifest.raster, manifest.capacity_lines, defaults)
 
     def settle(self, raster: Raster, capacity_lines: Sequence[int], defaults: CacheSettings) -> CacheSettings:
         """Fill in what was not given.

@@ -58,7 +58,7 @@ def picture(pixels: Pixels) -> PIL.Image.Image:
 
 
 def make_batch(
-    bundle: Bundle, samples: Sequence[Sample], sampling: SamplingSettings, cache: CacheSettings
+    bundle: Bundle, samples: Sequence[Sample], sampling: SamplingSettings, cache: CacheSettings | None
 ) -> Batch:
     """The batch that draws ``samples``; a short one is filled up with its last sample (rows do not see each other).
 

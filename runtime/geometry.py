@@ -171,6 +171,11 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return []
 
 
+def cache_text(cache: CacheSettings | None) -> str:
+    """One line for people, of a model that need not have a cache."""
+    return cache.text if cache else "none: what the model remembers is of one size"
+
+
 def recent_tokens(raster: Raster, recent_lines: float) -> int:
     """Whole tokens of ``recent_lines``."""
     return math.floor(recent_lines * raster.line_width + 1e-9)

@@ -30,7 +30,7 @@ class Batch:
     conditions: Mapping[str, NDArray[Any]]
     uniforms: NDArray[np.float32]
     sampling: SamplingSettings
-    cache: CacheSettings
+    cache: CacheSettings | None
     replay: NDArray[np.int64] | None = None
 
     @cached_property
@@ -39,8 +39,14 @@ class Batch:
         return {
             "prefill": "prefill",
             "decode": "decode" if self.sampling.filtered else "decode.unfiltered",
-            "line_end": f"line_end.{self.cache.policy if self.replay is None else 'replay'}",
+            "line_end": self._line_end,
         }
+
+    @property
+    def _line_end(self) -> str:
+        if self.cache is None:
+            return "line_end"
+        return f"line_end.{self.cache.policy if self.replay is None else 'replay'}"
 
 
 def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
@@ -57,14 +63,18 @@ def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
     """The stages' inputs that sampling and cache settings decide."""
     sampling, cache = batch.sampling, batch.cache
-    policy = manifest.policies.get(cache.policy)
-    return {
+    settings: dict[str, NDArray[np.generic]] = {
         "guidance": np.asarray(sampling.guidance, np.float32),
         "guidance_interval": np.asarray(sampling.guidance_interval, np.int64),
         "temperature": np.asarray(sampling.temperature, np.float32),
         "top_k": np.asarray(sampling.top_k, np.int64),
         "top_p": np.asarray(sampling.top_p, np.float32),
         "greedy": np.asarray(sampling.greedy, np.int64),
+    }
+    if cache is None:
+        return settings
+    policy = manifest.policies.get(cache.policy)
+    return settings | {
         "capacity": np.asarray(cache.capacity(manifest.raster), np.int64),
         "recent_tokens": np.asarray(recent_tokens(manifest.raster, cache.recent_lines), np.int64),
         "anchor_tokens": np.asarray(cache.anchor_tokens, np.int64),

@@ -12,7 +12,7 @@ import msgspec
 from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings, Raster
 
-SCHEMA = 5
+SCHEMA = 6
 MANIFEST_NAME = "manifest.json"
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -35,9 +35,10 @@ class TensorSpec(Record, frozen=True):
 
 
 class Work(Record, frozen=True):
-    """What one run of a stage reads and computes beside the state: bytes of weights, multiply-accumulates."""
+    """What one run of a stage reads and computes: bytes of weights and of state, multiply-accumulates."""
 
     weight_bytes: int
+    state_bytes: int
     macs: int
 
 
@@ -213,6 +214,7 @@ class Manifest(Record, frozen=True):
     ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
     file, it names the bundle. ``prefix_steps``: decode steps that feed the condition after the prefill.
     ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
+    A model whose state is of one size has no cache: there are no capacities and no policies, and one ``line_end``.
     """
 
     schema: int
@@ -227,7 +229,7 @@ class Manifest(Record, frozen=True):
     guided: bool
     capacity_lines: tuple[int, ...]
     policies: dict[str, PolicySpec]
-    cache: CacheSettings
+    cache: CacheSettings | None
     sampling: SamplingSettings
     state: tuple[TensorSpec, ...]
     stages: dict[str, StageSpec]
@@ -254,7 +256,7 @@ class Manifest(Record, frozen=True):
 
     def _resized(self, spec: TensorSpec, lines: Sequence[int]) -> TensorSpec:
         _, layered, layer = spec.name.partition(".")
-        if not layered:
+        if not layered or self.cache is None:
             return spec
         slots = self.raster.slots(self.capacity_lines[int(layer)])
         axis = 2 if len(spec.shape) == 4 else 1
@@ -273,11 +275,26 @@ class Manifest(Record, frozen=True):
         """Rows an image: 2 with an unconditional one."""
         return 2 if self.guided else 1
 
-    def check_cache(self, cache: CacheSettings, *, replayed: bool = False) -> None:
+    def require_cache(self, what: str) -> CacheSettings:
+        """The default settings of the cache.
+
+        Raises:
+            RequestError: there is none; the message says that ``what`` needs one.
+        """
+        if self.cache is None:
+            raise RequestError(f"{what}: a {self.model.family} bundle has no KV cache; leave that out")
+        return self.cache
+
+    def check_cache(self, cache: CacheSettings | None, *, replayed: bool = False) -> None:
         """Raise :class:`RequestError` or :class:`GeometryError` for settings that this bundle cannot run with.
 
         A ``replayed`` run asks no policy: the bundle need not hold it.
         """
+        if cache is None:
+            if self.cache is not None:
+                raise RequestError("the bundle has a KV cache, for which there are no settings")
+            return
+        self.require_cache("cache settings")
         if cache.policy not in self.policies and not replayed:
             held = ", ".join(self.policies)
             raise RequestError(
@@ -297,8 +314,13 @@ class Manifest(Record, frozen=True):
         faults = []
         if unknown := sorted({s.dtype for s in self.state} - set(ITEM_BYTES)):
             faults.append(f"state of unknown dtype {', '.join(unknown)}")
-        wanted = {"prefill", "decode", "decode.unfiltered", "line_end.replay", "vq_decoder"}
-        wanted |= {f"line_end.{policy}" for policy in self.policies}
+        wanted = {"prefill", "decode", "decode.unfiltered", "vq_decoder"}
+        if self.cache is None:
+            wanted.add("line_end")
+            if self.capacity_lines or self.policies:
+                faults.append("capacities or policies of no cache")
+        else:
+            wanted |= {"line_end.replay", *(f"line_end.{policy}" for policy in self.policies)}
         if isinstance(self.condition, CaptionInput) and self.condition.encoder:
             wanted.add("text_encoder")
         if missing := sorted(wanted - set(self.stages)):
@@ -320,7 +342,7 @@ class Manifest(Record, frozen=True):
             faults.append(f"the tokenizer {tokenizer} is not among the files")
         if faults:
             raise BundleError("the manifest contradicts itself: " + "; ".join(faults))
-        if len(self.capacity_lines) != self.model.layers:
+        if self.cache is not None and len(self.capacity_lines) != self.model.layers:
             raise BundleError(
                 f"the manifest contradicts itself: {len(self.capacity_lines)} capacities for {self.model.layers} layers"
             )

@@ -38,18 +38,20 @@ SHEET_IMAGES = 400
 
 
 class Recipe(Record, frozen=True):
-    """Everything needed to make one image again. It stands in the PNG as text chunk ``linert``."""
+    """Everything needed to make one image again; ``cache`` is None where the model has none. It stands in the PNG as text chunk ``linert``."""
 
     condition: Condition
     seed: int
     sampling: SamplingSettings
-    cache: CacheSettings
+    cache: CacheSettings | None
     bundle_sha256: str
     checkpoint_sha256: str
     vq_sha256: str
 
     @staticmethod
-    def of(manifest: Manifest, sample: Sample, sampling: SamplingSettings, cache: CacheSettings) -> Recipe:
+    def of(
+        manifest: Manifest, sample: Sample, sampling: SamplingSettings, cache: CacheSettings | None
+    ) -> Recipe:
         return Recipe(
             sample.condition,
             sample.seed,
@@ -66,7 +68,7 @@ class RunRequest(Record, frozen=True):
 
     samples: tuple[Sample, ...]
     sampling: SamplingSettings
-    cache: CacheSettings
+    cache: CacheSettings | None
     bundle_sha256: str
     trace_sha256: str = ""
 

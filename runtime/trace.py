@@ -45,6 +45,7 @@ class Trace:
 
     def check(self, manifest: Manifest) -> None:
         """Raise :class:`RequestError` if the run cannot be imposed on the bundle of ``manifest``."""
+        manifest.require_cache("a trace")
         shape = self.write_slots.shape
         branches = manifest.branches
         rows = manifest.state_spec("write_slots").shape[1]

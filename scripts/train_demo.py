@@ -11,6 +11,9 @@ the left one only, so that the right one below can only be known from the tokens
     python scripts/train_demo.py --task demo vq     # writes demo/vq_demo.pt
     python scripts/train_demo.py --task demo ar     # reads demo/vq_demo.pt, writes demo/c2i_demo.pt
     python scripts/train_demo.py --task demo slim   # leaves the encoder out of demo/vq_demo.pt
+
+`ar --attention manhattan` trains a LASADGen of the same size on the same tokens with the same budget, and writes the folder
+demo/lasadgen_demo; `signed`, `raster` and `none` are its other decays.
 """
 
 from __future__ import annotations
@@ -26,16 +29,19 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families import llamagen, vq
+from graphs.families import lasadgen, llamagen, vq
+from graphs.families.base import RasterTransformer
 
 GRID = 16
 SPLIT_SEED = 0
 PATCH = 4
+SOFTMAX = "softmax"
 IMAGE_SIDE = GRID * PATCH
 
 
@@ -57,6 +63,17 @@ class Task:
     @property
     def ar_file(self) -> str:
         return f"c2i_{self.name}.pt"
+
+    def transformer(self, attention: str) -> RasterTransformer:
+        """A model to train: LlamaGen's, or a LASADGen of its size with another ``attention``."""
+        if attention == SOFTMAX:
+            return llamagen.LlamaGen(self.ar)
+        same = ("layers", "dim", "heads", "ffn_dim", "vocab_size", "num_classes", "grid")
+        sizes = {name: getattr(self.ar, name) for name in same}
+        variant = lasadgen.Variant(attention)
+        return lasadgen.LASADGen(
+            lasadgen.LASADGenConfig(**sizes, variant=variant, gate_rank=self.ar.head_dim)
+        )
 
 
 def digits(split: str) -> tuple[Tensor, Tensor]:
@@ -156,6 +173,14 @@ def saved(model: nn.Module, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     return {"model": {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}}
 
 
+def save_folder(model: lasadgen.LASADGen, folder: Path, dtype: torch.dtype) -> None:
+    """Write a checkpoint of a LASADGen: ``model.safetensors`` and ``config.json``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.config.settings(), indent=1) + "\n")
+
+
 @click.group(help=__doc__)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @click.option("--task", type=click.Choice(list(TASKS)), default="demo", show_default=True)
@@ -177,8 +202,14 @@ PICTURES_FOR = 50
 @click.option("--steps", default=1500, show_default=True)
 @click.option("--batch", default=16, show_default=True)
 @click.option("--rate", default=1e-3, show_default=True)
+@click.option(
+    "--decoder",
+    "kept",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Train an encoder alone, for the codebook and the decoder of this file, which may have lost its own.",
+)
 @click.pass_obj
-def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float) -> None:
+def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float, kept: Path | None) -> None:
     """Train the VQ tokenizer: reconstruction, codebook and commitment losses."""
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / f"vq_{task.name}.log")
@@ -188,7 +219,13 @@ def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float) -> None
     model = vq.VQModel(task.vq, encoder=True)
     codebook = model.quantize.embedding.weight
     nn.init.normal_(codebook)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    if kept is not None:
+        held = torch.load(kept, weights_only=True)["model"]
+        model.load_state_dict({name: tensor.float() for name, tensor in held.items()}, strict=False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(vq.ENCODER_PREFIXES))
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
     used = torch.zeros(task.vq.codebook_size)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -207,10 +244,10 @@ def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float) -> None
         loss = F.mse_loss(image, pixels) + 0.2 * F.l1_loss(image, pixels) + chosen + 0.25 * commitment
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         used = 0.99 * used + torch.bincount(tokens.flatten(), minlength=len(used)).float()
-        if step % 50 == 49 and step < steps // 2:
+        if kept is None and step % 50 == 49 and step < steps // 2:
             # Codes that nothing chooses start again at latents of this batch.
             idle = (used < 1).nonzero().flatten()
             pool = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
@@ -251,7 +288,7 @@ def load_vq(path: Path) -> vq.VQModel:
     state = {name: tensor.float() for name, tensor in torch.load(path, weights_only=True)["model"].items()}
     if not any(name.startswith(vq.ENCODER_PREFIXES) for name in state):
         raise click.ClickException(
-            f"{path} has lost its encoder to `slim`: train the tokenizer again with `vq`"
+            f"{path} has lost its encoder to `slim`: train another with `vq --decoder {path}`"
         )
     model = vq.VQModel(vq.infer_config({k: tuple(v.shape) for k, v in state.items()}), encoder=True)
     model.load_state_dict(state)
@@ -260,6 +297,13 @@ def load_vq(path: Path) -> vq.VQModel:
 
 @main.command("ar")
 @out_option
+@click.option(
+    "--attention",
+    type=click.Choice([SOFTMAX, *(str(v) for v in lasadgen.Variant)]),
+    default=SOFTMAX,
+    show_default=True,
+    help="Softmax attention, or linear attention with one of LASADGen's decays.",
+)
 @click.option("--epochs", default=45, show_default=True)
 @click.option("--views", default=8, show_default=True, help="Moved copies of every digit.")
 @click.option("--batch", default=16, show_default=True)
@@ -268,10 +312,18 @@ def load_vq(path: Path) -> vq.VQModel:
 @click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
 @click.pass_obj
 def train_ar(
-    task: Task, out: Path, epochs: int, views: int, batch: int, rate: float, drop_class: float, ema: float
+    task: Task,
+    out: Path,
+    attention: str,
+    epochs: int,
+    views: int,
+    batch: int,
+    rate: float,
+    drop_class: float,
+    ema: float,
 ) -> None:
     """Train the transformer on the tokenizer's tokens."""
-    log = Log(out / f"c2i_{task.name}.log")
+    log = Log(out / f"{attention}_{task.name}.log")
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     tokenizer = load_vq(out / task.vq_file)
@@ -282,7 +334,7 @@ def train_ar(
     test_tokens = encode(tokenizer, test_pixels)
     log(grids=len(tokens), distinct_tokens=int(tokens.unique().numel()))
 
-    model = llamagen.LlamaGen(task.ar)
+    model = task.transformer(attention)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
@@ -335,7 +387,11 @@ def train_ar(
                 train_loss=round(float(np.mean(losses[-per_epoch:])), 4),
                 held_out_loss=round(float(held), 4),
             )
-            save(saved(average, task.dtype), out / task.ar_file)
+            if isinstance(average, lasadgen.LASADGen):
+                name = "lasadgen" if attention == lasadgen.Variant.MANHATTAN else f"lasadgen_{attention}"
+                save_folder(average, out / f"{name}_{task.name}", torch.float16)
+            else:
+                save(saved(average, task.dtype), out / task.ar_file)
 
 
 if __name__ == "__main__":

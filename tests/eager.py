@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from graphs import stages
-from graphs.families.base import RasterTransformer
+from graphs.families.base import FamilyConfig, RasterTransformer
+from graphs.line_buffer import LineEnd
 from graphs.policies import POLICIES, LineEndParams
+from graphs.tensor_spec import NEXT
 
 GUIDANCE = 3.0
 
@@ -31,7 +33,7 @@ def usual_inputs(geometry: stages.Geometry, **given: float) -> dict[str, torch.T
     return tensors
 
 
-def fed_stages(config: stages.FamilyConfig, position: int) -> Iterator[str]:
+def fed_stages(config: FamilyConfig, position: int) -> Iterator[str]:
     """The stages behind a prefill that left the position at ``position``, in order."""
     for held in range(position, config.prefix_len + config.image_tokens - 1):
         yield "decode"
@@ -61,7 +63,7 @@ class Eager:
         self.stages: Mapping[str, stages.Stage] = {
             "prefill": stages.Prefill(net, geometry),
             "decode": stages.Decode(net, geometry),
-            "line_end": stages.LineEnd(chosen, geometry),
+            "line_end": LineEnd(chosen, geometry),
         }
         window = chosen.score_window(geometry.config.line_width)
         self.tensors = usual_inputs(geometry, **{"score_window": window, **given})
@@ -91,4 +93,4 @@ class Eager:
         outputs = stage(*(self.tensors[spec.name] for spec in stage.inputs))
         for spec, value in zip(stage.outputs, outputs, strict=True):
             assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec.name
-            self.tensors[spec.name.removesuffix(stages.NEXT)] = value
+            self.tensors[spec.name.removesuffix(NEXT)] = value

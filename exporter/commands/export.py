@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -11,7 +11,7 @@ from rich.console import Console
 
 from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.calibration import Calibration, calibrated
-from exporter.models import ModelRequest, load_models, load_text_encoder, load_transformer
+from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder, load_transformer
 from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
 from graphs.policies import POLICIES
 from runtime.cache_request import CacheRequest, quarter
@@ -19,11 +19,12 @@ from runtime.commands.bundle_argument import parse_size
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest
 from runtime.errors import OutputError, RequestError
-from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster
+from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
 from runtime.manifest import SamplingSettings
 from runtime.samples import Prompt
 from runtime.text import lines_text, size_text
 
+DEFAULT_POLICY = "linear"
 DEFAULT_MODE = Mode.LAZY
 DEFAULT_RECENT_LINES = 1
 DEFAULT_ANCHOR_TOKENS = 16
@@ -75,10 +76,8 @@ DEFAULT_SHARE_GUIDANCE = False
 @click.option(
     "--policy",
     "policies",
-    callback=lambda c, p, text: parse_policies(text),
-    default="linear",
-    show_default=True,
-    help=f"Cache policies that the bundle holds, the default first, or all: {', '.join(POLICIES)}.",
+    callback=lambda c, p, text: parse_policies(text) if text else (),
+    help=f"Cache policies that the bundle holds, the default first, or all: {', '.join(POLICIES)}. Default: {DEFAULT_POLICY}.",
 )
 @cache_options(policy=False)
 @click.option(
@@ -187,7 +186,7 @@ def command(
     calibration_captions: Path | None,
     force: bool,
 ) -> None:
-    """Turn CHECKPOINT, of LlamaGen, Janus or Lumina-mGPT, and its image decoder into a bundle.
+    """Turn CHECKPOINT, of LlamaGen, LASADGen, Janus or Lumina-mGPT, and its image decoder into a bundle.
 
     CHECKPOINT is a file or a folder. Published .pt/.pth/.bin containers, training files and safetensors, in one file or in
     shards, load as they are; no code in them is run.
@@ -203,11 +202,12 @@ def command(
     usual = transformer.family.usual_sampling(config)
     guidance = usual.guidance if guidance is None else guidance
     top_k = usual.top_k if top_k is None else top_k
-    settled, capacities = cache_plan(raster_of(config), config.layers, policies, cache, capacity_lines)
+    wanted = CacheWishes(policies, cache, capacity_lines)
+    held, settled, capacities = wanted.plan(transformer)
     plan = ExportPlan(
         transformer,
         image_decoder,
-        policies,
+        held,
         capacities,
         settled,
         images=batch,
@@ -227,9 +227,7 @@ def command(
         sized = load_transformer(
             transformer.checkpoint, replace(request, size=size), patch=image_decoder.config.patch
         )
-        settled, capacities = cache_plan(
-            raster_of(sized.config), config.layers, policies, cache, capacity_lines
-        )
+        _, settled, capacities = wanted.plan(sized)
         others.append(replace(plan, transformer=sized, cache=settled, capacity_lines=capacities))
     conditioner = plan.conditioner()
     for each in (plan, *others):
@@ -284,6 +282,34 @@ def parse_parts(kept: Sequence[str], layers: int) -> dict[str, Precision]:
     return parts
 
 
+@dataclass(frozen=True)
+class CacheWishes:
+    """What an export asks of the cache; an empty tuple and None leave it open."""
+
+    policies: tuple[str, ...]
+    request: CacheRequest
+    capacity_lines: int | None
+
+    def plan(
+        self, transformer: LoadedTransformer
+    ) -> tuple[tuple[str, ...], CacheSettings | None, tuple[int, ...]]:
+        """Policies, default settings and lines of every layer's buffer; nothing for a model without a cache.
+
+        Raises:
+            RequestError: something is asked of a cache that is not there.
+        """
+        if not transformer.family.cached:
+            if self.policies or not self.request.empty or self.capacity_lines is not None:
+                raise RequestError(
+                    f"{transformer.path} is a {transformer.family.title}, which has no KV cache: leave policies, budgets and "
+                    "--capacity-lines out"
+                )
+            return (), None, ()
+        policies = self.policies or (DEFAULT_POLICY,)
+        raster, layers = raster_of(transformer.config), transformer.config.layers
+        return policies, *cache_plan(raster, layers, policies, self.request, self.capacity_lines)
+
+
 def cache_plan(
     raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest, capacity_lines: int | None
 ) -> tuple[CacheSettings, tuple[int, ...]]:
@@ -321,12 +347,13 @@ def _announce(console: Console, plan: ExportPlan) -> None:
         f"image: {raster.lines} x {raster.line_width} tokens, "
         f"{raster.columns * patch} x {raster.lines * patch} pixels; batch {plan.images}, {rows}"
     )
-    console.print(
-        f"line buffer: {lines_text(plan.capacity_lines)} of {raster.lines} lines = "
-        f"{lines_text(plan.geometry.capacities)} slots a layer; policies: {', '.join(plan.policies)}"
-    )
-    console.print(f"by default: {cache.text}")
-    console.print(
-        f"state memory: {plan.state_bytes} bytes ({size_text(plan.state_bytes)}); "
-        f"the full cache takes {size_text(plan.full_state_bytes)}"
-    )
+    if cache is None:
+        console.print(f"cache: {cache_text(None)}")
+    else:
+        console.print(
+            f"line buffer: {lines_text(plan.capacity_lines)} of {raster.lines} lines = "
+            f"{lines_text(plan.geometry.capacities)} slots a layer; policies: {', '.join(plan.policies)}"
+        )
+        console.print(f"by default: {cache.text}")
+    full = f"; the full cache takes {size_text(plan.full_state_bytes)}" if cache else ""
+    console.print(f"state memory: {plan.state_bytes} bytes ({size_text(plan.state_bytes)}){full}")

@@ -115,7 +115,7 @@ def command(
         batch, recorded, compared = _recorded(read_trace(trace), opened)
     else:
         compared = plan_samples(asked or opened.conditioner.usual()[: manifest.images], manifest.images, seed)
-        settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
+        settings = cache.settle_for(manifest)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
         batch, recorded = make_batch(opened, compared, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):
@@ -237,10 +237,11 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
         console.print(f"tokens equal to the trace's: {report.recorded_agreement:.2%}")
     console.print(f"pixels: max abs error {report.pixels_max_abs:.2e}, PSNR {report.pixels_psnr:.1f} dB")
     far = report.compression
-    console.print(
-        f"compression (line buffer against full cache, not an error): logits mean abs {far.mean_abs:.2e}, "
-        f"KL {far.kl_mean:.2e}, top-1 agreement {far.top1_agreement:.2%}"
-    )
+    if far.rows:
+        console.print(
+            f"compression (line buffer against full cache, not an error): logits mean abs {far.mean_abs:.2e}, "
+            f"KL {far.kl_mean:.2e}, top-1 agreement {far.top1_agreement:.2%}"
+        )
     if quality:
         table = Table("metric", "bundle", "float32", "difference", "", title="quality", title_justify="left")
         for cost in quality:

@@ -81,7 +81,7 @@ def check(inputs: LineAttentionInputs, launch: LineAttentionLaunch) -> None:
 def line_evict(
     launch: LineEvictLaunch, settings: Sequence[Tensor], scores: Sequence[Tensor], slot_pos: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """What :class:`graphs.stages.LineEnd` does, for the policies that the plugin has.
+    """What :class:`graphs.line_buffer.LineEnd` does, for the policies that the plugin has.
 
     Args:
         settings: capacity ... position, the stage's inputs in front of the state.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from graphs.families import janus, llamagen, lumina
+from graphs.families import janus, lasadgen, llamagen, lumina
 from graphs.families.base import Family
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (llamagen.FAMILY, janus.FAMILY, lumina.FAMILY)
+    family.name: family for family in (llamagen.FAMILY, lasadgen.FAMILY, janus.FAMILY, lumina.FAMILY)
 }

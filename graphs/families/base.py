@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.line_buffer import LineBuffer
+from graphs.memory import Memory
+from graphs.stage import Geometry
 from graphs.tensor_spec import TensorSpec
 
 
@@ -42,6 +45,17 @@ class FamilyConfig(Protocol):
     def newline_token(self) -> int | None:
         """The token that ends every line and is no part of the picture; it is never drawn but forced."""
         ...
+
+    def memory(self, geometry: Geometry) -> Memory:
+        """What the layers keep between steps."""
+        ...
+
+
+class KeyValueCache:
+    """Of models whose layers keep keys and values."""
+
+    def memory(self, geometry: Geometry) -> Memory:
+        return LineBuffer(geometry)
 
 
 class SquareRaster:
@@ -294,12 +308,14 @@ class UsualSampling:
 class Family(ABC):
     """A kind of model: how its files are read, and how it is asked for images.
 
-    ``name``: in the manifest. ``title``: for people. ``reads_prompts``: needs a tokenizer.
+    ``name``: in the manifest. ``title``: for people. ``reads_prompts``: needs a tokenizer. ``cached``: its layers
+    keep keys and values, for which there are policies.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reads_prompts: ClassVar[bool] = False
+    cached: ClassVar[bool] = True
     layouts: ClassVar[tuple[Layout, ...]]
     config_type: ClassVar[type[Any]]
 

@@ -18,6 +18,7 @@ from graphs.families.base import (
     Condition,
     Family,
     Given,
+    KeyValueCache,
     Layout,
     PromptFormat,
     SquareRaster,
@@ -74,7 +75,7 @@ TRANSFORMERS = Layout(
 
 
 @dataclass(frozen=True)
-class JanusConfig(SquareRaster):
+class JanusConfig(SquareRaster, KeyValueCache):
     """Shape of a Janus model.
 
     ``vocab_size``: image tokens. ``text_vocab_size``: those of prompts. ``prefix_len``: longest prompt. ``begin_of_sentence``,

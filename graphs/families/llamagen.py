@@ -18,6 +18,7 @@ from graphs.families.base import (
     Condition,
     Family,
     Given,
+    KeyValueCache,
     Layout,
     RasterTransformer,
     SquareRaster,
@@ -43,7 +44,7 @@ PUBLISHED_HEADS = {
 
 
 @dataclass(frozen=True)
-class LlamaGenConfig(SquareRaster):
+class LlamaGenConfig(SquareRaster, KeyValueCache):
     """Shape of a LlamaGen model and of the image that it draws.
 
     Conditioned on one of ``num_classes``, or on ``prefix_len`` vectors of ``caption_dim``.

@@ -18,6 +18,7 @@ from graphs.families.base import (
     Condition,
     Family,
     Given,
+    KeyValueCache,
     Layout,
     PromptFormat,
     UsualSampling,
@@ -68,7 +69,7 @@ def sizes(side: int) -> list[tuple[int, int]]:
 
 
 @dataclass(frozen=True)
-class LuminaConfig:
+class LuminaConfig(KeyValueCache):
     """Shape of a Lumina-mGPT model and of the image that it draws.
 
     ``vocab_size``: image tokens, whose ids begin with ``first_image_token``. ``newline_id``: the id of the newline.

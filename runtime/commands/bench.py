@@ -142,7 +142,7 @@ def command(
         )
         click.echo(json.dumps({"machine": machine, **result}))
         return
-    settled = cache.settle(opened.manifest.raster, opened.manifest.capacity_lines, opened.manifest.cache)
+    settled = cache.settle_for(opened.manifest)
     if options.name is BackendName.CPU:
         # Before anything of the bundle is in memory.
         _print_limit(console, limit_of(opened.manifest, ReadBandwidth(threads).measure(), peak_macs()))

@@ -14,6 +14,7 @@ from rich.table import Table
 from runtime.bundle import Bundle
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.engines import built_flavours, read_engines
+from runtime.geometry import CacheSettings, cache_text
 from runtime.manifest import Manifest
 from runtime.text import lines_text, size_text
 
@@ -44,8 +45,7 @@ def describe(bundle: Bundle) -> dict[str, object]:
         "manifest": msgspec.to_builtins(manifest),
         "policies": list(manifest.policies),
         "state_bytes": manifest.state_bytes,
-        "state_bytes_full_cache": full_cache_bytes(manifest),
-        "cache_saving": {**asdict(CacheSaving.of(manifest)), "saved": CacheSaving.of(manifest).saved},
+        **(_cache_costs(manifest) if manifest.cache else {}),
         "state_bytes_by_kind": state_by_kind(manifest),
         "file_bytes": sum(record.bytes for record in manifest.files.values()),
         "decode_steps": manifest.raster.image_tokens - 1,
@@ -53,6 +53,14 @@ def describe(bundle: Bundle) -> dict[str, object]:
             flavour: msgspec.to_builtins(read_engines(bundle, flavour, digests=False))
             for flavour in built_flavours(bundle)
         },
+    }
+
+
+def _cache_costs(manifest: Manifest) -> dict[str, object]:
+    saving = CacheSaving.of(manifest)
+    return {
+        "state_bytes_full_cache": full_cache_bytes(manifest),
+        "cache_saving": {**asdict(saving), "saved": saving.saved},
     }
 
 
@@ -124,11 +132,7 @@ def _print(bundle: Bundle, console: Console) -> None:
         f"{raster.lines * decoder.patch} pixels",
         "batch": f"{manifest.images} images, "
         + ("guided (two rows an image)" if manifest.guided else "unguided (one row an image)"),
-        "buffer": f"{lines_text(manifest.capacity_lines)} of {raster.lines} lines = "
-        f"{lines_text([raster.slots(lines) for lines in manifest.capacity_lines])} slots a layer",
-        "saved": f"keys and values: {CacheSaving.of(manifest).text}",
-        "policies": ", ".join(manifest.policies),
-        "by default": cache.text,
+        **(_cache_rows(manifest, cache) if cache else {"cache": cache_text(None)}),
         "sampling": ", ".join(
             f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
         ),
@@ -142,10 +146,12 @@ def _print(bundle: Bundle, console: Console) -> None:
     memory = Table("state", "bytes", "", title="state memory", title_justify="left")
     for kind, count in state_by_kind(manifest).items():
         memory.add_row(kind, f"{count:,}", size_text(count))
-    total, full = manifest.state_bytes, full_cache_bytes(manifest)
+    total = manifest.state_bytes
     memory.add_section()
     memory.add_row("total", f"{total:,}", size_text(total))
-    memory.add_row("full cache", f"{full:,}", f"{size_text(full)}, {full / total:.2f} x")
+    if cache:
+        full = full_cache_bytes(manifest)
+        memory.add_row("full cache", f"{full:,}", f"{size_text(full)}, {full / total:.2f} x")
     console.print(memory)
 
     files = Table("file", "bytes", "stage", title="files", title_justify="left")
@@ -153,6 +159,17 @@ def _print(bundle: Bundle, console: Console) -> None:
     for name, record in sorted(manifest.files.items()):
         files.add_row(name, f"{record.bytes:,}", stage_of.get(name, "shared weights"))
     console.print(files)
+
+
+def _cache_rows(manifest: Manifest, cache: CacheSettings) -> dict[str, str]:
+    raster = manifest.raster
+    return {
+        "buffer": f"{lines_text(manifest.capacity_lines)} of {raster.lines} lines = "
+        f"{lines_text([raster.slots(lines) for lines in manifest.capacity_lines])} slots a layer",
+        "saved": f"keys and values: {CacheSaving.of(manifest).text}",
+        "policies": ", ".join(manifest.policies),
+        "by default": cache.text,
+    }
 
 
 def _print_plans(bundle: Bundle, stage: str | None, console: Console) -> None:

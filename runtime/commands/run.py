@@ -25,6 +25,7 @@ from runtime.commands.condition_options import ConditionRequest, condition_optio
 from runtime.errors import RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
 from runtime.generator import Generator, Replay, Tokens, picture
+from runtime.geometry import CacheSettings, cache_text
 from runtime.output import (
     PREVIEW_NAME,
     SHEET_IMAGES,
@@ -120,6 +121,7 @@ def command(
     }
     overrides = {name: value for name, value in given.items() if value is not None}
     trace = None
+    settings: CacheSettings | None
     if replay_trace is not None:
         asked = not replace(conditions, captions=None).empty or num_images is not None or seed is not None
         if overrides or not cache.empty or asked:
@@ -132,6 +134,9 @@ def command(
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
     opened = place.open()
     manifest = opened.manifest
+    for option, value in (("--eviction-map", eviction_map), ("--record-trace", record_trace)):
+        if value is not None:
+            manifest.require_cache(option)
     asked_conditions = conditions.settle(opened.conditioner)
     if trace is not None:
         trace.check(manifest)
@@ -141,7 +146,7 @@ def command(
     else:
         samples = plan_samples(asked_conditions, num_images, seed or 0)
         sampling = msgspec.structs.replace(manifest.sampling, **overrides)
-        settings = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
+        settings = cache.settle_for(manifest)
     if faults := sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(settings, replayed=trace is not None)
@@ -149,7 +154,7 @@ def command(
     request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
     folder = RunFolder(out, request, resume=resume, force=force)
     console = Console(stderr=True, highlight=False)
-    console.print(f"cache: {settings.text}")
+    console.print(f"cache: {cache_text(settings)}")
     map_kind = MapKind(eviction_map) if eviction_map else None
     run = _Run(generator, request, folder, trace, map_kind, record_trace is not None, preview)
     run.draw(console)
@@ -178,7 +183,8 @@ class _Run:
     def trace(self) -> Trace:
         """The write slots recorded."""
         request = self.request
-        header = TraceHeader(request.bundle_sha256, request.sampling, request.cache, request.samples)
+        cache = self.request.cache or self.generator.manifest.require_cache("a trace")
+        header = TraceHeader(request.bundle_sha256, request.sampling, cache, request.samples)
         tokens = self.folder.arrays()["tokens"].astype(np.int64)
         return Trace(header, np.concatenate(self.recorded), tokens)
 

@@ -17,7 +17,9 @@ from exporter.weights_file import WeightsFile
 from graphs import stages
 from graphs.families import FAMILIES, janus, llamagen, lumina
 from graphs.families.base import RasterTransformer
+from graphs.line_buffer import LineEnd
 from graphs.policies import POLICIES
+from graphs.tensor_spec import NEXT
 from tests.conftest import random_state
 from tests.eager import fed_stages, usual_inputs
 
@@ -84,7 +86,7 @@ class Sessions:
         given = {spec.name: self.arrays[spec.name] for spec in stage.inputs}
         found = self.sessions[name].run(outputs, given)
         self.arrays |= {
-            output.removesuffix(stages.NEXT): array for output, array in zip(outputs, found, strict=True)
+            output.removesuffix(NEXT): array for output, array in zip(outputs, found, strict=True)
         }
 
 
@@ -98,7 +100,7 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
     parts = [
         stages.Prefill(net, geometry),
         stages.Decode(net, geometry, filtered=False),
-        stages.LineEnd(POLICIES["linear"](), geometry),
+        LineEnd(POLICIES["linear"](), geometry),
     ]
     ours = Sessions(parts, net, tmp_path)
     tensors = usual_inputs(geometry) | conditions(net, guided=guided)
@@ -109,7 +111,7 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
         part = ours.stages[stage]
         found = part(*(tensors[spec.name] for spec in part.inputs))
         for spec, value in zip(part.outputs, found, strict=True):
-            key = spec.name.removesuffix(stages.NEXT)
+            key = spec.name.removesuffix(NEXT)
             tensors[key] = value
             # Rounding of one step goes on to the next through the caches.
             np.testing.assert_allclose(ours.arrays[key], value.numpy(), atol=2e-4, rtol=0, err_msg=key)

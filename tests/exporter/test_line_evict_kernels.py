@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 from exporter.tensorrt.launch import line_evict
 from graphs.families.llamagen import LlamaGenConfig
+from graphs.line_buffer import LineEnd
 from graphs.policies import POLICIES
-from graphs.stages import Geometry, LineEnd
+from graphs.stage import Geometry
 from runtime.plugins.line_evict import LineEvict, LineEvictLaunch
 from tests.exporter.test_line_attention_kernels import DEVICE
 

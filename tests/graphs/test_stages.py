@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graphs import stages
+from graphs import line_buffer, stages
 from graphs.families import llamagen
 from graphs.history import HistoryModel
+from graphs.line_buffer import LineEnd
 from graphs.policies import POLICIES, LineEndParams
 from tests.conftest import TINY, random_state
 from tests.eager import Eager
@@ -135,7 +136,7 @@ def test_layers_end_their_lines_together_as_they_would_alone(
     slots = tuple(config.prefix_len + lines * config.line_width for lines in capacities)
     sizes = stages.Geometry(config, IMAGES, True, slots)
     generator = torch.Generator().manual_seed(0)
-    line_end = stages.LineEnd(POLICIES[policy](), sizes)
+    line_end = LineEnd(POLICIES[policy](), sizes)
     scalars = {"position": 20, "recent_tokens": 6, "strict": 1, "average_heads": 1, "share_guidance": 1}
     inputs = []
     for spec in line_end.inputs:
@@ -151,6 +152,6 @@ def test_layers_end_their_lines_together_as_they_would_alone(
             tensor = torch.full(spec.shape, scalars.get(name, 0), dtype=spec.dtype)
         inputs.append(tensor)
     together = line_end(*inputs)
-    monkeypatch.setattr(stages, "GROUP_ENTRIES", 1)
+    monkeypatch.setattr(line_buffer, "GROUP_ENTRIES", 1)
     for spec, ours, alone in zip(line_end.outputs, together, line_end(*inputs), strict=True):
         assert torch.equal(ours, alone), spec.name

@@ -329,16 +329,15 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
     """Stage against stage on the same live state, at every line."""
     import torch
 
-    from graphs import stages
+    from graphs.line_buffer import LineEnd
     from graphs.policies import POLICIES as REGISTERED
+    from graphs.stage import Geometry
     from runtime.generator import make_batch
 
     manifest = generator.manifest
     cache = settled(generator, policy=policy)
-    geometry = stages.Geometry(
-        TINY, 2, True, tuple(manifest.raster.slots(n) for n in manifest.capacity_lines)
-    )
-    stage = stages.LineEnd(REGISTERED[policy](), geometry)
+    geometry = Geometry(TINY, 2, True, tuple(manifest.raster.slots(n) for n in manifest.capacity_lines))
+    stage = LineEnd(REGISTERED[policy](), geometry)
     backend = generator.backend
     batch = make_batch(generator.bundle, SAMPLES, manifest.sampling, cache)
     begin(backend, batch)

@@ -1,0 +1,115 @@
+"""The state of spatial decay: the row in progress and one matrix a column for all rows above; and the end of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from onnx import FunctionProto
+from torch import Tensor
+from torch.nn import functional as F
+
+from graphs.memory import LayerStep, Memory, Projections, StepPosition
+from graphs.spatial_decay import Decay, RowState, factors, fold, step_index
+from graphs.spatial_decay_step import IN_PLACE, StepInputs, function_proto, spatial_decay_step
+from graphs.stage import Geometry, Stage
+from graphs.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from graphs.families.base import RasterTransformer
+
+Decays = Callable[["RasterTransformer"], Iterable[Decay]]
+"""What a model's layers have learned, in order."""
+
+
+class DecayMemory(Memory):
+    """Keys and values of the prefix and of one row, and what is above.
+
+    Args:
+        decays: tells a model's.
+        matrices: of a layer's state, M: one a column, or one.
+    """
+
+    written = IN_PLACE
+
+    def __init__(self, geometry: Geometry, decays: Decays, matrices: int) -> None:
+        super().__init__(geometry)
+        self.decays, self.matrices = decays, matrices
+
+    def layer_state(self) -> list[TensorSpec]:
+        """In the order of :class:`RowState`."""
+        geometry, config = self.geometry, self.geometry.config
+        size = config.head_dim
+        line = (geometry.rows, 1, config.prefix_len + config.line_width, size)
+        above = (geometry.rows, self.matrices, size, size)
+        return [
+            spec
+            for layer in range(config.layers)
+            for spec in (
+                TensorSpec(f"k_line.{layer}", geometry.cache_dtype, line),
+                TensorSpec(f"v_line.{layer}", geometry.cache_dtype, line),
+                TensorSpec(f"above.{layer}", torch.float32, above),
+            )
+        ]
+
+    def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
+        return DecayStep(self, list(self.decays(model)), at)
+
+    def function(self) -> FunctionProto:
+        return function_proto(self.matrices)
+
+    def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:
+        return [EndRow(model, self)]
+
+
+class DecayStep(LayerStep):
+    """Write the token into the row, and read the row and what is above its column."""
+
+    def __init__(self, memory: DecayMemory, decays: Sequence[Decay], at: StepPosition) -> None:
+        self.geometry = geometry = memory.geometry
+        config = geometry.config
+        prefix, width = config.prefix_len, config.line_width
+        in_row = torch.where(at.in_prefix(prefix), torch.maximum(at.held, at.starts), prefix + at.column)
+        self.slot = geometry.per_row(in_row)
+        self.matrix = geometry.per_row(at.column if memory.matrices > 1 else torch.zeros_like(at.column))
+        index = step_index(at.held, at.starts, prefix, width, signed=decays[0].signed)
+        # All layers look their factors up at once.
+        table = torch.cat([factors(width, decay) for decay in decays], dim=1)
+        found = F.embedding(index, table).permute(0, 2, 1).unflatten(1, (config.layers, -1))
+        self.weighed = found.transpose(0, 1).reshape(config.layers, geometry.rows, 1, 1, -1)
+
+    def __call__(
+        self, layer: int, new: Projections, state: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        geometry = self.geometry
+        q, k, v = (part.reshape(geometry.rows, 1, 1, -1) for part in new)
+        weighed, above_weighed = self.weighed[layer].split([state[0].shape[2], 1], dim=-1)
+        attended, *line = spatial_decay_step(
+            StepInputs(q, k, v, RowState(*state), self.slot, self.matrix, weighed, above_weighed)
+        )
+        return attended.reshape(geometry.sequences, 1, geometry.config.heads, -1), tuple(line)
+
+
+class EndRow(Stage):
+    """Take the finished row into what is above the next, in every layer."""
+
+    name = "line_end"
+
+    def __init__(self, model: RasterTransformer, memory: DecayMemory) -> None:
+        super().__init__()
+        self.model = model
+        self.memory = memory
+        self.geometry = memory.geometry
+        self.inputs = memory.layer_state()
+        above = [spec for spec in self.inputs if spec.name.startswith("above.")]
+        self.outputs = [spec.next() for spec in above]
+        self.in_place = frozenset(spec.name for spec in above)
+
+    def forward(self, *layers: Tensor) -> tuple[Tensor, ...]:
+        width = self.geometry.config.line_width
+        states = [RowState(*state) for state in self.memory.by_layer(layers)]
+        return tuple(
+            fold(state, width, decay)
+            for state, decay in zip(states, self.memory.decays(self.model), strict=True)
+        )

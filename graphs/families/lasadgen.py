@@ -1,0 +1,326 @@
+"""LASADGen: linear attention with spatial-aware decay in the place of softmax attention (arXiv 2507.01652).
+
+Neither sizes, nor formulas, nor weights of the published model are public. This one follows what its group has published of
+such layers: SiLU on queries, keys and values; no denominator; a norm of every head's output; a sigmoid gate of low rank. The
+rest mirrors LlamaGen: its sizes, pre-RMSNorm, SwiGLU, two-dimensional rotary embedding, a class vector before the image.
+
+Checkpoints are a folder of ``model.safetensors`` with the names of this module's parameters, and a ``config.json``:
+``{"model_type": "lasadgen", "variant": "manhattan", "num_attention_heads": 12, "grid_size": 24}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphs.decay_memory import DecayMemory
+from graphs.families.base import (
+    Condition,
+    Family,
+    Given,
+    Layout,
+    RasterTransformer,
+    SquareRaster,
+    UsualSampling,
+)
+from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
+from graphs.memory import Memory
+from graphs.rotary import axial_table, rotate_interleaved
+from graphs.spatial_decay import Decay, attend, weights
+from graphs.stage import Geometry
+from graphs.tensor_spec import TensorSpec
+
+MODEL_TYPE = "lasadgen"
+
+
+class Variant(StrEnum):
+    """How the decay counts: ``manhattan`` by true distance in the image; ``signed`` by rows and signed columns; ``raster`` by the
+    distance in the sequence; ``none`` not at all. Only the first keeps a matrix for every column."""
+
+    MANHATTAN = "manhattan"
+    SIGNED = "signed"
+    RASTER = "raster"
+    NONE = "none"
+
+
+SIZES = {
+    # layers, dim, heads, as LlamaGen's
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (36, 1280, 20),
+}
+
+
+@dataclass(frozen=True)
+class LASADGenConfig(SquareRaster):
+    """Shape of a model and of the image that it draws.
+
+    ``gate_rank``: of the gate's projection.
+    """
+
+    layers: int
+    dim: int
+    heads: int
+    ffn_dim: int
+    vocab_size: int
+    num_classes: int
+    grid: int
+    variant: Variant
+    gate_rank: int
+    prefix_len: int = 1
+    norm_eps: float = 1e-5
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variant", Variant(self.variant))
+        faults = [
+            f"{name} is {value}, must be at least 1"
+            for name, value in vars(self).items()
+            if isinstance(value, int) and value < 1
+        ]
+        if not faults and self.dim % self.heads:
+            faults.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        elif not faults and self.head_dim % 4:
+            faults.append(f"head size {self.head_dim} is not a multiple of 4")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of a head's state."""
+        return self.grid if self.variant is Variant.MANHATTAN else 1
+
+    def memory(self, geometry: Geometry) -> Memory:
+        return DecayMemory(geometry, decays, self.matrices)
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the name and shape of every tensor that a checkpoint of this configuration holds."""
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in LASADGen(self).named_parameters()}
+
+    def settings(self) -> dict[str, Any]:
+        """The ``config.json`` of a checkpoint."""
+        return {
+            "model_type": MODEL_TYPE,
+            "variant": str(self.variant),
+            "num_attention_heads": self.heads,
+            "grid_size": self.grid,
+            "rope_theta": self.rope_base,
+            "rms_norm_eps": self.norm_eps,
+        }
+
+
+class DecayAttention(nn.Module):
+    """Projections around the attention, and its decays.
+
+    ``row_decay``, ``column_decay``: ``[heads]``, logits of the factors from row to row and from column to column. Where halves hold
+    them, a factor near 1 keeps more digits than it would have itself.
+    """
+
+    def __init__(self, config: LASADGenConfig) -> None:
+        super().__init__()
+        self.heads, self.variant = config.heads, config.variant
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.gate_down = nn.Linear(config.dim, config.gate_rank, bias=False)
+        self.gate_up = nn.Linear(config.gate_rank, config.dim, bias=False)
+        self.norm = RMSNorm(config.head_dim, config.norm_eps)
+        usual = usual_decay(config)
+        if config.variant is not Variant.NONE:
+            self.column_decay = nn.Parameter(usual.clone())
+        if config.variant in (Variant.MANHATTAN, Variant.SIGNED):
+            self.row_decay = nn.Parameter(usual.clone())
+
+    def decay(self) -> Decay:
+        """What it has learned, in float32."""
+        if self.variant is Variant.NONE:
+            nothing = torch.zeros(self.heads)
+            return Decay(nothing, nothing, signed=True)
+        columns = F.logsigmoid(self.column_decay.float())
+        rows = columns if self.variant is Variant.RASTER else F.logsigmoid(self.row_decay.float())
+        return Decay(rows, columns, self.variant is not Variant.MANHATTAN)
+
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, both rotated, and values: ``[B, S, H, D]`` of ``x [B, S, dim]``."""
+        q, k, v = F.silu(self.qkv(x)).chunk(3, dim=-1)
+        q = rotate_interleaved(q, rope.query_cos, rope.query_sin, self.heads)
+        k = rotate_interleaved(k, rope.key_cos, rope.key_sin, self.heads)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in (q, k, v))
+        return q, k, v
+
+    def gated(self, x: Tensor, attended: Tensor) -> Tensor:
+        """``[B, S, dim]`` of what the layer's input ``x [B, S, dim]`` lets through of ``attended [B, S, H, D]``."""
+        gate = torch.sigmoid(self.gate_up(self.gate_down(x)))
+        return self.wo(self.norm(attended).flatten(-2) * gate)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
+
+    def __init__(self, config: LASADGenConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x, self.w1, self.w3, self.w2)
+
+
+class Block(nn.Module):
+    """One layer, cut at the attention so that every stage can supply its own form."""
+
+    def __init__(self, config: LASADGenConfig) -> None:
+        super().__init__()
+        self.attention = DecayAttention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def qkv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attention.project(self.attention_norm(x), rope)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.attention.gated(self.attention_norm(x), attended)
+        return x + self.feed_forward(self.ffn_norm(x))
+
+
+def usual_decay(config: LASADGenConfig) -> Tensor:
+    """Logits ``[heads]`` to begin a training with: heads that reach from a token and a half to half of the image."""
+    reach = torch.logspace(math.log10(1.5), math.log10(max(2.0, config.grid / 2)), config.heads)
+    factor = torch.exp(-1 / reach)
+    return torch.log(factor / (1 - factor))
+
+
+class LASADGen(RasterTransformer):
+    """The transformer, with the pieces that the stages assemble and a parallel form for training and reference."""
+
+    config: LASADGenConfig
+    rope_table: Tensor
+
+    def __init__(self, config: LASADGenConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.cls_embedding = nn.Embedding(config.num_classes + 1, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        with torch.device("cpu"):
+            cos, sin = axial_table(config.grid, config.prefix_len, config.head_dim, config.rope_base)
+            # LlamaGen zeroes its prefix, which linear attention would not see at all.
+            cos[: config.prefix_len] = 1.0
+        self.register_buffer("rope_table", rope_tables(cos, sin, config.head_dim), persistent=False)
+
+    def blocks(self) -> Iterable[Block]:
+        return cast("Iterable[Block]", self.layers)
+
+    def rope(self, positions: Tensor, starts: Tensor) -> Rope:
+        """Rotary tables at ``positions [B or 1, S]``; there is no padding."""
+        table = F.embedding(positions, self.rope_table).type_as(self.norm.weight)
+        return Rope(*table.chunk(4, dim=-1))
+
+    def block(self, block: Any, x: Tensor, rope: Any, visible: Tensor) -> Tensor:
+        q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
+        at = torch.arange(x.shape[1])
+        config = self.config
+        weighed = weights(at, at, config.prefix_len, config.grid, block.attention.decay())
+        return block.finish(x, attend(q, k, v, weighed.to(q.dtype)).transpose(1, 2))
+
+    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+        """Class ids."""
+        return [TensorSpec("class_ids", torch.int64, (images,))]
+
+    def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
+        """Class vectors; the last class is the null class of classifier-free guidance."""
+        [ids] = inputs
+        if guided:
+            ids = torch.cat([ids, torch.full_like(ids, self.config.num_classes)])
+        return Condition(self.cls_embedding(ids)[:, None], torch.zeros_like(ids))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
+        return F.embedding(tokens, self.tok_embeddings.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
+        return self.output(self.norm(x)).float()
+
+
+def decays(model: RasterTransformer) -> Iterable[Decay]:
+    """What the layers of a LASADGen have learned."""
+    return (cast("Block", block).attention.decay() for block in model.blocks())
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, Any]) -> LASADGenConfig:
+    """Read the configuration from tensor shapes and ``config.json``.
+
+    Raises:
+        KeyError: a tensor that tells the size is missing; the argument is its name.
+        ValueError: a setting is missing or not known.
+    """
+    if settings.get("model_type") != MODEL_TYPE:
+        raise ValueError(f'there is no config.json with "model_type": "{MODEL_TYPE}" beside it')
+    missing = [key for key in ("variant", "num_attention_heads", "grid_size") if key not in settings]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    if settings["variant"] not in list(Variant):
+        raise ValueError(f"config.json: variant {settings['variant']!r} is none of {', '.join(Variant)}")
+    vocab_size, dim = shapes["tok_embeddings.weight"]
+    return LASADGenConfig(
+        layers=Given(shapes).layers(),
+        dim=dim,
+        heads=int(settings["num_attention_heads"]),
+        ffn_dim=shapes["layers.0.feed_forward.w1.weight"][0],
+        vocab_size=vocab_size,
+        num_classes=shapes["cls_embedding.weight"][0] - 1,
+        grid=int(settings["grid_size"]),
+        variant=Variant(settings["variant"]),
+        gate_rank=shapes["layers.0.attention.gate_down.weight"][0],
+        norm_eps=float(settings.get("rms_norm_eps", 1e-5)),
+        rope_base=float(settings.get("rope_theta", 10000.0)),
+    )
+
+
+class LASADGenFamily(Family):
+    name = "lasadgen"
+    title = "LASADGen"
+    cached = False
+    config_type = LASADGenConfig
+    layouts = (
+        Layout(
+            "linert's",
+            {
+                r"((?:tok_embeddings|cls_embedding|norm|output)\.weight)": r"\1",
+                r"(layers\..+)": r"\1",
+            },
+            landmark="layers.0.attention.gate_down.weight",
+        ),
+    )
+
+    def configure(self, given: Given) -> LASADGenConfig:
+        return infer_config(given.shapes, given.settings)
+
+    def build(self, config: LASADGenConfig) -> LASADGen:
+        return LASADGen(config)
+
+    def usual_sampling(self, config: LASADGenConfig) -> UsualSampling:
+        return UsualSampling(4.0)
+
+
+FAMILY = LASADGenFamily()

@@ -1,0 +1,238 @@
+"""The line buffer: a KV cache of a few lines, the decode steps that fill it, and the line ends that choose what is overwritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from onnx import FunctionProto
+from torch import Tensor
+
+from graphs.line_attention import (
+    LineAttentionInputs,
+    LineBufferState,
+    ScoreParams,
+    function_proto,
+    line_attention,
+)
+from graphs.memory import LayerStep, Memory, Projections, StepPosition
+from graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
+from graphs.stage import Geometry, Stage
+from graphs.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from graphs.families.base import RasterTransformer
+
+GROUP_ENTRIES = 1 << 15
+"""Slots of all rows that a line end works on at a time."""
+
+SCORE_INPUTS = {"score_window": torch.int64, "score_max": torch.int64}
+"""How decode accounts for attention: ``score_window`` restarts the scores before the last so many queries of a line
+(0 never); ``score_max`` nonzero keeps the largest probability instead of the sum."""
+
+
+class LineBuffer(Memory):
+    """Keys and values of so many lines, in slots of which the next line overwrites those that a policy chose."""
+
+    written = ("k_cache", "v_cache", "scores", "slot_pos")
+    empty: ClassVar[Mapping[str, int]] = {"slot_pos": -1}
+
+    def layer_state(self) -> list[TensorSpec]:
+        """In the order of :class:`LineBufferState`."""
+        geometry = self.geometry
+        specs = []
+        for layer, slots in enumerate(geometry.capacities):
+            cache = (geometry.rows, 1, slots, geometry.config.head_dim)
+            specs += [
+                TensorSpec(f"k_cache.{layer}", geometry.cache_dtype, cache),
+                TensorSpec(f"v_cache.{layer}", geometry.cache_dtype, cache),
+                TensorSpec(f"scores.{layer}", torch.float32, (geometry.rows, slots)),
+                TensorSpec(f"slot_pos.{layer}", torch.int32, (geometry.rows, slots)),
+            ]
+        return specs
+
+    def shared_state(self) -> list[TensorSpec]:
+        geometry, config = self.geometry, self.geometry.config
+        return [TensorSpec("write_slots", torch.int64, (config.layers, geometry.rows, config.line_width))]
+
+    def first_shared(self) -> list[Tensor]:
+        """The first line takes the slots behind the prefix."""
+        config = self.geometry.config
+        line = torch.arange(config.prefix_len, config.prefix_len + config.line_width)
+        return [line.expand(config.layers, self.geometry.rows, -1).contiguous()]
+
+    def settings(self) -> list[TensorSpec]:
+        return [TensorSpec(name, dtype, ()) for name, dtype in SCORE_INPUTS.items()]
+
+    def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
+        return LineBufferStep(self.geometry, at)
+
+    def function(self) -> FunctionProto:
+        return function_proto(self.geometry.query_group, self.geometry.cache_dtype)
+
+    def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:
+        ends: list[Stage] = [LineEnd(POLICIES[policy](), self.geometry) for policy in policies]
+        return [*ends, ReplayLineEnd(self.geometry)]
+
+
+class LineBufferStep(LayerStep):
+    """Write the token into its slot, and attend over the buffer."""
+
+    def __init__(self, geometry: Geometry, at: StepPosition) -> None:
+        config = geometry.config
+        self.geometry = geometry
+        in_prefix = at.in_prefix(config.prefix_len)
+        per_row = geometry.per_row(at.column)[None, :, None]
+        slots = at.inputs["write_slots"].gather(2, per_row.expand(config.layers, -1, 1)).squeeze(2)
+        # The prefix lies in the slots of its positions' numbers.
+        own_slot = geometry.per_row(torch.maximum(at.held, at.starts))
+        self.slots = torch.where(geometry.per_row(in_prefix), own_slot, slots)
+        self.held = geometry.per_row(at.held)[:, None].to(torch.int32)
+        window = config.line_width - at.inputs["score_window"]
+        restart = geometry.per_row(at.column)[:, None] == window
+        self.accounting = ScoreParams(torch.where(restart, -1, self.held), at.inputs["score_max"] != 0)
+
+    def __call__(
+        self, layer: int, new: Projections, state: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        geometry = self.geometry
+        attended, written = line_attention(
+            LineAttentionInputs(
+                new.q.reshape(geometry.rows, 1, geometry.query_group, -1),
+                new.k.reshape(geometry.rows, 1, 1, -1),
+                new.v.reshape(geometry.rows, 1, 1, -1),
+                LineBufferState(*state),
+                self.slots[layer],
+                self.held,
+                self.accounting,
+            )
+        )
+        return attended.reshape(geometry.sequences, 1, geometry.config.heads, -1), written
+
+
+class LineEnd(Stage):
+    """Let a policy choose the slots that the next line overwrites, in every layer."""
+
+    def __init__(self, policy: Policy, geometry: Geometry) -> None:
+        super().__init__()
+        self.name = f"line_end.{policy.name}"
+        self.policy = policy
+        self.geometry = geometry
+        wanted = ["scores.", "slot_pos."] + ["k_cache."] * policy.reads_keys
+        replaced = ["slot_pos."] if policy.carries_scores else ["scores.", "slot_pos."]
+        layers = geometry.memory.layer_state()
+        loop = {spec.name: spec for spec in geometry.state()}
+        self.inputs = [
+            TensorSpec("capacity", torch.int64, (geometry.config.layers,)),
+            *(TensorSpec(name, torch.int64, ()) for name in LineEndParams._fields if name != "capacity"),
+            loop["position"],
+            *(spec for kind in wanted for spec in layers if spec.name.startswith(kind)),
+        ]
+        self.outputs = [
+            loop["write_slots"].next(),
+            *(spec.next() for kind in replaced for spec in layers if spec.name.startswith(kind)),
+        ]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        geometry, config = self.geometry, self.geometry.config
+        settings = len(LineEndParams._fields)
+        params = LineEndParams(*tensors[:settings])
+        position_rows = geometry.per_row(tensors[settings])[:, None].to(torch.int32)
+        scores, slot_pos, *keys = _chunks(tensors[settings + 1 :], config.layers)
+        ends: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        for group in self._groups():
+            line = finished_line(
+                geometry,
+                torch.cat([scores[layer] for layer in group]),
+                torch.cat([slot_pos[layer] for layer in group]),
+                position_rows.repeat(len(group), 1),
+                torch.cat([keys[0][layer].squeeze(1) for layer in group]) if keys else None,
+            )
+            capacity = (
+                params.capacity[group[0] : group[-1] + 1, None].expand(-1, geometry.rows).reshape(-1, 1)
+            )
+            found = end_line(self.policy, line, capacity, params)
+            ends |= dict(
+                zip(group, zip(*(part.chunk(len(group)) for part in found), strict=True), strict=True)
+            )
+        chosen, left, restarted = zip(*(ends[layer] for layer in range(config.layers)), strict=True)
+        replaced = left if self.policy.carries_scores else restarted + left
+        return torch.stack(chosen), *replaced
+
+    def plugin_attributes(self) -> dict[str, int] | None:
+        """Attributes of the LineEvict operation that this stage is; None where its plugin has no such policy."""
+        if self.policy.plugin_importance is None:
+            return None
+        config = self.geometry.config
+        return {
+            "layers": config.layers,
+            "line_width": config.line_width,
+            "prefix_len": config.prefix_len,
+            "kv_heads": config.kv_heads,
+            "branches": self.geometry.branches,
+            "importance": int(self.policy.plugin_importance),
+            "carries_scores": int(self.policy.carries_scores),
+        }
+
+    def _groups(self) -> list[list[int]]:
+        """Layers that end their lines together, in one operation instead of one each: runs of the same slots.
+
+        Their number is bounded, so that what is in between stays in the processor's cache and is small beside the state. A
+        policy that reads keys compares them with each other, which is better done layer by layer.
+        """
+        capacities = self.geometry.capacities
+        groups: list[list[int]] = []
+        for layer, slots in enumerate(capacities):
+            most = 1 if self.policy.reads_keys else max(1, GROUP_ENTRIES // (self.geometry.rows * slots))
+            if groups and capacities[groups[-1][0]] == slots and len(groups[-1]) < most:
+                groups[-1].append(layer)
+            else:
+                groups.append([layer])
+        return groups
+
+
+def finished_line(
+    geometry: Geometry, scores: Tensor, slot_pos: Tensor, position: Tensor, keys: Tensor | None
+) -> FinishedLine:
+    """The buffer of one or more layers as a policy sees it; the shapes are :class:`FinishedLine`'s."""
+    config = geometry.config
+    return FinishedLine(
+        scores=scores,
+        slot_pos=slot_pos,
+        position=position,
+        keys=keys,
+        prefix_len=config.prefix_len,
+        line_width=config.line_width,
+        positions=config.prefix_len + config.image_tokens,
+        kv_heads=config.kv_heads,
+        branches=geometry.branches,
+        layers=len(scores) // geometry.rows,
+    )
+
+
+class ReplayLineEnd(Stage):
+    """Evict what a trace says, instead of asking a policy."""
+
+    name = "line_end.replay"
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__()
+        self.geometry = geometry
+        loop = {spec.name: spec for spec in geometry.state()}
+        self.held = [s for s in geometry.memory.layer_state() if s.name.startswith("slot_pos.")]
+        self.inputs = [
+            TensorSpec("strict", torch.int64, ()),
+            replace(loop["write_slots"], name="replay_slots"),
+            *self.held,
+        ]
+        self.outputs = [loop["write_slots"].next(), *(spec.next() for spec in self.held)]
+
+    def forward(self, strict: Tensor, replay_slots: Tensor, *slot_pos: Tensor) -> tuple[Tensor, ...]:
+        left = [evict(held, chosen, strict) for held, chosen in zip(slot_pos, replay_slots, strict=True)]
+        return replay_slots.clone(), *left
+
+
+def _chunks(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:
+    return [tensors[start : start + size] for start in range(0, len(tensors), size)]

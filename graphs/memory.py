@@ -1,0 +1,119 @@
+"""What the layers of a model remember between steps, and how a decode step uses it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from onnx import FunctionProto
+from torch import Tensor
+
+from graphs.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from graphs.families.base import RasterTransformer
+    from graphs.stage import Geometry, Stage
+
+
+class Projections(NamedTuple):
+    """Queries, keys and values of a layer's new tokens, ``[B, 1, heads or KV heads, D]``."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class StepPosition:
+    """Where the new token of every sequence stands.
+
+    ``held``: ``[B]``, its position. ``starts``: ``[B]``, padding at the beginning. ``column``: ``[B]``, in its line.
+    ``inputs``: the decode stage's, by name.
+    """
+
+    held: Tensor
+    starts: Tensor
+    column: Tensor
+    inputs: Mapping[str, Tensor]
+
+    def in_prefix(self, prefix_len: int) -> Tensor:
+        """``[B]`` bool."""
+        return self.held < prefix_len
+
+
+class LayerStep(ABC):
+    """One decode step, after what all layers share was worked out."""
+
+    @abstractmethod
+    def __call__(
+        self, layer: int, new: Projections, state: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Attend.
+
+        Args:
+            layer: its number.
+            new: of its new tokens.
+            state: the layer's, in the order of :meth:`Memory.layer_state`.
+
+        Returns:
+            What was attended, ``[B, 1, heads, D]``, and what replaces the state's tensors of the kinds in
+            :attr:`Memory.written`, in their order.
+        """
+
+
+class Memory(ABC):
+    """The state of all layers. Its tensors are named ``kind.layer``; those without a number belong to all of them.
+
+    ``written``: kinds that decode replaces, where they lie. ``empty``: what kinds hold at first, where it is not 0.
+    """
+
+    written: ClassVar[tuple[str, ...]]
+    empty: ClassVar[Mapping[str, int]] = {}
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+
+    @abstractmethod
+    def layer_state(self) -> list[TensorSpec]:
+        """Every layer's tensors, layer by layer."""
+
+    def shared_state(self) -> list[TensorSpec]:
+        """Tensors that belong to all layers; decode reads them."""
+        return []
+
+    def first_shared(self) -> list[Tensor]:
+        """What they hold at first."""
+        return []
+
+    def settings(self) -> list[TensorSpec]:
+        """Numbers that decode takes."""
+        return []
+
+    @abstractmethod
+    def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
+        """Work out what all layers share of a step."""
+
+    @abstractmethod
+    def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:
+        """The stages of which one ends a line.
+
+        Args:
+            model: whose layers they are.
+            policies: those that are wanted, of a memory that has any.
+        """
+
+    @abstractmethod
+    def function(self) -> FunctionProto:
+        """The body of the operation that a decode graph holds for every layer; its output ``x_next`` replaces ``x``."""
+
+    def by_layer(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """``tensors`` of :meth:`layer_state`, split."""
+        size = len(tensors) // self.geometry.config.layers
+        return [tensors[start : start + size] for start in range(0, len(tensors), size)]
+
+
+def kind_of(name: str) -> str:
+    """The kind of a layer's tensor, of its name."""
+    return name.partition(".")[0]

@@ -1,0 +1,112 @@
+"""SpatialDecayStep: write a token into the row in progress, and read the row, the prefix and all rows above.
+
+One operation with bodies of the same meaning, like :mod:`graphs.line_attention`: :func:`reference` in PyTorch, and an ONNX
+model-local function of standard operators (:func:`function_proto`). Axes are those of :mod:`graphs.spatial_decay`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import onnx
+import torch
+from onnx import FunctionProto
+from torch import Tensor
+
+from graphs.line_attention import DOMAIN
+from graphs.spatial_decay import RowState, attend
+
+OP_TYPE = "SpatialDecayStep"
+OP_VERSION = 1
+IN_PLACE = ("k_line", "v_line")
+"""Inputs that an output replaces."""
+
+
+class StepInputs(NamedTuple):
+    """What one token a row takes.
+
+    ``q``, ``k``: ``[R, 1, 1, D]``, ``v``: ``[R, 1, 1, E]``. ``state``: the layer's. ``write_slot``: ``[R]`` int64, the slot of the token.
+    ``matrix``: ``[R]`` int64, which of M it reads. ``weighed``: ``[R, 1, 1, C]`` and ``above_weighed [R, 1, 1, 1]`` float32, how it weighs
+    the slots and that matrix.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    state: RowState
+    write_slot: Tensor
+    matrix: Tensor
+    weighed: Tensor
+    above_weighed: Tensor
+
+    def flat(self) -> tuple[Tensor, ...]:
+        """The tensors in the operation's order."""
+        return (*self[:3], *self.state, *self[4:])
+
+
+def reference(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Write a token and read what it sees, in eager PyTorch; in float32 whatever the inputs are. The state is not modified.
+
+    Returns:
+        ``[R, 1, 1, E]`` of the dtype of q, and ``k_line`` and ``v_line`` with the token.
+    """
+    q, k, v, state, write_slot, matrix, weighed, above_weighed = inputs
+    rows = torch.arange(len(write_slot))
+    k_line, v_line = state.k_line.clone(), state.v_line.clone()
+    k_line[rows, 0, write_slot] = k[:, 0, 0]
+    v_line[rows, 0, write_slot] = v[:, 0, 0]
+    in_row = attend(q.float(), k_line.float(), v_line.float(), weighed)
+    above = above_weighed * (q.float() @ state.above[rows, matrix][:, None])
+    return (in_row + above).to(q.dtype), k_line, v_line
+
+
+def spatial_decay_step(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`reference`, or one opaque ``SpatialDecayStep`` node while a graph is being exported."""
+    if not torch.compiler.is_exporting():
+        return reference(inputs)
+    outputs = (inputs.v, inputs.state.k_line, inputs.state.v_line)
+    attended, k_line, v_line = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{OP_TYPE}",
+        inputs.flat(),
+        attrs={"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)},
+        dtypes=[t.dtype for t in outputs],
+        shapes=[t.shape for t in outputs],
+        version=OP_VERSION,
+    )
+    return attended, k_line, v_line
+
+
+_BODY = """
+<domain: "linert", opset_import: ["" : 24]>
+SpatialDecayStep (q, k, v, k_line, v_line, above, write_slot, matrix, weighed, above_weighed)
+  => (attended, k_line_next, v_line_next)
+{
+  k_line_next = TensorScatter <axis = -2> (k_line, k, write_slot)
+  v_line_next = TensorScatter <axis = -2> (v_line, v, write_slot)
+  query = Cast <to = 1> (q)
+  keys = Cast <to = 1> (k_line_next)
+  values = Cast <to = 1> (v_line_next)
+  turned = Transpose <perm = [0, 1, 3, 2]> (keys)
+  products = MatMul (query, turned)
+  shares = Mul (products, weighed)
+  in_row = MatMul (shares, values)
+  READ
+  far = MatMul (query, one_above)
+  far_weighed = Mul (far, above_weighed)
+  both = Add (in_row, far_weighed)
+  attended = CastLike (both, v)
+}
+"""
+
+
+def function_proto(matrices: int) -> FunctionProto:
+    """The body as an ONNX function of standard operators.
+
+    Args:
+        matrices: of a state. A single one need not be looked for.
+    """
+    found = "two = Constant <value_ints = [1, 2]> ()\n  at = Unsqueeze (matrix, two)\n"
+    found += "  one_above = GatherND <batch_dims = 1> (above, at)"
+    return onnx.parser.parse_function(
+        _BODY.replace("READ", found if matrices > 1 else "one_above = Identity (above)")
+    )

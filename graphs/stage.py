@@ -1,0 +1,87 @@
+"""What a stage is, and the sizes that all stages of a bundle share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from graphs.tensor_spec import NEXT, TensorSpec
+
+if TYPE_CHECKING:
+    from graphs.families.base import FamilyConfig
+    from graphs.memory import Memory
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Static sizes of a bundle's state.
+
+    ``images``: images in a batch. ``guided``: whether every image has an unconditional row. ``capacities``:
+    slots of each layer's buffer; empty for a model that has none. ``cache_dtype``: of keys and values.
+    """
+
+    config: FamilyConfig
+    images: int
+    guided: bool
+    capacities: tuple[int, ...]
+    cache_dtype: torch.dtype = torch.float32
+
+    @property
+    def sequences(self) -> int:
+        return self.images * self.branches
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.config.kv_heads
+
+    @property
+    def branches(self) -> int:
+        return 2 if self.guided else 1
+
+    @property
+    def query_group(self) -> int:
+        return self.config.heads // self.config.kv_heads
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What the layers remember."""
+        return self.config.memory(self)
+
+    def loop_state(self) -> list[TensorSpec]:
+        """State that every model has."""
+        config = self.config
+        return [
+            TensorSpec("token", torch.int64, (self.images,)),
+            TensorSpec("tokens", torch.int64, (self.images, config.image_tokens)),
+            TensorSpec("position", torch.int64, (self.sequences,)),
+            TensorSpec("condition", self.cache_dtype, (self.sequences, config.prefix_len, config.dim)),
+            TensorSpec("starts", torch.int64, (self.sequences,)),
+        ]
+
+    def state(self) -> list[TensorSpec]:
+        return self.loop_state() + self.memory.shared_state() + self.memory.layer_state()
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Repeat ``values [B]`` for every KV head: ``[R]``."""
+        return values[:, None].expand(-1, self.config.kv_heads).reshape(self.rows)
+
+
+class Stage(nn.Module):
+    """A traced unit: ``forward`` takes ``inputs`` and returns ``outputs``, in order.
+
+    ``in_place`` names the states that a runtime may update where they lie.
+    """
+
+    name: str
+    inputs: Sequence[TensorSpec]
+    outputs: Sequence[TensorSpec]
+    in_place: frozenset[str] = frozenset()
+
+    def updates(self) -> dict[str, str]:
+        """Output name to the state that it replaces."""
+        return {spec.name: spec.name.removesuffix(NEXT) for spec in self.outputs if spec.name.endswith(NEXT)}
