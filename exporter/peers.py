@@ -1,9 +1,10 @@
-"""PyTorch peers of a bundle: the same transformer with a static KV cache that holds the whole image."""
+"""PyTorch peers of a bundle: the same transformer with a static KV cache that holds the whole image, or with its states."""
 
 from __future__ import annotations
 
 import io
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
+from graphs.decay_memory import DecayMemory
+from graphs.memory import Projections, StepPosition
+from graphs.spatial_decay import RowState, fold
+from graphs.stage import Geometry
 from graphs.stages import with_newlines
 from runtime.generator import picture
 
@@ -22,18 +27,20 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-class PyTorchPeer:
+class PyTorchPeer(ABC):
     """Draws a batch of images, token by token.
-
-    The cache is written in place and attention reads as much of it as is filled, as published loops do.
 
     Args:
         transformer, image_decoder: the checkpoints.
         inputs: the prefill stage's, by name, for as many images as there are to be in a batch.
         guidance: scale; above 1 every image has an unconditional row.
-        compiled: compile the step with ``torch.compile``. Attention then reads all of the cache under a mask: its shapes
-            must not change.
+        compiled: compile the step with ``torch.compile``.
+
+    Attributes:
+        note: what it keeps, for people.
     """
+
+    note: str
 
     def __init__(
         self,
@@ -53,15 +60,20 @@ class PyTorchPeer:
         self.inputs = [torch.from_numpy(inputs[spec.name]) for spec in specs]
         self.condition = self.model.condition(self.inputs, guided=guidance > 1)
         self.sequences = len(self.condition.starts)
-        shape = (self.sequences, config.kv_heads, self.slots, config.head_dim)
-        self.k_cache = [torch.zeros(shape) for _ in range(config.layers)]
-        self.v_cache = [torch.zeros(shape) for _ in range(config.layers)]
-        # Padding at the beginning of the cache, which nothing sees.
-        self.padded = torch.arange(self.slots) < self.condition.starts[:, None]
         self.generator = torch.Generator().manual_seed(0)
-        self._forward: Callable[[Tensor, Tensor], Tensor] = (
-            torch.compile(self._masked_step, dynamic=False) if compiled else self._sliced_step
-        )
+        self._forward: Callable[[Tensor, Tensor], Tensor] = self._allocate()
+
+    @abstractmethod
+    def _allocate(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Make what is kept between steps; return the step: logits ``[B, V]`` of ``x [B, 1, dim]`` at a position ``[1]``."""
+
+    @abstractmethod
+    def _prefill(self) -> Tensor:
+        """Feed the condition; logits ``[B, V]`` of the first token."""
+
+    @abstractmethod
+    def _end_line(self) -> None:
+        """Do what is to be done when a line is fed."""
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, position: int) -> Tensor:
@@ -99,6 +111,8 @@ class PyTorchPeer:
         drawn = [self._draw(self._prefill(), config.prefix_len)]
         for index in range(1, config.image_tokens):
             drawn.append(self.step(drawn[-1].repeat(branches), config.prefix_len + index - 1))
+            if index % config.line_width == 0:
+                self._end_line()
         grids = torch.stack(drawn, dim=1).unflatten(1, (config.lines, config.line_width))
         if config.newline_token is not None:
             grids = grids[:, :, :-1]
@@ -106,8 +120,29 @@ class PyTorchPeer:
             picture(self.image_decoder.decode(grid[None])[0].numpy()).save(io.BytesIO(), format="PNG")
         return time.perf_counter() - start
 
+
+class CachePeer(PyTorchPeer):
+    """The cache is written in place and attention reads as much of it as is filled, as published loops do.
+
+    Where the step is compiled it reads all of the cache under a mask: its shapes must not change.
+    """
+
+    note = "full cache"
+
+    def _allocate(self) -> Callable[[Tensor, Tensor], Tensor]:
+        config = self.model.config
+        shape = (self.sequences, config.kv_heads, self.slots, config.head_dim)
+        self.k_cache = [torch.zeros(shape) for _ in range(config.layers)]
+        self.v_cache = [torch.zeros(shape) for _ in range(config.layers)]
+        # Padding at the beginning of the cache, which nothing sees.
+        self.padded = torch.arange(self.slots) < self.condition.starts[:, None]
+        return torch.compile(self._masked_step, dynamic=False) if self.compiled else self._sliced_step
+
+    def _end_line(self) -> None:
+        """Nothing is evicted."""
+
     def _prefill(self) -> Tensor:
-        """Feed the condition at once; logits ``[B, V]`` of the first token."""
+        """At once."""
         condition, prefix = self.condition, self.model.config.prefix_len
         visible = condition.visible(prefix)[:, None]
         positions = torch.arange(prefix)
@@ -144,3 +179,52 @@ class PyTorchPeer:
             )
             x = block.finish(x, attended.transpose(1, 2))
         return self.model.logits(x[:, -1])
+
+
+class StatePeer(PyTorchPeer):
+    """Spatial decay: a step reads the row in progress and what is above; the row is folded at its end."""
+
+    note = "recurrent"
+
+    def _allocate(self) -> Callable[[Tensor, Tensor], Tensor]:
+        config = self.model.config
+        self.geometry = Geometry(config, self.images, self.guidance > 1, ())
+        if not isinstance(self.geometry.memory, DecayMemory):
+            raise TypeError(f"{type(config).__name__} has no decays")
+        self.memory = self.geometry.memory
+        self.decays = list(self.memory.decays(self.model))
+        empty = [torch.zeros(spec.shape) for spec in self.memory.layer_state()]
+        self.states = [RowState(*state) for state in self.memory.by_layer(empty)]
+        return torch.compile(self._step, dynamic=False) if self.compiled else self._step
+
+    def _prefill(self) -> Tensor:
+        """Position by position."""
+        for state in self.states:
+            state.above.zero_()
+        for position, x in enumerate(self.condition.embeddings.split(1, dim=1)):
+            logits = self._forward(x, torch.tensor([position]))
+        return logits
+
+    def _step(self, x: Tensor, position: Tensor) -> Tensor:
+        config = self.model.config
+        held = position.expand(self.sequences)
+        column = (held - config.prefix_len) % config.line_width
+        starts = self.condition.starts
+        attend = self.memory.begin_step(self.model, StepPosition(held, starts, column, {}))
+        rope = self.model.rope(held[:, None], starts)
+        for layer, block in enumerate(self.model.blocks()):
+            attended, line = attend(layer, Projections(*block.qkv(x, rope)), self.states[layer])
+            for kept, new in zip(self.states[layer], line, strict=False):
+                kept.copy_(new)
+            x = block.finish(x, attended)
+        return self.model.logits(x[:, -1])
+
+    def _end_line(self) -> None:
+        for state, decay in zip(self.states, self.decays, strict=True):
+            state.above.copy_(fold(state, self.model.config.line_width, decay))
+
+
+def peer_of(transformer: LoadedTransformer, *arguments: Any, **options: Any) -> PyTorchPeer:
+    """The peer that fits a transformer; the other arguments are :class:`PyTorchPeer`'s."""
+    kind = CachePeer if transformer.family.cached else StatePeer
+    return kind(transformer, *arguments, **options)

@@ -2,6 +2,7 @@
 """Write random checkpoints of published sizes, for measurements that need a model's shape and not its pictures.
 
 python scripts/random_checkpoint.py --size XL --out random_XL_384.pt
+python scripts/random_checkpoint.py --size B --variant manhattan --out random_lasadgen_B
 python scripts/random_checkpoint.py --vq 16 --out random_vq16.pt
 """
 
@@ -12,10 +13,11 @@ from pathlib import Path
 import click
 import torch
 
-from exporter.bundle_export import ExportPlan, export_bundle, raster_of
-from exporter.commands.export import cache_plan
+from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.commands.export import CacheWishes
+from exporter.lasadgen_folder import write_lasadgen
 from exporter.models import ModelRequest, load_models
-from graphs.families import llamagen, vq
+from graphs.families import lasadgen, llamagen, vq
 from runtime.bundle import Bundle, open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.manifest import SamplingSettings
@@ -62,23 +64,29 @@ def random_bundle(
     folder: Path,
     size: str,
     *,
+    variant: str = "",
     grid: int = 24,
-    policies: tuple[str, ...] = ("linear",),
+    policies: tuple[str, ...] = (),
     request: CacheRequest | None = None,
     capacity_lines: int | None = None,
     images: int = 1,
     top_k: int = 0,
 ) -> Bundle:
-    """Export a guided bundle of random weights with a VQ-16 tokenizer; ``folder`` keeps its checkpoints."""
+    """Export a guided bundle of random weights with a VQ-16 tokenizer; ``folder`` keeps its checkpoints.
+
+    ``variant``: of a LASADGen; a LlamaGen if empty.
+    """
     model, tokenizer = folder / f"{size}.pt", folder / "vq16.pt"
+    if variant:
+        model = folder / f"{size}_{variant}_{grid}"
     if not model.exists():
-        torch.save({"model": random_tensors(transformer_shapes(size))}, model)
+        write_transformer(model, size, variant, grid)
     if not tokenizer.exists():
         torch.save({"model": random_tensors(vq_shapes(16))}, tokenizer)
     transformer, image_decoder = load_models(model, tokenizer, ModelRequest(grid=grid))
-    config = transformer.config
-    raster = raster_of(config)
-    cache, capacities = cache_plan(raster, config.layers, policies, request or CacheRequest(), capacity_lines)
+    policies, cache, capacities = CacheWishes(policies, request or CacheRequest(), capacity_lines).plan(
+        transformer
+    )
     plan = ExportPlan(
         transformer,
         image_decoder,
@@ -88,21 +96,47 @@ def random_bundle(
         images,
         SamplingSettings(guidance=4.0, top_k=top_k),
     )
-    out = folder / f"bundle_{size}_{grid}_{capacities[0]}_{images}"
+    out = folder / f"bundle_{model.stem}_{grid}_{max(capacities, default=0)}_{images}"
     export_bundle(plan, out, force=True, report=lambda line: None)
     return open_bundle(out, digests=False)
 
 
+def write_transformer(path: Path, size: str, variant: str = "", grid: int = 24) -> None:
+    """Write a LlamaGen of a published size to a file; or where ``variant`` is not empty, a LASADGen of that size to a folder.
+
+    Its heads reach as far as those of one that begins its training.
+    """
+    if not variant:
+        torch.save({"model": random_tensors(transformer_shapes(size))}, path)
+        return
+    config = lasadgen.LASADGenConfig.of_size(size, grid=grid, variant=lasadgen.Variant(variant))
+    tensors = random_tensors(config.tensor_shapes())
+    usual = lasadgen.usual_decay(config)
+    decays = {name: usual.clone() for name in tensors if name.endswith("_decay")}
+    write_lasadgen(tensors | decays, config, path)
+
+
 @click.command(help=__doc__)
 @click.option("--size", type=click.Choice(list(SIZES)), help="A transformer of this size.")
+@click.option(
+    "--variant",
+    type=click.Choice([str(v) for v in lasadgen.Variant]),
+    help="A LASADGen with this decay, B, L or XL; without, a LlamaGen.",
+)
+@click.option("--grid", default=24, show_default=True, help="Of a LASADGen: tokens in an image row.")
 @click.option("--vq", "patch", type=click.Choice(["8", "16"]), help="Or a VQ tokenizer of this patch.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-def main(size: str | None, patch: str | None, out: Path) -> None:
+def main(size: str | None, variant: str | None, grid: int, patch: str | None, out: Path) -> None:
     if (size is None) == (patch is None):
         raise click.UsageError("give --size or --vq")
-    shapes = transformer_shapes(size) if size else vq_shapes(int(patch or 0))
-    torch.save({"model": random_tensors(shapes)}, out)
-    click.echo(f"{out}: {out.stat().st_size / 1e6:.0f} MB")
+    if variant and size not in lasadgen.SIZES:
+        raise click.UsageError(f"a LASADGen is {', '.join(lasadgen.SIZES)}")
+    if size:
+        write_transformer(out, size, variant or "", grid)
+    else:
+        torch.save({"model": random_tensors(vq_shapes(int(patch or 0)))}, out)
+    written = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
+    click.echo(f"{out}: {written / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

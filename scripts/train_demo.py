@@ -29,12 +29,12 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from exporter.lasadgen_folder import write_lasadgen
 from graphs.families import lasadgen, llamagen, vq
 from graphs.families.base import RasterTransformer
 
@@ -171,14 +171,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def saved(model: nn.Module, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     return {"model": {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}}
-
-
-def save_folder(model: lasadgen.LASADGen, folder: Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint of a LASADGen: ``model.safetensors`` and ``config.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config.settings(), indent=1) + "\n")
 
 
 @click.group(help=__doc__)
@@ -389,7 +381,8 @@ def train_ar(
             )
             if isinstance(average, lasadgen.LASADGen):
                 name = "lasadgen" if attention == lasadgen.Variant.MANHATTAN else f"lasadgen_{attention}"
-                save_folder(average, out / f"{name}_{task.name}", torch.float16)
+                halves = {key: tensor.half() for key, tensor in average.state_dict().items()}
+                write_lasadgen(halves, average.config, out / f"{name}_{task.name}")
             else:
                 save(saved(average, task.dtype), out / task.ar_file)
 

@@ -8,7 +8,6 @@ import torch
 
 from graphs import stages
 from graphs.families.base import FamilyConfig, RasterTransformer
-from graphs.line_buffer import LineEnd
 from graphs.policies import POLICIES, LineEndParams
 from graphs.tensor_spec import NEXT
 
@@ -46,6 +45,7 @@ class Eager:
     """Runs the stages on named tensors.
 
     Args:
+        policy: empty for a model without a cache.
         condition: the prefill stage's inputs, in order.
         given: settings that differ from :func:`usual_inputs`.
     """
@@ -59,13 +59,12 @@ class Eager:
         **given: float,
     ) -> None:
         self.geometry = geometry
-        chosen = POLICIES[policy]()
         self.stages: Mapping[str, stages.Stage] = {
             "prefill": stages.Prefill(net, geometry),
             "decode": stages.Decode(net, geometry),
-            "line_end": LineEnd(chosen, geometry),
+            "line_end": geometry.memory.line_ends(net, (policy,))[0],
         }
-        window = chosen.score_window(geometry.config.line_width)
+        window = POLICIES[policy]().score_window(geometry.config.line_width) if policy else 0
         self.tensors = usual_inputs(geometry, **{"score_window": window, **given})
         for spec, value in zip(self.stages["prefill"].inputs, condition, strict=True):
             assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec.name

@@ -51,10 +51,10 @@ class Variant(StrEnum):
 
 
 SIZES = {
-    # layers, dim, heads, as LlamaGen's
-    "B": (12, 768, 12),
-    "L": (24, 1024, 16),
-    "XL": (36, 1280, 20),
+    # layers, dim, heads, ffn_dim, as LlamaGen's
+    "B": (12, 768, 12, 2048),
+    "L": (24, 1024, 16, 2816),
+    "XL": (36, 1280, 20, 3584),
 }
 
 
@@ -73,7 +73,7 @@ class LASADGenConfig(SquareRaster):
     num_classes: int
     grid: int
     variant: Variant
-    gate_rank: int
+    gate_rank: int = 64
     prefix_len: int = 1
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
@@ -91,6 +91,16 @@ class LASADGenConfig(SquareRaster):
             faults.append(f"head size {self.head_dim} is not a multiple of 4")
         if faults:
             raise ValueError("; ".join(faults))
+
+    @staticmethod
+    def of_size(size: str, *, grid: int, variant: Variant = Variant.MANHATTAN) -> LASADGenConfig:
+        """One of :data:`SIZES`, for ImageNet's classes and LlamaGen's codebook.
+
+        Raises:
+            KeyError: no such size.
+        """
+        layers, dim, heads, ffn_dim = SIZES[size]
+        return LASADGenConfig(layers, dim, heads, ffn_dim, 16384, 1000, grid, variant)
 
     @property
     def head_dim(self) -> int:

@@ -44,6 +44,7 @@ class Peer(Protocol):
     """Another implementation of the model: see :class:`exporter.peers.PyTorchPeer`."""
 
     images: int
+    note: str
 
     def steps(self, count: int) -> list[float]: ...
     def image(self) -> float: ...
@@ -51,11 +52,12 @@ class Peer(Protocol):
 
 @dataclass(frozen=True)
 class PeerTimes:
-    """Of a PyTorch peer: milliseconds a decode step, and seconds a batch of ``images``."""
+    """Of a PyTorch peer: milliseconds a decode step, and seconds a batch of ``images``. ``note``: what it keeps."""
 
     decode_ms: float
     batch_s: float | None
     images: int
+    note: str
 
     @property
     def seconds_per_image(self) -> float | None:
@@ -76,7 +78,7 @@ class PeerTimes:
 @click.option(
     "--compare-pytorch",
     is_flag=True,
-    help="Time the same model in PyTorch in the same rounds, eager and compiled, with the full cache (needs torch).",
+    help="Time the same model in PyTorch in the same rounds, eager and compiled, with the full cache or with its states (needs torch).",
 )
 @click.option(
     "--sweep",
@@ -258,7 +260,7 @@ def _print_sweep(
     for name, peer in peers.items():
         seconds = peer.seconds_per_image
         console.print(
-            f"PyTorch {name}, full cache: {peer.decode_ms:.2f} ms a step"
+            f"PyTorch {name}, {peer.note}: {peer.decode_ms:.2f} ms a step"
             + (f", {seconds:.2f} s an image" if seconds else "")
         )
 
@@ -294,7 +296,9 @@ def measure_beside(
         progress=progress,
     )
     return timings, {
-        name: PeerTimes(median(steps[name]), median(images[name]) if image_rounds else None, peer.images)
+        name: PeerTimes(
+            median(steps[name]), median(images[name]) if image_rounds else None, peer.images, peer.note
+        )
         for name, peer in peers.items()
     }
 
@@ -308,7 +312,7 @@ def _peers(console: Console, bundle: Bundle, loaded: Any, threads: int, batch: i
     peers.set_threads(threads)
     made: dict[str, Peer] = {}
     for name, compiled in (("eager", False), ("compiled", True)):
-        peer = peers.PyTorchPeer(*loaded, inputs, guidance, compiled=compiled)
+        peer = peers.peer_of(*loaded, inputs, guidance, compiled=compiled)
         try:
             with console.status(f"PyTorch, {name}: first steps ..."):
                 peer.steps(3)
@@ -395,7 +399,7 @@ def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], p
         text = f"{peer.decode_ms:.2f} ms a step ({peer.decode_ms / timings.decode_ms:.2f} x)"
         if peer.batch_s and timings.image:
             text += f", {peer.seconds_per_image:.2f} s an image ({peer.batch_s / timings.image.total:.2f} x)"
-        rows[f"PyTorch {name}, full cache"] = text
+        rows[f"PyTorch {name}, {peer.note}"] = text
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in rows.items():
         facts.add_row(name, text)

@@ -1,0 +1,203 @@
+"""LASADGen by the commands: a folder becomes a bundle without a cache, which draws, validates and is measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from exporter.lasadgen_folder import write_lasadgen
+from graphs import stages
+from graphs.families import vq
+from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
+from tests.conftest import TINY_VQ, Result, random_state
+from tests.eager import Eager
+from tests.text_models import broken, without
+
+Linert = Callable[..., Result]
+Export = Callable[..., Path]
+
+CLASSES = (1, 4)
+
+
+def model(variant: Variant) -> LASADGen:
+    net = LASADGen(LASADGenConfig(2, 32, 4, 64, TINY_VQ.codebook_size, 5, 6, variant, gate_rank=8))
+    net.load_state_dict(random_state(net))
+    return net.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Variant, Path], Path]:
+    """A folder of every variant, and an image tokenizer."""
+    root = tmp_path_factory.mktemp("lasadgen")
+    folders = {}
+    for variant in Variant:
+        net = model(variant)
+        folders[variant] = root / variant
+        write_lasadgen(net.state_dict(), net.config, folders[variant])
+    torch.save({"model": random_state(vq.VQModel(TINY_VQ, encoder=True))}, root / "vq.pt")
+    return folders, root / "vq.pt"
+
+
+@pytest.fixture(scope="module")
+def bundle(files: tuple[dict[Variant, Path], Path], export: Export) -> Path:
+    """Manhattan decay, batch 2, guided."""
+    return export(files[0][Variant.MANHATTAN], files[1], "--batch", 2, "--guidance", 3)
+
+
+def shown(result: Result) -> str:
+    return " ".join((result.out + result.err).split())
+
+
+@pytest.mark.parametrize("variant", Variant)
+def test_pictures_are_those_of_pytorch(
+    variant: Variant,
+    files: tuple[dict[Variant, Path], Path],
+    linert: Linert,
+    tmp_path: Path,
+) -> None:
+    out, saved = tmp_path / "bundle", tmp_path / "tokens.npz"
+    options = ("--vq", files[1], "--batch", 2, "--guidance", 3, "--out", out)
+    result = linert("export", files[0][variant], *options)
+    assert result.code == 0, result.err
+    assert "LASADGen in linert's layout: 2 layers" in shown(result)
+    assert "draws 5 classes" in shown(result)
+    assert "cache: none" in shown(result)
+    drawn = ("--classes", ",".join(map(str, CLASSES)), "--greedy", "--save-tokens", saved)
+    result = linert("run", out, *drawn, "--out", tmp_path / "pictures")
+    assert result.code == 0, result.err
+    net = model(variant)
+    eager = Eager(net, stages.Geometry(net.config, 2, True, ()), "", [torch.tensor(CLASSES)], greedy=1)
+    assert (np.load(saved)["tokens"] == eager.draw().numpy()).all()
+    result = linert("validate", out, "--json")
+    assert result.code == 0, result.out
+    report = json.loads(result.out)
+    assert report["tokens_agreement"] == 1.0
+    assert not report["lines"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_every_precision_is_held_to_its_cost(
+    precision: str, files: tuple[dict[Variant, Path], Path], export: Export, linert: Linert, tmp_path: Path
+) -> None:
+    options = ("--precision", precision, "--calibration-images", 2, "--block-size", 16)
+    made = export(files[0][Variant.MANHATTAN], files[1], *options)
+    result = linert("validate", made, "--json")
+    # Integers are too coarse for a random model as narrow as this.
+    assert result.code == 0 or precision.startswith("int"), result.out
+    assert json.loads(result.out)["logits"]["top1_agreement"] > 0.5
+    result = linert("run", made, "--classes", "0", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+
+
+def test_inspect_says_what_is_kept(bundle: Path, linert: Linert) -> None:
+    described = json.loads(linert("inspect", bundle, "--json").out)
+    kinds = described["state_bytes_by_kind"]
+    rows, size = 2 * 2 * 4, 8
+    assert kinds["above"] == 2 * rows * 6 * size * size * 4
+    assert kinds["k_line"] == kinds["v_line"] == 2 * rows * (1 + 6) * size * 4
+    assert "cache_saving" not in described
+    # A step reads one matrix of a row's six.
+    manifest = described["manifest"]
+    work = manifest["stages"]["decode"]["work"]
+    assert work["state_bytes"] == described["state_bytes"] - kinds["above"] * 5 // 6
+    assert manifest["cache"] is None
+    assert "cache none" in shown(linert("inspect", bundle))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (("run", "--policy", "linear", "--classes", "0", "--out", "x"), "cache options"),
+        (("run", "--budget-lines", "1/6", "--classes", "0", "--out", "x"), "cache options"),
+        (("run", "--eviction-map", "layers", "--classes", "0", "--out", "x"), "--eviction-map"),
+        (("run", "--record-trace", "x.npz", "--classes", "0", "--out", "x"), "--record-trace"),
+        (("validate", "--policy", "full"), "cache options"),
+        (("compare", "--classes", "0", "--out", "x"), "compare weighs cache policies"),
+        (("bench", "--sweep", "policy=full"), "--sweep policy"),
+        (("bench", "--anchor-tokens", "4"), "cache options"),
+    ],
+)
+def test_what_needs_a_cache_is_refused(
+    command: tuple[str, ...], message: str, bundle: Path, linert: Linert, tmp_path: Path
+) -> None:
+    name, *options = command
+    at = [str(tmp_path / option) if option.startswith("x") else option for option in options]
+    result = linert(name, bundle, *at)
+    assert result.code == 2
+    assert f"{message}: a lasadgen bundle has no KV cache" in shown(result)
+
+
+def test_an_export_with_a_budget_is_refused(
+    files: tuple[dict[Variant, Path], Path], linert: Linert, tmp_path: Path
+) -> None:
+    for options in (("--policy", "full"), ("--budget-lines", 2), ("--capacity-lines", 3)):
+        given = ("--vq", files[1], "--out", tmp_path / "bundle", *options)
+        result = linert("export", files[0][Variant.MANHATTAN], *given)
+        assert result.code == 2
+        assert "is a LASADGen, which has no KV cache" in shown(result)
+
+
+def test_a_trace_of_another_model_is_refused(
+    bundle: Path, tiny_bundle: Path, linert: Linert, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.npz"
+    recorded = ("--classes", "0", "--out", tmp_path / "out", "--record-trace", trace)
+    assert linert("run", tiny_bundle, *recorded).code == 0
+    result = linert("run", bundle, "--replay-trace", trace, "--out", tmp_path / "other")
+    assert result.code == 2
+    assert "a trace: a lasadgen bundle has no KV cache" in shown(result)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("config.json"), "there is no config.json"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "lasadgen"}'),
+            "config.json lacks",
+        ),
+        (without("model.safetensors"), "is a folder without weights"),
+    ],
+)
+def test_bad_folders_are_named(
+    change: Callable[[Path], None],
+    message: str,
+    files: tuple[dict[Variant, Path], Path],
+    linert: Linert,
+    tmp_path: Path,
+) -> None:
+    folder = broken(files[0][Variant.MANHATTAN], tmp_path / "model", change)
+    result = linert("export", folder, "--vq", files[1], "--out", tmp_path / "bundle")
+    assert result.code == 2
+    assert message in shown(result)
+
+
+def test_another_variant_is_another_checkpoint(
+    files: tuple[dict[Variant, Path], Path], linert: Linert, tmp_path: Path
+) -> None:
+    """Signed decay has the tensors of Manhattan's; without decay there are fewer."""
+    folder = tmp_path / "model"
+    shutil.copytree(files[0][Variant.NONE], folder)
+    shutil.copyfile(files[0][Variant.MANHATTAN] / "config.json", folder / "config.json")
+    result = linert("export", folder, "--vq", files[1], "--out", tmp_path / "bundle")
+    assert result.code == 2
+    assert "_decay" in shown(result)
+
+
+def test_bench_beside_pytorch_and_over_grids(bundle: Path, linert: Linert) -> None:
+    result = linert("bench", bundle, "--rounds", 1, "--images", 1, "--compare-pytorch")
+    assert result.code == 0, result.err
+    measured = json.loads(result.out.splitlines()[-1])
+    assert measured["decode_ms"] > 0
+    assert measured["pytorch"]["eager"]["seconds_per_image"] > 0
+    assert "PyTorch eager, recurrent" in shown(result)
+    result = linert("bench", bundle, "--sweep", "grid=6,8", "--rounds", 1, "--images", 0)
+    assert result.code == 0, result.err
+    small, large = json.loads(result.out.splitlines()[-1])["cells"]
+    assert small["state_bytes"] < large["state_bytes"]
