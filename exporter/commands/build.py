@@ -30,7 +30,7 @@ RTX_CAPABILITIES = "80,86,89,120"
     metavar="80,86,...",
     help=f"Compute capabilities of the GPUs to build for, or current. Default: {RTX_CAPABILITIES} for rtx, else current.",
 )
-@click.option("--no-plugin", is_flag=True, help="Build LineAttention from standard operators.")
+@click.option("--no-plugin", is_flag=True, help="Build linert's operations from standard operators.")
 @click.option("--force", is_flag=True, help="Build again even if nothing changed.")
 def command(place: BundlePlace, target: str, capabilities: str | None, no_plugin: bool, force: bool) -> None:
     """Build a TensorRT plan for every stage of BUNDLE, into its folder.

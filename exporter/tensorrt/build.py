@@ -21,7 +21,9 @@ from runtime import plugins
 from runtime.bundle import Bundle, file_sha256
 from runtime.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, read_engines
 from runtime.errors import BundleError, ExportError
+from runtime.plugins.base import Launch
 from runtime.plugins.line_attention import LineAttentionLaunch
+from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 from runtime.trt_flavour import Flavour
 
 PLUGIN_SOURCES = (
@@ -38,8 +40,8 @@ Progress = Callable[[str, Event], None]
 class BuildPlan:
     """What to build.
 
-    ``capabilities``: GPUs (80 means 8.0), empty for the one at hand. ``plugin``: LineAttention as a plugin, not as the
-    function's body.
+    ``capabilities``: GPUs (80 means 8.0), empty for the one at hand. ``plugin``: linert's operations as plugins, not as the
+    functions' bodies.
     """
 
     bundle: Bundle
@@ -68,12 +70,17 @@ class BuildPlan:
             except ValueError as error:
                 raise ExportError(f"{error}; build with --no-plugin") from error
 
-    def launches(self) -> list[LineAttentionLaunch]:
-        """How LineAttention runs in each layer."""
+    def launches(self) -> list[Launch]:
+        """How the operation of a decode step runs in each layer."""
         tensors = {spec.name: spec for spec in self.bundle.manifest.state}
         model = self.bundle.manifest.model
-        found = []
+        found: list[Launch] = []
         for layer in range(model.layers):
+            if self.bundle.manifest.cache is None:
+                line, above = tensors[f"k_line.{layer}"], tensors[f"above.{layer}"].shape
+                rows, matrices, *sizes = above
+                found.append(SpatialDecayStepLaunch(rows, line.shape[2], matrices, *sizes, line.dtype))
+                continue
             cache = tensors[f"k_cache.{layer}"]
             rows, _, slots, head_dim = cache.shape
             sequences = tensors["position"].shape[0]

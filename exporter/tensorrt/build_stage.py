@@ -28,7 +28,7 @@ MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What to build: ``capabilities`` empty for the GPU at hand, ``plugin`` whether LineAttention is one."""
+    """What to build: ``capabilities`` empty for the GPU at hand, ``plugin`` whether linert's operations are plugins."""
 
     flavour: str
     onnx: str

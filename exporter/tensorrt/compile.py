@@ -9,12 +9,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from exporter.tensorrt import line_attention_kernels, line_evict_kernels
-from runtime.plugins import line_attention, line_evict
+from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
+from runtime.plugins import line_attention, line_evict, spatial_decay_step
 from runtime.plugins.base import Launch
 from runtime.plugins.kernels import CompiledKernel, KernelSet
 from runtime.plugins.line_attention import LineAttentionLaunch
 from runtime.plugins.line_evict import SETTINGS, LineEvictLaunch
+from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 
 PTX_CAPABILITY = 80
 """The text is compiled for the oldest GPU, so that all later ones can take it."""
@@ -36,6 +37,8 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
         return _line_attention(launch, capabilities)
     if isinstance(launch, LineEvictLaunch):
         return _line_evict(launch, capabilities)
+    if isinstance(launch, SpatialDecayStepLaunch):
+        return _spatial_decay_step(launch, capabilities)
     raise TypeError(f"no kernels for {type(launch).__name__}")
 
 
@@ -47,6 +50,20 @@ def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelS
         line_evict_kernels.line_evict, signature, launch.constants, capabilities, line_evict.WARPS
     )
     return KernelSet({"line_evict": kernel})
+
+
+def _spatial_decay_step(launch: SpatialDecayStepLaunch, capabilities: Sequence[int]) -> KernelSet:
+    kinds = {"held": f"*{TYPES[launch.dtype]}", "float32": "*fp32", "int64": "*i64"}
+    inputs = {name: kinds[kind] for name, kind in spatial_decay_step.INPUTS.items()}
+    signature = {**inputs, "attended": kinds["held"], "slots": "i32", "matrices": "i32"}
+    kernel = _compile(
+        spatial_decay_step_kernels.spatial_decay_step,
+        signature,
+        launch.constants,
+        capabilities,
+        spatial_decay_step.WARPS,
+    )
+    return KernelSet({"spatial_decay_step": kernel})
 
 
 def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from exporter.tensorrt import line_attention_kernels as kernels
 from exporter.tensorrt.line_evict_kernels import line_evict as line_evict_kernel
+from exporter.tensorrt.spatial_decay_step_kernels import spatial_decay_step as spatial_decay_step_kernel
 from graphs.line_attention import LineAttentionInputs
+from graphs.spatial_decay_step import StepInputs
 from runtime.plugins.line_attention import INPUTS, WARPS, LineAttentionLaunch
 from runtime.plugins.line_evict import WARPS as EVICT_WARPS
 from runtime.plugins.line_evict import LineEvictLaunch
+from runtime.plugins.spatial_decay_step import WARPS as STEP_WARPS
+from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 
 
 def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | None = None) -> Tensor:
@@ -76,6 +80,24 @@ def check(inputs: LineAttentionInputs, launch: LineAttentionLaunch) -> None:
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
+
+
+def spatial_decay_step(inputs: StepInputs, launch: SpatialDecayStepLaunch | None = None) -> Tensor:
+    """What :func:`graphs.spatial_decay_step.reference` does, in place: returns what was attended, ``[R, 1, 1, E]``.
+
+    Args:
+        launch: other parts or blocks than the shape's own.
+    """
+    rows, matrices, key_dim, value_dim = inputs.state.above.shape
+    slots, dtype = inputs.state.k_line.shape[2], str(inputs.q.dtype).removeprefix("torch.")
+    launch = launch or SpatialDecayStepLaunch(rows, slots, matrices, key_dim, value_dim, dtype)
+    attended = torch.empty_like(inputs.v)
+    spatial_decay_step_kernel[launch.grid](
+        *(*inputs.flat(), attended, launch.slots, launch.matrices),
+        **launch.constants,
+        num_warps=STEP_WARPS,
+    )
+    return attended
 
 
 def line_evict(

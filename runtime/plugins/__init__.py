@@ -5,6 +5,7 @@ from __future__ import annotations
 from runtime.plugins.base import Operation
 from runtime.plugins.line_attention import LineAttention
 from runtime.plugins.line_evict import LineEvict
+from runtime.plugins.spatial_decay_step import SpatialDecayStep
 
 NAMESPACE, VERSION = "linert", "1"
 CONTENTS = "linert_contents"
@@ -12,5 +13,5 @@ CONTENTS = "linert_contents"
 
 
 OPERATIONS: dict[str, type[Operation]] = {
-    operation.name: operation for operation in (LineAttention, LineEvict)
+    operation.name: operation for operation in (LineAttention, LineEvict, SpatialDecayStep)
 }

@@ -21,6 +21,11 @@ def aligned(count: int) -> int:
     return -(-count // ALIGNED) * ALIGNED
 
 
+def power_of_two(number: int) -> int:
+    """The least power of two that is not less."""
+    return 1 << (number - 1).bit_length()
+
+
 class TensorKind(NamedTuple):
     """Type and shape of a tensor."""
 

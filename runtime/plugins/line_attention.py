@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind, aligned
+from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind, aligned, power_of_two
 from runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
@@ -181,8 +181,3 @@ class LineAttention(Operation):
             read = (at[name] for name in ("scores", "slot_pos", "fresh_from", "score_max"))
             parts = ctypes.c_int32(launch.parts)
             kernels["combine"](launch.combine_grid, call.stream, *read, *results, slots, parts)
-
-
-def power_of_two(number: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (number - 1).bit_length()

@@ -15,6 +15,8 @@ pytest.importorskip("triton")
 
 from random_checkpoint import random_tensors, transformer_shapes, vq_shapes
 
+from exporter.lasadgen_folder import write_lasadgen
+from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
 from runtime.bundle import Bundle, open_bundle
 from runtime.conditions import conditions_of
 from runtime.engines import Engines, missing_plugins, read_engines
@@ -23,7 +25,7 @@ from runtime.loop import generate
 from runtime.ort import OrtBackend
 from runtime.ort_cuda import OrtCudaBackend
 from runtime.samples import plan_samples
-from tests.conftest import ROOT, Result
+from tests.conftest import ROOT, Result, random_state
 from tests.runtime.test_backends import emulated
 from tests.text_models import write_lumina
 
@@ -105,6 +107,34 @@ def test_a_model_of_size_b(
         weight_bytes = opened.manifest.stages["decode"].work.weight_bytes
         assert decode.weights_bytes is not None
         assert weight_bytes < decode.weights_bytes < 1.3 * weight_bytes + (60 << 20)
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_spatial_decay_on_an_emulated_gpu(
+    plugin: bool, linert: Linert, export: Export, tiny_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """All stages of a LASADGen have plans, and the TensorRT loop draws what the CPU draws."""
+    net = LASADGen(LASADGenConfig(2, 32, 4, 64, 64, 5, 6, Variant.MANHATTAN, gate_rank=8))
+    write_lasadgen(random_state(net), net.config, tmp_path / "model")
+    options = () if plugin else ("--no-plugin",)
+    bundle, engines = build(linert, export(tmp_path / "model", tiny_files[1], "--batch", 2), *options)
+    assert set(engines.plans) == set(bundle.manifest.stages)
+    assert missing_plugins(bundle, engines) == []
+    for stage in ("decode", "decode.unfiltered"):
+        plan = engines.plans[stage]
+        assert plan.operations == {"SpatialDecayStep": 2}
+        assert plan.plugins == (plan.operations if plugin else {})
+        assert plan.aliases == {
+            f"{kind}.{n}.next": f"{kind}.{n}" for n in (0, 1) for kind in ("k_line", "v_line")
+        }
+    stages = list(bundle.manifest.stages)
+    samples = plan_samples(conditions_of([1, 4]), 2, seed=4)
+    batch = make_batch(bundle, samples, bundle.manifest.sampling, None)
+    here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
+    found, wanted = generate(here, batch), generate(reference, batch)
+    assert (found == wanted).all()
+    assert (generate(OrtCudaBackend(bundle, stages, device="cpu"), batch) == wanted).all()
+    np.testing.assert_allclose(here.read("logits"), reference.read("logits"), atol=2e-4)
 
 
 def test_prompts_newlines_and_grouped_queries_on_an_emulated_gpu(

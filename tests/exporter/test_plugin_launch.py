@@ -13,17 +13,20 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
-from exporter.tensorrt import line_attention_kernels, line_evict_kernels
+from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
 from exporter.tensorrt.compile import ALIGNMENT
 from graphs.line_attention import reference
+from graphs.spatial_decay_step import reference as decay_reference
 from runtime.cuda import Device
 from runtime.plugins.base import Call, Launch, Operation, TensorKind
 from runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
 from runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from runtime.plugins.line_evict import LineEvict
+from runtime.plugins.spatial_decay_step import INPUTS, SpatialDecayStep, SpatialDecayStepLaunch
 from tests.emulated_gpu import CAPABILITY, EmulatedDriver, Kernel
 from tests.exporter.test_line_attention_kernels import inputs_of
 from tests.exporter.test_line_evict_kernels import NAMES, Case, tensors_of
+from tests.exporter.test_spatial_decay_step_kernels import inputs_of as decay_inputs_of
 from tests.graphs.test_line_attention import bundled
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
@@ -102,6 +105,24 @@ def test_line_attention(slots: int, group: int) -> None:
     torch.testing.assert_close(attended, wanted, atol=3e-6, rtol=0)
     for ours, theirs in zip(state, after, strict=True):
         torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [2, 300])
+def test_spatial_decay_step(rows: int) -> None:
+    inputs = decay_inputs_of(rows, 9, 5, 20, 36, torch.float32)
+    launch = SpatialDecayStepLaunch(rows, 9, 5, 20, 36, "float32")
+    assert (launch.parts > 1) == (rows == 2)
+    tensors = inputs.flat()
+    names = (*INPUTS, "attended")
+    pointers = dict(zip(names, [tensor.dtype for tensor in (*tensors, inputs.v)], strict=True))
+    kernel = interpreted(spatial_decay_step_kernels.spatial_decay_step, pointers, launch.constants)
+    (attended, *line), used = enqueue(SpatialDecayStep(), {"spatial_decay_step": kernel}, tensors)
+    assert used == launch
+    clean = inputs._replace(state=type(inputs.state)(*(part.nan_to_num() for part in inputs.state)))
+    wanted, *after = decay_reference(clean)
+    torch.testing.assert_close(attended, wanted, atol=3e-6 * wanted.abs().max().item(), rtol=0)
+    for ours, theirs in zip(line, after, strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs)
 
 
 @pytest.mark.parametrize("policy", NAMES)

@@ -1,0 +1,78 @@
+"""The kernel of the SpatialDecayStep plugin, in Triton.
+
+A program reads one row's keys and a part of its values: the new token's are put in registers over what their slot held, and
+are stored by the programs that own them, so that nothing is read that the same launch writes. Slots that weigh nothing are not
+read. All sums are float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def spatial_decay_step(
+    q,
+    k,
+    v,
+    k_line,
+    v_line,
+    above,
+    write_slot,
+    matrix,
+    weighed,
+    above_weighed,
+    attended,
+    slots,
+    matrices,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    E: tl.constexpr,
+    E_PART: tl.constexpr,
+    SLOTS_BLOCK: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+):
+    """One row, and ``E_PART`` of its values.
+
+    Args:
+        q ... above_weighed: the operation's inputs (:mod:`graphs.spatial_decay_step`); the row in progress is updated where it
+            lies.
+        attended: ``[R, 1, 1, E]``.
+        slots, matrices: C and M.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    d = tl.arange(0, D_PAD)
+    e = part * E_PART + tl.arange(0, E_PART)
+    query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+    new_key = tl.load(k + row * D + d, mask=d < D, other=0.0)
+    new_value = tl.load(v + row * E + e, mask=e < E, other=0.0)
+    new_slot = tl.load(write_slot + row).to(tl.int32)
+    total = tl.zeros([E_PART], tl.float32)
+    for start in range(0, slots, SLOTS_BLOCK):
+        slot = start + tl.arange(0, SLOTS_BLOCK)
+        share = tl.load(weighed + row * slots + slot, mask=slot < slots, other=0.0)
+        fresh = slot == new_slot
+        read = (share != 0.0) & (slot != new_slot)
+        at = (row * slots + slot)[:, None]
+        keys = tl.load(k_line + at * D + d[None, :], mask=read[:, None] & (d[None, :] < D), other=0.0)
+        keys = tl.where(fresh[:, None], new_key[None, :], keys)
+        values = tl.load(v_line + at * E + e[None, :], mask=read[:, None] & (e[None, :] < E), other=0.0)
+        values = tl.where(fresh[:, None], new_value[None, :], values)
+        product = tl.sum(query[None, :] * keys.to(tl.float32), axis=1) * share
+        total += tl.sum(product[:, None] * values.to(tl.float32), axis=0)
+    base = above + (row * matrices + tl.load(matrix + row)) * D * E
+    far = tl.zeros([E_PART], tl.float32)
+    for first in range(0, D, D_BLOCK):
+        some = first + tl.arange(0, D_BLOCK)
+        inside = (some[:, None] < D) & (e[None, :] < E)
+        held = tl.load(base + some[:, None] * E + e[None, :], mask=inside, other=0.0)
+        asked = tl.load(q + row * D + some, mask=some < D, other=0.0).to(tl.float32)
+        far += tl.sum(asked[:, None] * held, axis=0)
+    total += far * tl.load(above_weighed + row)
+    tl.store(attended + row * E + e, total.to(attended.dtype.element_ty), mask=e < E)
+    target = row * slots + new_slot
+    tl.store(v_line + target * E + e, new_value, mask=e < E)
+    if part == 0:
+        tl.store(k_line + target * D + d, new_key, mask=d < D)

@@ -1,0 +1,150 @@
+"""SpatialDecayStep as a plugin: its tensors, and how its kernel is launched on a shape.
+
+Axes: R = sequences x heads, C = slots of the row in progress, M = matrices of a state, D = key size, E = value size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind, power_of_two
+from runtime.plugins.kernels import DeviceKernels
+
+INPUTS = {
+    "q": HELD,
+    "k": HELD,
+    "v": HELD,
+    "k_line": HELD,
+    "v_line": HELD,
+    "above": "float32",
+    "write_slot": "int64",
+    "matrix": "int64",
+    "weighed": "float32",
+    "above_weighed": "float32",
+}
+"""Type of each input (see :mod:`graphs.spatial_decay_step`)."""
+
+ALIASED = ("k_line", "v_line")
+"""Inputs that the outputs behind the first are written over."""
+
+MAX_SLOTS = 8192
+MAX_HEAD = 256
+
+TILE = 2048
+"""Numbers of keys, values or a matrix that a program works on at a time."""
+
+PROGRAMS = 264
+"""Programs that fill a large GPU: two a multiprocessor. Values of fewer rows are split."""
+
+LEAST_PART = 16
+"""Values below which a part is not worth a program: 64 bytes of a matrix's row."""
+
+WARPS = 4
+
+
+@dataclass(frozen=True)
+class SpatialDecayStepLaunch:
+    """Launch parameters of one shape.
+
+    Raises:
+        ValueError: the kernel cannot do the shape; the message says which side of it, and what it can.
+    """
+
+    rows: int
+    slots: int
+    matrices: int
+    key_dim: int
+    value_dim: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.dtype not in HELD_TYPES:
+            faults.append(f"keys of {self.dtype}; can be {', '.join(HELD_TYPES)}")
+        if not 1 <= self.slots <= MAX_SLOTS:
+            faults.append(f"{self.slots} slots; can be 1 to {MAX_SLOTS}")
+        for name, size in (("keys", self.key_dim), ("values", self.value_dim)):
+            if not 1 <= size <= MAX_HEAD:
+                faults.append(f"{name} of {size}; can be 1 to {MAX_HEAD}")
+        if min(self.rows, self.matrices) < 1:
+            faults.append(f"{self.rows} rows of {self.matrices} matrices; must be at least 1")
+        if faults:
+            raise ValueError(f"SpatialDecayStep: {'; '.join(faults)}")
+
+    @property
+    def key_pad(self) -> int:
+        return power_of_two(self.key_dim)
+
+    @property
+    def part_values(self) -> int:
+        """Values of a part; a power of two."""
+        whole = power_of_two(self.value_dim)
+        wanted = power_of_two(-(-PROGRAMS // self.rows))
+        return max(min(whole, LEAST_PART), whole // wanted)
+
+    @property
+    def parts(self) -> int:
+        """1 where there are rows enough to fill a GPU."""
+        return -(-self.value_dim // self.part_values)
+
+    @property
+    def scratch_bytes(self) -> int:
+        return 0
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        return self.rows, self.parts, 1
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Compile-time parameters of the kernel."""
+        return {
+            "D": self.key_dim,
+            "D_PAD": self.key_pad,
+            "E": self.value_dim,
+            "E_PART": self.part_values,
+            "SLOTS_BLOCK": max(1, min(power_of_two(self.slots), TILE // self.key_pad)),
+            "D_BLOCK": min(self.key_pad, max(1, TILE // self.part_values)),
+        }
+
+
+@dataclass(frozen=True)
+class SpatialDecayStep(Operation):
+    """Write a token into the row in progress, and read the row, the prefix and what is above."""
+
+    name: ClassVar[str] = "SpatialDecayStep"
+    launch_type: ClassVar[type[Launch]] = SpatialDecayStepLaunch
+
+    @property
+    def input_types(self) -> tuple[str, ...]:
+        return tuple(INPUTS.values())
+
+    @property
+    def output_types(self) -> tuple[str, ...]:
+        return HELD, *(INPUTS[name] for name in ALIASED)
+
+    def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        shapes = dict(zip(INPUTS, inputs, strict=True))
+        return [shapes["v"], *(shapes[name] for name in ALIASED)]
+
+    def aliased_input(self, output: int) -> int:
+        return list(INPUTS).index(ALIASED[output - 1]) if output else -1
+
+    def launch(self, inputs: Sequence[TensorKind]) -> SpatialDecayStepLaunch:
+        kinds = dict(zip(INPUTS, inputs, strict=True))
+        rows, matrices, key_dim, value_dim = kinds["above"].shape
+        slots = kinds["k_line"].shape[2]
+        return SpatialDecayStepLaunch(rows, slots, matrices, key_dim, value_dim, kinds["q"].dtype)
+
+    def enqueue(self, launch: SpatialDecayStepLaunch, kernels: DeviceKernels, call: Call) -> None:
+        pointers = (*call.inputs, call.outputs[0])
+        kernels["spatial_decay_step"](
+            launch.grid,
+            call.stream,
+            *(ctypes.c_void_p(address) for address in pointers),
+            ctypes.c_int32(launch.slots),
+            ctypes.c_int32(launch.matrices),
+        )

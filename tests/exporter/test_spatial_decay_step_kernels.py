@@ -1,0 +1,120 @@
+"""The SpatialDecayStep kernel against the PyTorch reference: interpreted on the CPU, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from exporter.tensorrt.launch import spatial_decay_step
+from graphs.spatial_decay import RowState
+from graphs.spatial_decay_step import StepInputs, reference
+from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Relative to what is attended: one rounding to the type of the values, about 3."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InParts(SpatialDecayStepLaunch):
+    """As many values to a part as the test says."""
+
+    wanted: int = 0
+
+    @property
+    def part_values(self) -> int:
+        return self.wanted
+
+
+def inputs_of(
+    rows: int, slots: int, matrices: int, key: int, value: int, dtype: torch.dtype, seed: int = 0
+) -> StepInputs:
+    """A row half full: the slots behind the new token's weigh nothing, and hold no number."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    slot = torch.randint(slots, (rows,), generator=generator)
+    weighed = torch.rand(rows, 1, 1, slots, generator=generator)
+    hidden = torch.arange(slots) > slot[:, None]
+    lines = [normal(rows, 1, slots, size) for size in (key, value)]
+    for line in lines:
+        line[:, 0][hidden] = float("nan")
+    state = RowState(*lines, torch.randn(rows, matrices, key, value, generator=generator))
+    new = normal(rows, 1, 1, key), normal(rows, 1, 1, key), normal(rows, 1, 1, value)
+    matrix = torch.randint(matrices, (rows,), generator=generator)
+    share = torch.rand(rows, 1, 1, 1, generator=generator)
+    return StepInputs(*new, state, slot, matrix, weighed.masked_fill(hidden[:, None, None], 0.0), share)
+
+
+def check(inputs: StepInputs, launch: SpatialDecayStepLaunch | None = None) -> None:
+    clean = RowState(*(part.nan_to_num() for part in inputs.state))
+    wanted, k_line, v_line = reference(inputs._replace(state=clean))
+    on_device = [tensor.to(DEVICE).clone() for tensor in inputs.flat()]
+    given = StepInputs(*on_device[:3], RowState(*on_device[3:6]), *on_device[6:])
+    found = spatial_decay_step(given, launch).cpu()
+    bound = TOLERANCE[inputs.q.dtype] * max(1.0, wanted.abs().max().item())
+    torch.testing.assert_close(found, wanted, atol=bound, rtol=0)
+    hidden = inputs.weighed[:, 0, 0] == 0
+    for ours, theirs in ((given.state.k_line, k_line), (given.state.v_line, v_line)):
+        assert torch.equal(ours.cpu()[:, 0][~hidden], theirs[:, 0][~hidden])
+        assert ours.cpu()[:, 0][hidden].isnan().all()
+    assert torch.equal(given.state.above.cpu(), inputs.state.above)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize(
+    ("rows", "slots", "matrices", "key", "value"),
+    [(4, 25, 24, 64, 64), (3, 17, 16, 32, 32), (2, 9, 1, 48, 20), (1, 1, 1, 4, 4), (300, 5, 2, 8, 8)],
+)
+def test_the_kernel_does_what_the_reference_does(
+    rows: int, slots: int, matrices: int, key: int, value: int, dtype: torch.dtype
+) -> None:
+    check(inputs_of(rows, slots, matrices, key, value, dtype))
+
+
+@given(
+    rows=st.integers(1, 4),
+    slots=st.integers(1, 70),
+    matrices=st.integers(1, 5),
+    key=st.integers(1, 40),
+    value=st.integers(1, 40),
+    part=st.sampled_from([1, 4, 16, 64]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_any_shape_in_any_parts(
+    rows: int, slots: int, matrices: int, key: int, value: int, part: int, seed: int
+) -> None:
+    inputs = inputs_of(rows, slots, matrices, key, value, torch.float32, seed)
+    check(inputs, InParts(rows, slots, matrices, key, value, "float32", part))
+
+
+def test_few_rows_are_shared_by_programs() -> None:
+    few = SpatialDecayStepLaunch(24, 25, 24, 64, 64, "float16")
+    assert (few.parts, few.part_values) == (4, 16)
+    assert SpatialDecayStepLaunch(6144, 25, 24, 64, 64, "float16").parts == 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((2, 9000, 1, 64, 64, "float32"), "9000 slots"),
+        ((2, 9, 1, 300, 64, "float32"), "keys of 300"),
+        ((2, 9, 1, 64, 0, "float32"), "values of 0"),
+        ((2, 9, 1, 64, 64, "int8"), "keys of int8"),
+        ((0, 9, 1, 64, 64, "float32"), "0 rows"),
+    ],
+)
+def test_shapes_that_the_kernel_cannot_do_are_refused(
+    shape: tuple[int, int, int, int, int, str], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        SpatialDecayStepLaunch(*shape)
