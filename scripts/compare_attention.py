@@ -1,0 +1,189 @@
+#!/usr/bin/env python3
+"""Compare demo models that differ in their attention alone: loss on held-out digits, what is drawn, state and time.
+
+    python scripts/train_demo.py vq --decoder demo/vq_demo.pt --out out/training
+    python scripts/train_demo.py ar --attention manhattan --out out/training      # and softmax, signed, raster, none
+    python scripts/compare_attention.py --tokenizer out/training/vq_demo.pt \\
+        --model softmax=out/training/c2i_demo.pt --model manhattan=out/training/lasadgen_demo \\
+        --model none=out/training/lasadgen_none_demo
+
+The loss is teacher-forced, in float32, on tokens of the digits that no training saw; differences are from the first model, with
+95 % bootstrap intervals over digits or drawn images. All models draw the same classes from the same seeds, LlamaGen with its full
+cache.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from digit_metrics import metrics
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from train_demo import TASKS, encode, load_vq
+
+from exporter.bundle_export import ExportPlan, export_bundle
+from exporter.commands.export import CacheWishes
+from exporter.models import LoadedTransformer, ModelRequest, load_models
+from exporter.quality import measure_rows
+from runtime.backends import BackendOptions
+from runtime.bench import Measured, Timings, measure
+from runtime.cache_request import CacheRequest
+from runtime.generator import Generator
+from runtime.manifest import SamplingSettings
+from runtime.metrics import Bootstrap, Interval, Metric, Rows
+from runtime.samples import ClassLabel, plan_samples
+from runtime.text import size_text
+
+TASK = TASKS["demo"]
+
+
+class Loss(Metric):
+    """Mean of a loss that is known of each digit."""
+
+    name = "held-out loss"
+    higher_is_better = False
+    digits = 4
+
+    def measure(self, pixels: NDArray[np.float32], asked: NDArray[Any]) -> Rows:
+        raise NotImplementedError("losses are of tokens, not of pixels")
+
+    def score(self, rows: Rows) -> float:
+        return float(rows.mean())
+
+
+def held_out_losses(transformer: LoadedTransformer, tokens: torch.Tensor, labels: torch.Tensor) -> Rows:
+    """Nats a token of each image ``[n, 1]``."""
+    model = transformer.eager()
+    found = []
+    with torch.no_grad():
+        for grids, ids in zip(tokens.split(60), labels.split(60), strict=True):
+            logits = model(model.condition([ids], guided=False), grids[:, :-1])
+            found.append(F.cross_entropy(logits.mT, grids, reduction="none").mean(1))
+    return torch.cat(found)[:, None].double().numpy()
+
+
+def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: float) -> LoadedTransformer:
+    """Export a model in float32, with the full cache if it has one."""
+    transformer, decoder = load_models(model, tokenizer, ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads))
+    policies = ("full",) if transformer.family.cached else ()
+    held = CacheWishes(policies, CacheRequest(), None).plan(transformer)
+    plan = ExportPlan(
+        transformer, decoder, held[0], held[2], held[1], batch, SamplingSettings(guidance=guidance)
+    )
+    export_bundle(plan, folder, report=lambda line: None)
+    return transformer
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--model",
+    "named",
+    multiple=True,
+    required=True,
+    metavar="NAME=PATH",
+    help="A checkpoint and what to call it; the first is what others are compared with. Repeatable.",
+)
+@click.option(
+    "--tokenizer", required=True, type=click.Path(exists=True, path_type=Path), help="With its encoder."
+)
+@click.option("--images", default=1000, show_default=True, help="Drawn of each model.")
+@click.option("--guidance", default=3.0, show_default=True)
+@click.option("--batch", default=25, show_default=True, help="Of the images; times are of a batch of 1.")
+@click.option("--rounds", default=20, show_default=True, help="Of timing.")
+@click.option("--threads", default=2, show_default=True)
+def main(
+    named: Sequence[str],
+    tokenizer: Path,
+    images: int,
+    guidance: float,
+    batch: int,
+    rounds: int,
+    threads: int,
+) -> None:
+    torch.set_num_threads(threads)
+    models = {name: Path(path) for name, _, path in (text.partition("=") for text in named)}
+    pixels, labels = TASK.images("test", None)
+    tokens = encode(load_vq(tokenizer), pixels)
+    measures = metrics()
+    scores: dict[str, dict[str, Bootstrap]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder, single = Path(name), []
+        options = BackendOptions(threads=threads)
+        parameters = {}
+        for name, path in models.items():
+            click.echo(f"{name}: drawing {images} images", err=True)
+            transformer = exported(path, tokenizer, folder / f"{name}_{batch}", batch, guidance)
+            parameters[name] = sum(tensor.numel() for tensor in transformer.tensors.values())
+            generator = Generator(folder / f"{name}_{batch}", options)
+            samples = plan_samples([ClassLabel(k) for k in range(10)], images, seed=0)
+            drawn = np.concatenate([generator.draw(group) for group in generator.batches(samples)])
+            rows = measure_rows(measures, generator.decoder, drawn, samples)
+            losses = held_out_losses(transformer, tokens, labels)
+            scores[name] = {metric.name: Bootstrap.of(metric, rows[metric.name]) for metric in measures}
+            scores[name][Loss.name] = Bootstrap.of(Loss(), losses, rounds=2000)
+            exported(path, tokenizer, folder / name, 1, guidance)
+            single.append(Measured(folder / name, None, options))
+        timings = measure(single, threads=threads, rounds=rounds, image_rounds=0)
+    report(models, parameters, scores, dict(zip(models, timings, strict=True)), [*measures, Loss()])
+
+
+def report(
+    models: dict[str, Path],
+    parameters: dict[str, int],
+    scores: dict[str, dict[str, Bootstrap]],
+    timings: dict[str, Timings],
+    measures: Sequence[Metric],
+) -> None:
+    """A table, and the same as one JSON object."""
+    first = next(iter(models))
+    table = Table("model", "parameters", *(metric.name for metric in measures), "state", "step", "line end")
+    found = {}
+    for name in models:
+        timing = timings[name]
+        cells, values = [], {}
+        for metric in measures:
+            own, far = scores[name][metric.name], scores[name][metric.name] - scores[first][metric.name]
+            values[metric.name] = {
+                "value": own.score,
+                "interval": bounds(own.interval()),
+                "minus_first": bounds(far.interval()),
+            }
+            text = f"{own.score:.{metric.digits}f}"
+            if name != first:
+                low, high = bounds(far.interval())
+                text += f"\n{low:+.{metric.digits}f} to {high:+.{metric.digits}f}"
+            cells.append(text)
+        table.add_row(
+            name,
+            f"{parameters[name]:,}",
+            *cells,
+            size_text(timing.state_bytes),
+            f"{timing.decode_ms:.3f} ms",
+            f"{timing.line_end_ms:.3f} ms",
+        )
+        found[name] = {
+            "parameters": parameters[name],
+            **values,
+            "state_bytes": timing.state_bytes,
+            "decode_ms": timing.decode_ms,
+            "line_end_ms": timing.line_end_ms,
+        }
+    Console(highlight=False, width=140).print(table)
+    click.echo(json.dumps(found))
+
+
+def bounds(interval: Interval) -> tuple[float, float]:
+    return interval.low, interval.high
+
+
+if __name__ == "__main__":
+    main()
