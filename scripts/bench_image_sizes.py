@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Measure step time and state memory against the size of the image: a few lines in the cache, and all of them.
+"""Measure what a token and an image cost against the size of the image: full cache, line buffer, and LASADGen's states.
 
-    python scripts/bench_image_sizes.py --size B --budget-lines 4 --plot docs/image_sizes.svg
+    python scripts/bench_image_sizes.py --size B --budget-lines 4 --plot docs/image_sizes.png
 
-Random weights of a published size. For each grid the decode graph is timed with a buffer of so many lines and with one
-of the whole image, in rounds that take turns.
+Random weights of a published size. For each grid the last line of an image is timed, where caches are full, all kinds in
+turns. A token's time holds its share of the line's end.
 """
 
 from __future__ import annotations
@@ -12,24 +12,32 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import click
 from matplotlib.figure import Figure
-from random_checkpoint import SIZES, random_bundle
+from random_checkpoint import random_bundle
 
-from exporter.timing import decode_backend, step_times
+from graphs.families.lasadgen import SIZES, Variant
+from runtime.backends import BackendOptions
+from runtime.bench import Measured
 from runtime.cache_request import CacheRequest
+
+LASAD = {f"LASADGen, {variant}": variant for variant in (Variant.MANHATTAN, Variant.SIGNED)}
 
 
 @click.command(help=__doc__)
 @click.option("--size", type=click.Choice(list(SIZES)), default="B", show_default=True)
-@click.option("--grid", "grids", default=[16, 24, 32, 64], multiple=True, show_default=True)
+@click.option("--grid", "grids", default=[16, 24, 32, 64, 128], multiple=True, show_default=True)
 @click.option("--budget-lines", default=4, show_default=True)
 @click.option("--images", default=1, show_default=True, help="Batch; guidance doubles the rows.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--rounds", default=4, show_default=True)
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw step time and state to this file.")
+@click.option("--rounds", default=3, show_default=True)
+@click.option(
+    "--plot", type=click.Path(path_type=Path), help="Draw a token's time and the state to this file."
+)
 def main(
     size: str,
     grids: tuple[int, ...],
@@ -40,46 +48,71 @@ def main(
     plot: Path | None,
 ) -> None:
     results = []
-    with tempfile.TemporaryDirectory() as name:
-        for grid in grids:
-            click.echo(f"exporting a {grid} x {grid} grid", err=True)
-            request = CacheRequest(budget_lines=budget_lines)
-            bundle = random_bundle(Path(name), size, grid=grid, request=request, images=images)
-            manifest = bundle.manifest
-            buffers = {"line buffer": budget_lines, "full cache": grid}
-            times: dict[str, list[float]] = {kind: [] for kind in buffers}
-            for _ in range(rounds):
-                for kind, lines in buffers.items():
-                    layers = (lines,) * manifest.model.layers
-                    with decode_backend(bundle, "decode.unfiltered", layers, threads) as backend:
-                        times[kind] += step_times(backend, "decode.unfiltered", manifest)
-            for kind, lines in buffers.items():
-                result = {
-                    "size": size,
-                    "grid": grid,
-                    "cache": kind,
-                    "lines": lines,
-                    "slots": manifest.raster.slots(lines),
-                    "state_mib": round(manifest.state_bytes_at((lines,) * manifest.model.layers) / 2**20, 1),
-                    "decode_ms": round(statistics.median(times[kind]), 2),
-                }
-                click.echo(json.dumps(result))
-                results.append(result)
+    for grid in grids:
+        found = measure_grid(size, grid, budget_lines, images, threads, rounds)
+        for result in found:
+            click.echo(json.dumps(result))
+        results += found
     if plot is not None:
         draw(results, plot)
 
 
-def draw(results: list[dict[str, object]], path: Path) -> None:
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    columns = (("decode_ms", "decode step, ms"), ("state_mib", "state, MiB"))
+def measure_grid(
+    size: str, grid: int, budget_lines: int, images: int, threads: int, rounds: int
+) -> list[dict[str, Any]]:
+    """One row a kind."""
+    kinds: dict[str, dict[str, Any]] = {
+        "full cache": {"policies": ("full",)},
+        f"line buffer, {budget_lines} lines": {
+            "policies": ("linear",),
+            "request": CacheRequest(budget_lines=budget_lines),
+        },
+        **{kind: {"variant": variant} for kind, variant in LASAD.items()},
+    }
+    steps: defaultdict[str, list[float]] = defaultdict(list)
+    line_ends: defaultdict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as name:
+        measured = {}
+        for kind, options in kinds.items():
+            click.echo(f"{grid} x {grid}: exporting {kind}", err=True)
+            bundle = random_bundle(Path(name), size, grid=grid, images=images, **options)
+            measured[kind] = Measured(bundle.path, None, BackendOptions(threads=threads))
+        for round_ in range(rounds + 1):
+            for kind, one in measured.items():
+                times, line_end = one.line(), one.line_end()
+                # The first round warms up.
+                if round_:
+                    steps[kind] += times
+                    line_ends[kind].append(line_end)
+        return [
+            {
+                "size": size,
+                "grid": grid,
+                "kind": kind,
+                "state_mib": round(one.manifest.state_bytes / 2**20, 1),
+                "decode_ms": round(statistics.median(steps[kind]), 2),
+                "line_end_ms": round(statistics.median(line_ends[kind]), 2),
+                "token_ms": round(
+                    statistics.median(steps[kind]) + statistics.median(line_ends[kind]) / grid, 2
+                ),
+            }
+            for kind, one in measured.items()
+        ]
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    columns = (("token_ms", "ms a token, line ends included"), ("state_mib", "state, MiB"))
     for axes, (key, title) in zip(figure.subplots(1, 2), columns, strict=True):
-        for kind in ("full cache", "line buffer"):
-            rows = [result for result in results if result["cache"] == kind]
-            label = kind if kind == "full cache" else f"line buffer, {rows[0]['lines']} lines"
-            axes.plot([row["grid"] for row in rows], [row[key] for row in rows], marker="o", label=label)
-        axes.set(xlabel="tokens along the image's side", ylabel=title, ylim=(0, None))
+        for kind in dict.fromkeys(result["kind"] for result in results):
+            rows = [result for result in results if result["kind"] == kind]
+            axes.plot([row["grid"] for row in rows], [row[key] for row in rows], marker="o", label=kind)
+        grids = sorted({result["grid"] for result in results})
+        axes.set(xlabel="tokens along the image's side", ylabel=title, xscale="log", yscale="log")
+        axes.set_xticks(grids, [str(grid) for grid in grids])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend()
+    axes.legend(fontsize="small")
     figure.savefig(path)
 
 
