@@ -51,7 +51,7 @@ def reference(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
         ``[R, 1, 1, E]`` of the dtype of q, and ``k_line`` and ``v_line`` with the token.
     """
     q, k, v, state, write_slot, matrix, weighed, above_weighed = inputs
-    rows = torch.arange(len(write_slot))
+    rows = torch.arange(len(write_slot), device=write_slot.device)
     k_line, v_line = state.k_line.clone(), state.v_line.clone()
     k_line[rows, 0, write_slot] = k[:, 0, 0]
     v_line[rows, 0, write_slot] = v[:, 0, 0]

@@ -32,6 +32,13 @@ from runtime.trt_flavour import FLAVOURS
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("kernels", "backends", "bench")
+DEMO = ROOT / "demo"
+DEMOS: dict[str, tuple[object, ...]] = {
+    "the demo": (DEMO / "c2i_demo.pt", "--grid", 16, "--heads", 4, "--budget-lines", 4),
+    "the LASADGen demo": (DEMO / "lasadgen_demo",),
+}
+"""Checkpoints and what their export is told."""
+
 PUBLISHED = {
     "full cache": (64.75, 331.52, 0.77),
     "6 lines": (25.51, 63.99, 4.00),
@@ -128,22 +135,24 @@ def backend_checks() -> Iterator[tuple[str, Check]]:
     """Every backend on the demo, against PyTorch and stage by stage against the CPU."""
     for backend in list(BackendName)[1:]:
         for precision in ("fp32", "fp16"):
-            name = f"{backend}: the demo in {precision}"
-            yield (
-                name,
-                lambda name=name, backend=backend, precision=precision: parity(name, backend, precision),
-            )
+            for what, options in DEMOS.items():
+                name = f"{backend}: {what} in {precision}"
+                yield (
+                    name,
+                    lambda name=name, backend=backend, precision=precision, options=options: parity(
+                        name, backend, precision, options
+                    ),
+                )
 
 
-def parity(name: str, backend: BackendName, precision: str) -> Outcome:
+def parity(name: str, backend: BackendName, precision: str, options: Sequence[object]) -> Outcome:
     """Export, build, validate; its numbers."""
     available(backend)
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        demo = ROOT / "demo"
         linert(
-            *("export", demo / "c2i_demo.pt", "--vq", demo / "vq_demo.pt", "--grid", 16, "--heads", 4),
-            *("--guidance", 3, "--budget-lines", 4, "--batch", 4, "--precision", precision),
+            *("export", *options, "--vq", DEMO / "vq_demo.pt"),
+            *("--guidance", 3, "--batch", 4, "--precision", precision),
             *("--activations", precision, "--image-decoder-precision", precision, "--out", bundle),
         )
         build_plans(backend, bundle)

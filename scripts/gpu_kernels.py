@@ -14,13 +14,17 @@ from runtime.cuda import Device
 ROOT = Path(__file__).parents[1]
 # The tests' inputs are measured as well.
 sys.path.insert(0, str(ROOT))
-KERNEL_TESTS = ("test_line_attention_kernels.py", "test_line_evict_kernels.py")
+KERNEL_TESTS = (
+    "test_line_attention_kernels.py",
+    "test_line_evict_kernels.py",
+    "test_spatial_decay_step_kernels.py",
+)
 SLOTS = (97, 145, 289, 433, 601)
 HEADS, HEAD_DIM, LAYERS = 20, 64, 36
 """Of LlamaGen-XL."""
 
 SHARE_OF_COPY = 0.70
-"""Of the measured copy bandwidth that LineAttention has to reach at batch 64 and above."""
+"""Of the measured copy bandwidth that the kernels of a step have to reach at batch 64 and above."""
 
 SHARE_OF_UNFUSED = 0.5
 """Of the time of the same in standard operators that LineAttention may take."""
@@ -52,6 +56,9 @@ def kernel_checks(device: Device | None) -> Iterator[tuple[str, Check]]:
         for slots in SLOTS:
             name = f"LineAttention, batch {batch}, {slots} slots"
             yield name, lambda batch=batch, slots=slots: line_attention_speed(_needed(device), batch, slots)
+    for batch in (1, 8, 64, 256):
+        name = f"SpatialDecayStep, batch {batch}"
+        yield name, lambda batch=batch: spatial_decay_speed(_needed(device), batch)
     for batch in (1, 64):
         for slots in (97, 601):
             name = f"LineEvict, batch {batch}, {slots} slots"
@@ -166,6 +173,34 @@ def line_attention_speed(device: Device, batch: int, slots: int) -> Outcome:
     fine = (share >= SHARE_OF_COPY or not barred) and ratio <= SHARE_OF_UNFUSED
     return Outcome(
         f"LineAttention, batch {batch}, {slots} slots",
+        "passed" if fine else "failed",
+        f"{fused * 1e3:.1f} us, {bandwidth / 1e9:.0f} GB/s, {share:.0%} of a copy; {ratio:.2f} x standard operators",
+        {"ms": fused, "unfused_ms": standard, "bytes": read, "share_of_copy": share, "over_unfused": ratio},
+    )
+
+
+def spatial_decay_speed(device: Device, batch: int) -> Outcome:
+    """Milliseconds in fp16 at LASADGen-XL's shape and 24 tokens a row, against a copy of what it reads."""
+    import torch
+    from triton.testing import do_bench_cudagraph
+
+    from exporter.tensorrt.launch import spatial_decay_step
+    from graphs.spatial_decay import RowState
+    from graphs.spatial_decay_step import StepInputs, reference
+    from tests.exporter.test_spatial_decay_step_kernels import inputs_of
+
+    _torch_with_cuda()
+    rows, slots = 2 * batch * HEADS, 25
+    flat = [tensor.cuda() for tensor in inputs_of(rows, slots, 24, HEAD_DIM, HEAD_DIM, torch.float16).flat()]
+    inputs = StepInputs(*flat[:3], RowState(*(part.nan_to_num() for part in flat[3:6])), *flat[6:])
+    fused = do_bench_cudagraph(lambda: spatial_decay_step(inputs), return_mode="median")
+    standard = do_bench_cudagraph(lambda: reference(inputs), return_mode="median")
+    read = rows * (4 * HEAD_DIM**2 + 2 * slots * HEAD_DIM * 2)
+    bandwidth = read / (fused / 1e3)
+    share, ratio = bandwidth / device.copy_bandwidth(), fused / standard
+    fine = share >= SHARE_OF_COPY or batch < 64
+    return Outcome(
+        f"SpatialDecayStep, batch {batch}",
         "passed" if fine else "failed",
         f"{fused * 1e3:.1f} us, {bandwidth / 1e9:.0f} GB/s, {share:.0%} of a copy; {ratio:.2f} x standard operators",
         {"ms": fused, "unfused_ms": standard, "bytes": read, "share_of_copy": share, "over_unfused": ratio},

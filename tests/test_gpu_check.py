@@ -33,7 +33,12 @@ def test_without_a_gpu_everything_is_listed_as_not_run(tmp_path: Path) -> None:
     assert {check["status"] for check in told["checks"]} == {"not run"}
     assert {check["text"] for check in told["checks"]} == {told["checks"][0]["text"]}
     assert "no CUDA device" in done.stdout
-    for name in ("LineAttention, batch 64, 97 slots", "rtx: the demo in fp16", "cuda: XL 384 px, batch 256"):
+    for name in (
+        "LineAttention, batch 64, 97 slots",
+        "rtx: the LASADGen demo in fp16",
+        "SpatialDecayStep, batch 64",
+        "cuda: XL 384 px, batch 256",
+    ):
         assert name in done.stdout
 
 
