@@ -48,13 +48,14 @@ IMAGE_SIDE = GRID * PATCH
 @dataclass(frozen=True)
 class Task:
     """What is learned. ``images`` makes ``[n, 3, side, side]`` pixels in [-1, 1] and classes ``[n]`` of a split, moved
-    at random when a generator is given. ``dtype``: of the weights saved."""
+    at random when a generator is given. ``dtype``, ``ar_dtype``: of the weights saved."""
 
     name: str
     images: Callable[[str, torch.Generator | None], tuple[Tensor, Tensor]]
     vq: vq.VQConfig
     ar: llamagen.LlamaGenConfig
     dtype: torch.dtype = torch.float32
+    ar_dtype: torch.dtype = torch.float16
 
     @property
     def vq_file(self) -> str:
@@ -136,7 +137,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("demo", one_digit, vq_config(64), ar_config(128, 64)),
-        Task("pairs", digit_pairs, vq_config(128), ar_config(112, 128), torch.bfloat16),
+        Task("pairs", digit_pairs, vq_config(128), ar_config(112, 128), torch.bfloat16, torch.bfloat16),
     )
 }
 
@@ -384,7 +385,7 @@ def train_ar(
                 halves = {key: tensor.half() for key, tensor in average.state_dict().items()}
                 write_lasadgen(halves, average.config, out / f"{name}_{task.name}")
             else:
-                save(saved(average, task.dtype), out / task.ar_file)
+                save(saved(average, task.ar_dtype), out / task.ar_file)
 
 
 if __name__ == "__main__":
