@@ -9,6 +9,7 @@ Axes: R = sequences x KV heads, G = query heads of a KV head, C = slots, D = hea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import onnx
@@ -99,16 +100,20 @@ def line_attention(inputs: LineAttentionInputs) -> tuple[Tensor, LineBufferState
     """:func:`reference`, or one opaque ``LineAttention`` node while a graph is being exported."""
     if not torch.compiler.is_exporting():
         return reference(inputs)
-    outputs = (inputs.q, *inputs.state)
-    attended, *written = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{OP_TYPE}",
-        inputs.flat(),
+    attended, *written = opaque_node(OP_TYPE, inputs.flat(), (inputs.q, *inputs.state))
+    return attended, LineBufferState(*written)
+
+
+def opaque_node(op_type: str, inputs: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One node of an own operation in a graph that is being traced; its outputs have the shapes and types of ``like``."""
+    return torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{op_type}",
+        inputs,
         attrs={"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)},
-        dtypes=[t.dtype for t in outputs],
-        shapes=[t.shape for t in outputs],
+        dtypes=[tensor.dtype for tensor in like],
+        shapes=[tensor.shape for tensor in like],
         version=OP_VERSION,
     )
-    return attended, LineBufferState(*written)
 
 
 _BODY = """

@@ -13,11 +13,10 @@ import torch
 from onnx import FunctionProto
 from torch import Tensor
 
-from graphs.line_attention import DOMAIN
+from graphs.line_attention import opaque_node
 from graphs.spatial_decay import RowState, attend
 
 OP_TYPE = "SpatialDecayStep"
-OP_VERSION = 1
 IN_PLACE = ("k_line", "v_line")
 """Inputs that an output replaces."""
 
@@ -64,15 +63,8 @@ def spatial_decay_step(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`reference`, or one opaque ``SpatialDecayStep`` node while a graph is being exported."""
     if not torch.compiler.is_exporting():
         return reference(inputs)
-    outputs = (inputs.v, inputs.state.k_line, inputs.state.v_line)
-    attended, k_line, v_line = torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{OP_TYPE}",
-        inputs.flat(),
-        attrs={"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)},
-        dtypes=[t.dtype for t in outputs],
-        shapes=[t.shape for t in outputs],
-        version=OP_VERSION,
-    )
+    like = (inputs.v, inputs.state.k_line, inputs.state.v_line)
+    attended, k_line, v_line = opaque_node(OP_TYPE, inputs.flat(), like)
     return attended, k_line, v_line
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.decay_memory import DecayMemory
+from graphs.families.axial import AxialTransformer, FeedForward
 from graphs.families.base import (
     Condition,
     Family,
@@ -30,9 +31,9 @@ from graphs.families.base import (
     SquareRaster,
     UsualSampling,
 )
-from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
+from graphs.families.layers import RMSNorm, Rope
 from graphs.memory import Memory
-from graphs.rotary import axial_table, rotate_interleaved
+from graphs.rotary import rotate_interleaved
 from graphs.spatial_decay import Decay, attend, weights
 from graphs.stage import Geometry
 from graphs.tensor_spec import TensorSpec
@@ -179,19 +180,6 @@ class DecayAttention(nn.Module):
         return self.wo(self.norm(attended).flatten(-2) * gate)
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
-
-    def __init__(self, config: LASADGenConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.w1, self.w3, self.w2)
-
-
 class Block(nn.Module):
     """One layer, cut at the attention so that every stage can supply its own form."""
 
@@ -217,33 +205,15 @@ def usual_decay(config: LASADGenConfig) -> Tensor:
     return torch.log(factor / (1 - factor))
 
 
-class LASADGen(RasterTransformer):
+class LASADGen(AxialTransformer):
     """The transformer, with the pieces that the stages assemble and a parallel form for training and reference."""
 
     config: LASADGenConfig
-    rope_table: Tensor
 
     def __init__(self, config: LASADGenConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.cls_embedding = nn.Embedding(config.num_classes + 1, config.dim)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        with torch.device("cpu"):
-            cos, sin = axial_table(config.grid, config.prefix_len, config.head_dim, config.rope_base)
-            # LlamaGen zeroes its prefix, which linear attention would not see at all.
-            cos[: config.prefix_len] = 1.0
-        self.register_buffer("rope_table", rope_tables(cos, sin, config.head_dim), persistent=False)
-
-    def blocks(self) -> Iterable[Block]:
-        return cast("Iterable[Block]", self.layers)
-
-    def rope(self, positions: Tensor, starts: Tensor) -> Rope:
-        """Rotary tables at ``positions [B or 1, S]``; there is no padding."""
-        table = F.embedding(positions, self.rope_table).type_as(self.norm.weight)
-        return Rope(*table.chunk(4, dim=-1))
+        # Linear attention would not see a prefix that is zeroed.
+        classes = nn.Embedding(config.num_classes + 1, config.dim)
+        super().__init__(config, classes, (Block(config) for _ in range(config.layers)), prefix_turned=True)
 
     def block(self, block: Any, x: Tensor, rope: Any, visible: Tensor) -> Tensor:
         q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
@@ -262,14 +232,6 @@ class LASADGen(RasterTransformer):
         if guided:
             ids = torch.cat([ids, torch.full_like(ids, self.config.num_classes)])
         return Condition(self.cls_embedding(ids)[:, None], torch.zeros_like(ids))
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
-        return F.embedding(tokens, self.tok_embeddings.weight)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
-        return self.output(self.norm(x)).float()
 
 
 def decays(model: RasterTransformer) -> Iterable[Decay]:

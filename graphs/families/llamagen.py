@@ -6,27 +6,26 @@ two-dimensional rotary embedding. Parameter names equal the published checkpoint
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.families.axial import AxialTransformer, FeedForward
 from graphs.families.base import (
     Condition,
     Family,
     Given,
     KeyValueCache,
     Layout,
-    RasterTransformer,
     SquareRaster,
     UsualSampling,
     unless_given,
 )
-from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
-from graphs.rotary import axial_table, rotate_interleaved
+from graphs.families.layers import RMSNorm, Rope
+from graphs.rotary import rotate_interleaved
 from graphs.tensor_spec import TensorSpec
 
 PUBLISHED_HEADS = {
@@ -149,19 +148,6 @@ class Attention(nn.Module):
         return q, k, v
 
 
-class FeedForward(nn.Module):
-    """SwiGLU: ``w2(silu(w1 x) * w3 x)``."""
-
-    def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return swiglu(x, self.w1, self.w3, self.w2)
-
-
 class Block(nn.Module):
     """One transformer layer, cut at the attention so that every stage can supply its own."""
 
@@ -211,31 +197,17 @@ class ClassEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(config.num_classes + 1, config.dim)
 
 
-class LlamaGen(RasterTransformer):
+class LlamaGen(AxialTransformer):
     """The transformer, with the pieces that the stages assemble and a parallel form for training and reference."""
 
     config: LlamaGenConfig
-    rope_table: Tensor
+    cls_embedding: CaptionEmbedding | ClassEmbedding
 
     def __init__(self, config: LlamaGenConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.cls_embedding = CaptionEmbedding(config) if config.caption_dim else ClassEmbedding(config)
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        with torch.device("cpu"):
-            cos, sin = axial_table(config.grid, config.prefix_len, config.head_dim, config.rope_base)
-        self.register_buffer("rope_table", rope_tables(cos, sin, config.head_dim), persistent=False)
-
-    def blocks(self) -> Iterable[Block]:
-        return cast("Iterable[Block]", self.layers)
-
-    def rope(self, positions: Tensor, starts: Tensor) -> Rope:
-        """Rotary tables at ``positions [B or 1, S]``. Images begin at one position whatever their padding: ``starts`` plays no part."""
-        table = F.embedding(positions, self.rope_table).type_as(self.norm.weight)
-        return Rope(*table.chunk(4, dim=-1))
+        condition = CaptionEmbedding(config) if config.caption_dim else ClassEmbedding(config)
+        super().__init__(
+            config, condition, (Block(config) for _ in range(config.layers)), prefix_turned=False
+        )
 
     def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
         """Class ids; or caption features, left-padded, and the padding of each; where guided, of negative captions as well, whose
@@ -268,14 +240,6 @@ class LlamaGen(RasterTransformer):
             captions, starts = torch.cat([captions, other]), torch.cat([starts, other_starts])
         # The projection of nothing is nothing, as it has no biases.
         return Condition(self.cls_embedding.cap_proj(captions), starts)
-
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
-        return F.embedding(tokens, self.tok_embeddings.weight)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
-        return self.output(self.norm(x)).float()
 
 
 class LlamaGenFamily(Family):

@@ -26,6 +26,14 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def refuse(operation: str, dtype: str, faults: Sequence[str]) -> None:
+    """Raise :class:`ValueError` if there are ``faults`` of a launch, or its tensors are of no type that kernels are made for."""
+    if dtype not in HELD_TYPES:
+        faults = [f"caches of {dtype}; can be {', '.join(HELD_TYPES)}", *faults]
+    if faults:
+        raise ValueError(f"{operation}: {'; '.join(faults)}")
+
+
 class TensorKind(NamedTuple):
     """Type and shape of a tensor."""
 

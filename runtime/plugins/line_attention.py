@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind, aligned, power_of_two
+from runtime.plugins.base import HELD, Call, Launch, Operation, TensorKind, aligned, power_of_two, refuse
 from runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
@@ -64,8 +64,6 @@ class LineAttentionLaunch:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.dtype not in HELD_TYPES:
-            faults.append(f"caches of {self.dtype}; can be {', '.join(HELD_TYPES)}")
         if not 1 <= self.slots <= MAX_SLOTS:
             faults.append(f"{self.slots} slots; can be 1 to {MAX_SLOTS}")
         if not 1 <= self.group <= MAX_GROUP:
@@ -74,8 +72,7 @@ class LineAttentionLaunch:
             faults.append(f"heads of {self.head_dim}; can be a multiple of 4 up to {MAX_HEAD}")
         if self.rows < 1:
             faults.append(f"{self.rows} rows; must be at least 1")
-        if faults:
-            raise ValueError(f"LineAttention: {'; '.join(faults)}")
+        refuse("LineAttention", self.dtype, faults)
 
     @property
     def group_pad(self) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind, power_of_two
+from runtime.plugins.base import HELD, Call, Launch, Operation, TensorKind, power_of_two, refuse
 from runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
@@ -62,8 +62,6 @@ class SpatialDecayStepLaunch:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.dtype not in HELD_TYPES:
-            faults.append(f"keys of {self.dtype}; can be {', '.join(HELD_TYPES)}")
         if not 1 <= self.slots <= MAX_SLOTS:
             faults.append(f"{self.slots} slots; can be 1 to {MAX_SLOTS}")
         for name, size in (("keys", self.key_dim), ("values", self.value_dim)):
@@ -71,8 +69,7 @@ class SpatialDecayStepLaunch:
                 faults.append(f"{name} of {size}; can be 1 to {MAX_HEAD}")
         if min(self.rows, self.matrices) < 1:
             faults.append(f"{self.rows} rows of {self.matrices} matrices; must be at least 1")
-        if faults:
-            raise ValueError(f"SpatialDecayStep: {'; '.join(faults)}")
+        refuse("SpatialDecayStep", self.dtype, faults)
 
     @property
     def key_pad(self) -> int:

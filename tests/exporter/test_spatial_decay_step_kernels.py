@@ -109,7 +109,7 @@ def test_few_rows_are_shared_by_programs() -> None:
         ((2, 9000, 1, 64, 64, "float32"), "9000 slots"),
         ((2, 9, 1, 300, 64, "float32"), "keys of 300"),
         ((2, 9, 1, 64, 0, "float32"), "values of 0"),
-        ((2, 9, 1, 64, 64, "int8"), "keys of int8"),
+        ((2, 9, 1, 64, 64, "int8"), "caches of int8"),
         ((0, 9, 1, 64, 64, "float32"), "0 rows"),
     ],
 )
