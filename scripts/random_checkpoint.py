@@ -111,8 +111,8 @@ def write_transformer(path: Path, size: str, variant: str = "", grid: int = 24) 
         return
     config = lasadgen.LASADGenConfig.of_size(size, grid=grid, variant=lasadgen.Variant(variant))
     tensors = random_tensors(config.tensor_shapes())
-    usual = lasadgen.usual_decay(config)
-    decays = {name: usual.clone() for name in tensors if name.endswith("_decay")}
+    usual = lasadgen.usual_decays(config)
+    decays = {name: usual[name.rpartition(".")[2]].clone() for name in tensors if name.endswith("_decay")}
     write_lasadgen(tensors | decays, config, path)
 
 

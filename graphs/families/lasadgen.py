@@ -143,6 +143,9 @@ class DecayAttention(nn.Module):
     them, a factor near 1 keeps more digits than it would have itself.
     """
 
+    row_decay: Tensor
+    column_decay: Tensor
+
     def __init__(self, config: LASADGenConfig) -> None:
         super().__init__()
         self.heads, self.variant = config.heads, config.variant
@@ -151,11 +154,8 @@ class DecayAttention(nn.Module):
         self.gate_down = nn.Linear(config.dim, config.gate_rank, bias=False)
         self.gate_up = nn.Linear(config.gate_rank, config.dim, bias=False)
         self.norm = RMSNorm(config.head_dim, config.norm_eps)
-        usual = usual_decay(config)
-        if config.variant is not Variant.NONE:
-            self.column_decay = nn.Parameter(usual.clone())
-        if config.variant in (Variant.MANHATTAN, Variant.SIGNED):
-            self.row_decay = nn.Parameter(usual.clone())
+        for name, usual in usual_decays(config).items():
+            setattr(self, name, nn.Parameter(usual))
 
     def decay(self) -> Decay:
         """What it has learned, in float32."""
@@ -198,10 +198,23 @@ class Block(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))
 
 
-def usual_decay(config: LASADGenConfig) -> Tensor:
-    """Logits ``[heads]`` to begin a training with: heads that reach from a token and a half to half of the image."""
-    reach = torch.logspace(math.log10(1.5), math.log10(max(2.0, config.grid / 2)), config.heads)
-    factor = torch.exp(-1 / reach)
+def usual_decays(config: LASADGenConfig) -> dict[str, Tensor]:
+    """What a layer begins its training with, by parameter: logits ``[heads]``.
+
+    Heads reach from a token and a half to half of the image: half of its rows and columns, or where columns are counted along the
+    raster, half of its tokens.
+    """
+    if config.variant is Variant.NONE:
+        return {}
+    if config.variant is Variant.MANHATTAN:
+        return {"row_decay": _reaching(config.grid, config), "column_decay": _reaching(config.grid, config)}
+    rows = {"row_decay": _reaching(config.grid, config)} if config.variant is Variant.SIGNED else {}
+    return rows | {"column_decay": _reaching(config.image_tokens, config)}
+
+
+def _reaching(whole: int, config: LASADGenConfig) -> Tensor:
+    """Logits ``[heads]`` of factors that fall to 1/e over distances up to half of ``whole``."""
+    factor = torch.exp(-1 / torch.logspace(math.log10(1.5), math.log10(max(2.0, whole / 2)), config.heads))
     return torch.log(factor / (1 - factor))
 
 
