@@ -18,6 +18,7 @@ from typing import Any
 
 import click
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator
 from random_checkpoint import random_bundle
 
 from graphs.families.lasadgen import SIZES, Variant
@@ -110,6 +111,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         grids = sorted({result["grid"] for result in results})
         axes.set(xlabel="tokens along the image's side", ylabel=title, xscale="log", yscale="log")
         axes.set_xticks(grids, [str(grid) for grid in grids])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
