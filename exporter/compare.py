@@ -109,7 +109,7 @@ class Comparison:
         quality = {}
         for number, cell in enumerate(self.cells):
             self.progress("resampling", number, len(self.cells))
-            quality[cell.key] = {m.name: Bootstrap.of(m, rows[cell.key][m.name]) for m in self.metrics}
+            quality[cell.key] = {m.name: Bootstrap.of(m.score, rows[cell.key][m.name]) for m in self.metrics}
         results = [
             self._result(cell, label, tokens, quality, forced[cell.key])
             for cell, label in zip(self.cells, labels_of(self.cells), strict=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
-from graphs.decay_memory import DecayMemory
+from graphs.decay_memory import DecayMemory, DecayStep
 from graphs.memory import Projections, StepPosition
 from graphs.spatial_decay import RowState, fold
 from graphs.stage import Geometry
@@ -193,6 +193,7 @@ class StatePeer(PyTorchPeer):
             raise TypeError(f"{type(config).__name__} has no decays")
         self.memory = self.geometry.memory
         self.decays = list(self.memory.decays(self.model))
+        self.factors = self.memory.factors(self.model)
         empty = [torch.zeros(spec.shape) for spec in self.memory.layer_state()]
         self.states = [RowState(*state) for state in self.memory.by_layer(empty)]
         return torch.compile(self._step, dynamic=False) if self.compiled else self._step
@@ -210,7 +211,7 @@ class StatePeer(PyTorchPeer):
         held = position.expand(self.sequences)
         column = (held - config.prefix_len) % config.line_width
         starts = self.condition.starts
-        attend = self.memory.begin_step(self.model, StepPosition(held, starts, column, {}))
+        attend = DecayStep(self.memory, self.factors, StepPosition(held, starts, column, {}))
         rope = self.model.rope(held[:, None], starts)
         for layer, block in enumerate(self.model.blocks()):
             attended, line = attend(layer, Projections(*block.qkv(x, rope)), self.states[layer])

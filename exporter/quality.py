@@ -84,7 +84,7 @@ def quality_cost(
                 samples,
                 lambda done, total, name=name: progress(f"{name} is measured", done, total),
             )
-            found.append({metric.name: Bootstrap.of(metric, rows[metric.name]) for metric in metrics})
+            found.append({metric.name: Bootstrap.of(metric.score, rows[metric.name]) for metric in metrics})
     ours, theirs = found
     return [
         QualityCost(

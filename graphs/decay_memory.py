@@ -28,7 +28,7 @@ class DecayMemory(Memory):
 
     Args:
         decays: tells a model's.
-        matrices: of a layer's state, M: one a column, or one.
+        matrices: of a layer's state, M: one a column, or where the decay is signed one.
     """
 
     written = IN_PLACE
@@ -53,8 +53,13 @@ class DecayMemory(Memory):
             )
         ]
 
+    def factors(self, model: RasterTransformer) -> Tensor:
+        """:func:`graphs.spatial_decay.factors` of all layers, side by side: ``[W + 2, L x H]``."""
+        width = self.geometry.config.line_width
+        return torch.cat([factors(width, decay) for decay in self.decays(model)], dim=1)
+
     def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
-        return DecayStep(self, list(self.decays(model)), at)
+        return DecayStep(self, self.factors(model), at)
 
     def function(self) -> FunctionProto:
         return function_proto(self.matrices)
@@ -64,18 +69,24 @@ class DecayMemory(Memory):
 
 
 class DecayStep(LayerStep):
-    """Write the token into the row, and read the row and what is above its column."""
+    """Write the token into the row, and read the row and what is above its column.
 
-    def __init__(self, memory: DecayMemory, decays: Sequence[Decay], at: StepPosition) -> None:
+    Args:
+        memory: of the layers.
+        table: its :meth:`DecayMemory.factors`.
+        at: where the token stands.
+    """
+
+    def __init__(self, memory: DecayMemory, table: Tensor, at: StepPosition) -> None:
         self.geometry = geometry = memory.geometry
         config = geometry.config
         prefix, width = config.prefix_len, config.line_width
         in_row = torch.where(at.in_prefix(prefix), torch.maximum(at.held, at.starts), prefix + at.column)
         self.slot = geometry.per_row(in_row)
-        self.matrix = geometry.per_row(at.column if memory.matrices > 1 else torch.zeros_like(at.column))
-        index = step_index(at.held, at.starts, prefix, width, signed=decays[0].signed)
+        signed = memory.matrices == 1
+        self.matrix = geometry.per_row(torch.zeros_like(at.column) if signed else at.column)
+        index = step_index(at.held, at.starts, prefix, width, signed=signed)
         # All layers look their factors up at once.
-        table = torch.cat([factors(width, decay) for decay in decays], dim=1)
         found = F.embedding(index, table).permute(0, 2, 1).unflatten(1, (config.layers, -1))
         self.weighed = found.transpose(0, 1).reshape(config.layers, geometry.rows, 1, 1, -1)
 

@@ -132,7 +132,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """A metric's ``score`` of a set of images, and its scores ``resampled [rounds]`` on images drawn with replacement.
+    """A ``score`` of a set of images, and its scores ``resampled [rounds]`` on images drawn with replacement.
 
     Every set of equal size is resampled alike. So when two sets hold the same conditions and seeds in the same order,
     what they share cancels in their difference.
@@ -142,11 +142,11 @@ class Bootstrap:
     resampled: Rows
 
     @staticmethod
-    def of(metric: Metric, rows: Rows, *, rounds: int = 200) -> Bootstrap:
-        """Of the ``rows [n, k]`` that ``metric`` measured."""
+    def of(score: Callable[[Rows], float], rows: Rows, *, rounds: int = 200) -> Bootstrap:
+        """What ``score``, a metric's or any other, makes of ``rows [n, k]``."""
         rng = np.random.default_rng(0)
-        drawn = [metric.score(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(rounds)]
-        return Bootstrap(metric.score(rows), np.array(drawn))
+        drawn = [score(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(rounds)]
+        return Bootstrap(score(rows), np.array(drawn))
 
     def __sub__(self, other: Bootstrap) -> Bootstrap:
         return Bootstrap(self.score - other.score, self.resampled - other.resampled)

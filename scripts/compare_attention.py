@@ -18,13 +18,11 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
 import torch
 from digit_metrics import metrics
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from torch.nn import functional as F
@@ -39,25 +37,12 @@ from runtime.bench import Measured, Timings, measure
 from runtime.cache_request import CacheRequest
 from runtime.generator import Generator
 from runtime.manifest import SamplingSettings
-from runtime.metrics import Bootstrap, Interval, Metric, Rows
+from runtime.metrics import Bootstrap, Interval, Rows
 from runtime.samples import ClassLabel, plan_samples
 from runtime.text import size_text
 
 TASK = TASKS["demo"]
-
-
-class Loss(Metric):
-    """Mean of a loss that is known of each digit."""
-
-    name = "held-out loss"
-    higher_is_better = False
-    digits = 4
-
-    def measure(self, pixels: NDArray[np.float32], asked: NDArray[Any]) -> Rows:
-        raise NotImplementedError("losses are of tokens, not of pixels")
-
-    def score(self, rows: Rows) -> float:
-        return float(rows.mean())
+LOSS = "held-out loss"
 
 
 def held_out_losses(transformer: LoadedTransformer, tokens: torch.Tensor, labels: torch.Tensor) -> Rows:
@@ -128,39 +113,38 @@ def main(
             drawn = np.concatenate([generator.draw(group) for group in generator.batches(samples)])
             rows = measure_rows(measures, generator.decoder, drawn, samples)
             losses = held_out_losses(transformer, tokens, labels)
-            scores[name] = {metric.name: Bootstrap.of(metric, rows[metric.name]) for metric in measures}
-            scores[name][Loss.name] = Bootstrap.of(Loss(), losses, rounds=2000)
+            scores[name] = {m.name: Bootstrap.of(m.score, rows[m.name]) for m in measures}
+            scores[name][LOSS] = Bootstrap.of(lambda rows: float(rows.mean()), losses, rounds=2000)
             exported(path, tokenizer, folder / name, 1, guidance)
             single.append(Measured(folder / name, None, options))
         timings = measure(single, threads=threads, rounds=rounds, image_rounds=0)
-    report(models, parameters, scores, dict(zip(models, timings, strict=True)), [*measures, Loss()])
+    digits = {**{metric.name: metric.digits for metric in measures}, LOSS: 4}
+    report(parameters, scores, dict(zip(models, timings, strict=True)), digits)
 
 
 def report(
-    models: dict[str, Path],
     parameters: dict[str, int],
     scores: dict[str, dict[str, Bootstrap]],
     timings: dict[str, Timings],
-    measures: Sequence[Metric],
+    digits: dict[str, int],
 ) -> None:
-    """A table, and the same as one JSON object."""
-    first = next(iter(models))
-    table = Table("model", "parameters", *(metric.name for metric in measures), "state", "step", "line end")
+    """A table, with so many ``digits`` of each score, and the same as one JSON object."""
+    first = next(iter(scores))
+    table = Table("model", "parameters", *digits, "state", "step", "line end")
     found = {}
-    for name in models:
-        timing = timings[name]
+    for name, timing in timings.items():
         cells, values = [], {}
-        for metric in measures:
-            own, far = scores[name][metric.name], scores[name][metric.name] - scores[first][metric.name]
-            values[metric.name] = {
+        for quality, places in digits.items():
+            own, far = scores[name][quality], scores[name][quality] - scores[first][quality]
+            values[quality] = {
                 "value": own.score,
                 "interval": bounds(own.interval()),
                 "minus_first": bounds(far.interval()),
             }
-            text = f"{own.score:.{metric.digits}f}"
+            text = f"{own.score:.{places}f}"
             if name != first:
                 low, high = bounds(far.interval())
-                text += f"\n{low:+.{metric.digits}f} to {high:+.{metric.digits}f}"
+                text += f"\n{low:+.{places}f} to {high:+.{places}f}"
             cells.append(text)
         table.add_row(
             name,

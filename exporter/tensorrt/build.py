@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import onnx
+from onnx import helper
 
 from exporter.bundle_export import new_folder
 from exporter.tensorrt.build_stage import Event, Job
@@ -21,9 +23,8 @@ from runtime import plugins
 from runtime.bundle import Bundle, file_sha256
 from runtime.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, read_engines
 from runtime.errors import BundleError, ExportError
-from runtime.plugins.base import Launch
-from runtime.plugins.line_attention import LineAttentionLaunch
-from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from runtime.plugins import OPERATIONS
+from runtime.plugins.base import Launch, TensorKind
 from runtime.trt_flavour import Flavour
 
 PLUGIN_SOURCES = (
@@ -71,22 +72,18 @@ class BuildPlan:
                 raise ExportError(f"{error}; build with --no-plugin") from error
 
     def launches(self) -> list[Launch]:
-        """How the operation of a decode step runs in each layer."""
-        tensors = {spec.name: spec for spec in self.bundle.manifest.state}
-        model = self.bundle.manifest.model
-        found: list[Launch] = []
-        for layer in range(model.layers):
-            if self.bundle.manifest.cache is None:
-                line, above = tensors[f"k_line.{layer}"], tensors[f"above.{layer}"].shape
-                rows, matrices, *sizes = above
-                found.append(SpatialDecayStepLaunch(rows, line.shape[2], matrices, *sizes, line.dtype))
-                continue
-            cache = tensors[f"k_cache.{layer}"]
-            rows, _, slots, head_dim = cache.shape
-            sequences = tensors["position"].shape[0]
-            group = model.config["heads"] * sequences // rows
-            found.append(LineAttentionLaunch(rows, group, slots, head_dim, cache.dtype))
-        return found
+        """How linert's operations run in a decode step, in the graph's order.
+
+        Raises:
+            ValueError: a kernel cannot do a shape; the message says what it can.
+        """
+        graph = onnx.load(self.bundle.stage_path("decode"), load_external_data=False).graph
+        kinds = {value.name: _kind(value) for value in (*graph.input, *graph.value_info)}
+        return [
+            OPERATIONS[node.op_type]().launch([kinds[name] for name in node.input])
+            for node in graph.node
+            if node.domain == plugins.NAMESPACE
+        ]
 
     def built(self) -> Engines | None:
         """The plans that are there, if they are what this would build."""
@@ -113,6 +110,12 @@ class BuildPlan:
     def version(self) -> str:
         """Of the flavour that is installed."""
         return str(self.flavour.load().__version__)
+
+
+def _kind(value: onnx.ValueInfoProto) -> TensorKind:
+    held = value.type.tensor_type
+    dtype = str(helper.tensor_dtype_to_np_dtype(held.elem_type))
+    return TensorKind(dtype, tuple(side.dim_value for side in held.shape.dim))
 
 
 def build(plan: BuildPlan, progress: Progress) -> Engines:

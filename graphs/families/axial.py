@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Block, FamilyConfig, RasterTransformer
+from graphs.families.base import Block, FamilyConfig, RasterTransformer, SquareRaster
 from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
 from graphs.rotary import axial_table
 
@@ -25,6 +25,34 @@ class AxialConfig(FamilyConfig, Protocol):
     def norm_eps(self) -> float: ...
     @property
     def rope_base(self) -> float: ...
+
+
+class AxialSizes(SquareRaster):
+    """What follows from the sizes of a decoder that has as many heads of keys as of queries."""
+
+    dim: int
+    heads: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    def faults(self, optional: Collection[str] = ()) -> list[str]:
+        """What is wrong with the sizes; those that are ``optional`` may be 0."""
+        found = [
+            f"{name} is {value}, must be at least 1"
+            for name, value in vars(self).items()
+            if isinstance(value, int) and value < (name not in optional)
+        ]
+        if not found and self.dim % self.heads:
+            found.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        elif not found and self.head_dim % 4:
+            found.append(f"head size {self.head_dim} is not a multiple of 4")
+        return found
 
 
 class FeedForward(nn.Module):

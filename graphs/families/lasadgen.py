@@ -21,14 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.decay_memory import DecayMemory
-from graphs.families.axial import AxialTransformer, FeedForward
+from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
 from graphs.families.base import (
     Condition,
     Family,
     Given,
     Layout,
     RasterTransformer,
-    SquareRaster,
     UsualSampling,
 )
 from graphs.families.layers import RMSNorm, Rope
@@ -60,7 +59,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class LASADGenConfig(SquareRaster):
+class LASADGenConfig(AxialSizes):
     """Shape of a model and of the image that it draws.
 
     ``gate_rank``: of the gate's projection.
@@ -81,15 +80,7 @@ class LASADGenConfig(SquareRaster):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "variant", Variant(self.variant))
-        faults = [
-            f"{name} is {value}, must be at least 1"
-            for name, value in vars(self).items()
-            if isinstance(value, int) and value < 1
-        ]
-        if not faults and self.dim % self.heads:
-            faults.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        elif not faults and self.head_dim % 4:
-            faults.append(f"head size {self.head_dim} is not a multiple of 4")
+        faults = self.faults()
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -102,14 +93,6 @@ class LASADGenConfig(SquareRaster):
         """
         layers, dim, heads, ffn_dim = SIZES[size]
         return LASADGenConfig(layers, dim, heads, ffn_dim, 16384, 1000, grid, variant)
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.heads
 
     @property
     def matrices(self) -> int:
@@ -162,8 +145,8 @@ class DecayAttention(nn.Module):
         if self.variant is Variant.NONE:
             nothing = torch.zeros(self.heads)
             return Decay(nothing, nothing, signed=True)
-        columns = F.logsigmoid(self.column_decay.float())
-        rows = columns if self.variant is Variant.RASTER else F.logsigmoid(self.row_decay.float())
+        columns = log_factor(self.column_decay)
+        rows = columns if self.variant is Variant.RASTER else log_factor(self.row_decay)
         return Decay(rows, columns, self.variant is not Variant.MANHATTAN)
 
     def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,6 +179,14 @@ class Block(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attention.gated(self.attention_norm(x), attended)
         return x + self.feed_forward(self.ffn_norm(x))
+
+
+def log_factor(logits: Tensor) -> Tensor:
+    """Logarithms of the factors with these ``logits``, in float32.
+
+    ``logsigmoid`` would be traced as the logarithm of a sigmoid, which is infinite where that underflows.
+    """
+    return -F.softplus(-logits.float())
 
 
 def usual_decays(config: LASADGenConfig) -> dict[str, Tensor]:

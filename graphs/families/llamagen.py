@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.axial import AxialTransformer, FeedForward
+from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
 from graphs.families.base import (
     Condition,
     Family,
     Given,
     KeyValueCache,
     Layout,
-    SquareRaster,
     UsualSampling,
     unless_given,
 )
@@ -43,7 +42,7 @@ PUBLISHED_HEADS = {
 
 
 @dataclass(frozen=True)
-class LlamaGenConfig(SquareRaster, KeyValueCache):
+class LlamaGenConfig(AxialSizes, KeyValueCache):
     """Shape of a LlamaGen model and of the image that it draws.
 
     Conditioned on one of ``num_classes``, or on ``prefix_len`` vectors of ``caption_dim``.
@@ -62,27 +61,11 @@ class LlamaGenConfig(SquareRaster, KeyValueCache):
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} is {value}, must be at least 1"
-            for name, value in vars(self).items()
-            if isinstance(value, int) and value < (name not in ("num_classes", "caption_dim"))
-        ]
+        faults = self.faults(optional=("num_classes", "caption_dim"))
         if not faults and bool(self.num_classes) == bool(self.caption_dim):
             faults.append("either num_classes or caption_dim must be above 0")
-        if not faults and self.dim % self.heads:
-            faults.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        elif not faults and self.head_dim % 4:
-            faults.append(f"head size {self.head_dim} is not a multiple of 4")
         if faults:
             raise ValueError("; ".join(faults))
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.heads
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the name and shape of every tensor that a checkpoint of this configuration holds."""

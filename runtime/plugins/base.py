@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from runtime.plugins.kernels import DeviceKernels
@@ -26,10 +26,13 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def refuse(operation: str, dtype: str, faults: Sequence[str]) -> None:
-    """Raise :class:`ValueError` if there are ``faults`` of a launch, or its tensors are of no type that kernels are made for."""
-    if dtype not in HELD_TYPES:
-        faults = [f"caches of {dtype}; can be {', '.join(HELD_TYPES)}", *faults]
+def dtype_faults(dtype: str) -> list[str]:
+    """What is wrong with tensors of a type that is no :data:`HELD_TYPES`."""
+    return [] if dtype in HELD_TYPES else [f"caches of {dtype}; can be {', '.join(HELD_TYPES)}"]
+
+
+def refuse(operation: str, faults: Sequence[str]) -> None:
+    """Raise :class:`ValueError` if there are ``faults`` of a launch."""
     if faults:
         raise ValueError(f"{operation}: {'; '.join(faults)}")
 
@@ -94,3 +97,30 @@ class Operation(ABC):
     @abstractmethod
     def enqueue(self, launch: Any, kernels: DeviceKernels, call: Call) -> None:
         """Launch on the call's stream."""
+
+
+class StepOperation(Operation):
+    """An operation of a decode step, with one new output and others that are written over inputs.
+
+    ``inputs``: type of each by name. ``like``: the input that the new output has the shape of. ``aliased``: the inputs that the
+    outputs behind it are written over.
+    """
+
+    inputs: ClassVar[Mapping[str, str]]
+    like: ClassVar[str]
+    aliased: ClassVar[tuple[str, ...]]
+
+    @property
+    def input_types(self) -> tuple[str, ...]:
+        return tuple(self.inputs.values())
+
+    @property
+    def output_types(self) -> tuple[str, ...]:
+        return self.inputs[self.like], *(self.inputs[name] for name in self.aliased)
+
+    def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        shapes = dict(zip(self.inputs, inputs, strict=True))
+        return [shapes[self.like], *(shapes[name] for name in self.aliased)]
+
+    def aliased_input(self, output: int) -> int:
+        return list(self.inputs).index(self.aliased[output - 1]) if output else -1

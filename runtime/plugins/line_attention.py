@@ -7,11 +7,21 @@ same numbers. Axes: R = sequences x KV heads, G = query heads of a KV head, C = 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import HELD, Call, Launch, Operation, TensorKind, aligned, power_of_two, refuse
+from runtime.plugins.base import (
+    HELD,
+    Call,
+    Launch,
+    StepOperation,
+    TensorKind,
+    aligned,
+    dtype_faults,
+    power_of_two,
+    refuse,
+)
 from runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
@@ -63,7 +73,7 @@ class LineAttentionLaunch:
     dtype: str
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = dtype_faults(self.dtype)
         if not 1 <= self.slots <= MAX_SLOTS:
             faults.append(f"{self.slots} slots; can be 1 to {MAX_SLOTS}")
         if not 1 <= self.group <= MAX_GROUP:
@@ -72,7 +82,7 @@ class LineAttentionLaunch:
             faults.append(f"heads of {self.head_dim}; can be a multiple of 4 up to {MAX_HEAD}")
         if self.rows < 1:
             faults.append(f"{self.rows} rows; must be at least 1")
-        refuse("LineAttention", self.dtype, faults)
+        refuse("LineAttention", faults)
 
     @property
     def group_pad(self) -> int:
@@ -139,26 +149,15 @@ class LineAttentionLaunch:
 
 
 @dataclass(frozen=True)
-class LineAttention(Operation):
+class LineAttention(StepOperation):
     """Write a token into its slots, attend over the line buffer, account for the attention."""
 
     name: ClassVar[str] = "LineAttention"
     launch_type: ClassVar[type[Launch]] = LineAttentionLaunch
 
-    @property
-    def input_types(self) -> tuple[str, ...]:
-        return tuple(INPUTS.values())
-
-    @property
-    def output_types(self) -> tuple[str, ...]:
-        return HELD, *(INPUTS[name] for name in ALIASED)
-
-    def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        shapes = dict(zip(INPUTS, inputs, strict=True))
-        return [shapes["q"], *(shapes[name] for name in ALIASED)]
-
-    def aliased_input(self, output: int) -> int:
-        return list(INPUTS).index(ALIASED[output - 1]) if output else -1
+    inputs: ClassVar[Mapping[str, str]] = INPUTS
+    like: ClassVar[str] = "q"
+    aliased: ClassVar[tuple[str, ...]] = ALIASED
 
     def launch(self, inputs: Sequence[TensorKind]) -> LineAttentionLaunch:
         kinds = dict(zip(INPUTS, inputs, strict=True))

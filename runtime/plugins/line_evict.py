@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned
+from runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned, refuse
 from runtime.plugins.kernels import DeviceKernels
 
 SETTINGS = (
@@ -57,8 +57,7 @@ class LineEvictLaunch:
             faults.append(f"{self.slots} slots; can be a line's {self.line_width} to {MAX_SLOTS}")
         if self.rows < 1 or self.rows % (self.kv_heads * self.branches):
             faults.append(f"{self.rows} rows; must be a multiple of {self.kv_heads} heads x {self.branches}")
-        if faults:
-            raise ValueError(f"LineEvict: {'; '.join(faults)}")
+        refuse("LineEvict", faults)
 
     @property
     def layers(self) -> int:

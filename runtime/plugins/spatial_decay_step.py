@@ -6,11 +6,20 @@ Axes: R = sequences x heads, C = slots of the row in progress, M = matrices of a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import HELD, Call, Launch, Operation, TensorKind, power_of_two, refuse
+from runtime.plugins.base import (
+    HELD,
+    Call,
+    Launch,
+    StepOperation,
+    TensorKind,
+    dtype_faults,
+    power_of_two,
+    refuse,
+)
 from runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
@@ -61,7 +70,7 @@ class SpatialDecayStepLaunch:
     dtype: str
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = dtype_faults(self.dtype)
         if not 1 <= self.slots <= MAX_SLOTS:
             faults.append(f"{self.slots} slots; can be 1 to {MAX_SLOTS}")
         for name, size in (("keys", self.key_dim), ("values", self.value_dim)):
@@ -69,7 +78,7 @@ class SpatialDecayStepLaunch:
                 faults.append(f"{name} of {size}; can be 1 to {MAX_HEAD}")
         if min(self.rows, self.matrices) < 1:
             faults.append(f"{self.rows} rows of {self.matrices} matrices; must be at least 1")
-        refuse("SpatialDecayStep", self.dtype, faults)
+        refuse("SpatialDecayStep", faults)
 
     @property
     def key_pad(self) -> int:
@@ -109,26 +118,15 @@ class SpatialDecayStepLaunch:
 
 
 @dataclass(frozen=True)
-class SpatialDecayStep(Operation):
+class SpatialDecayStep(StepOperation):
     """Write a token into the row in progress, and read the row, the prefix and what is above."""
 
     name: ClassVar[str] = "SpatialDecayStep"
     launch_type: ClassVar[type[Launch]] = SpatialDecayStepLaunch
 
-    @property
-    def input_types(self) -> tuple[str, ...]:
-        return tuple(INPUTS.values())
-
-    @property
-    def output_types(self) -> tuple[str, ...]:
-        return HELD, *(INPUTS[name] for name in ALIASED)
-
-    def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        shapes = dict(zip(INPUTS, inputs, strict=True))
-        return [shapes["v"], *(shapes[name] for name in ALIASED)]
-
-    def aliased_input(self, output: int) -> int:
-        return list(INPUTS).index(ALIASED[output - 1]) if output else -1
+    inputs: ClassVar[Mapping[str, str]] = INPUTS
+    like: ClassVar[str] = "v"
+    aliased: ClassVar[tuple[str, ...]] = ALIASED
 
     def launch(self, inputs: Sequence[TensorKind]) -> SpatialDecayStepLaunch:
         kinds = dict(zip(INPUTS, inputs, strict=True))

@@ -30,7 +30,12 @@ CLASSES = (1, 4)
 
 def model(variant: Variant) -> LASADGen:
     net = LASADGen(LASADGenConfig(2, 32, 4, 64, TINY_VQ.codebook_size, 5, 6, variant, gate_rank=8))
-    net.load_state_dict(random_state(net))
+    state = random_state(net)
+    for name, logits in state.items():
+        if name.endswith("_decay"):
+            # A head that forgets at once, and one that never does.
+            logits[:2] = torch.tensor([-200.0, 200.0])
+    net.load_state_dict(state)
     return net.requires_grad_(False).eval()
 
 

@@ -45,16 +45,16 @@ def test_frechet_distance_equals_the_matrix_square_root_in_general() -> None:
 def test_intervals_cover_and_pairing_cancels() -> None:
     metric = ClassAccuracy(lambda pixels: pixels)
     rows = (RNG.random((400, 1)) < 0.9).astype(float)
-    whole = Bootstrap.of(metric, rows)
+    whole = Bootstrap.of(metric.score, rows)
     interval = whole.interval()
     assert interval.value == rows.mean()
     assert interval.low < 0.9 < interval.high
     assert interval.high - interval.low == pytest.approx(4 * np.sqrt(0.09 / 400), rel=0.25)
-    same = (whole - Bootstrap.of(metric, rows)).interval()
+    same = (whole - Bootstrap.of(metric.score, rows)).interval()
     assert (same.value, same.low, same.high) == (0, 0, 0)
     worse = rows.copy()
     worse[:40] = 0
-    difference = (Bootstrap.of(metric, worse) - whole).interval()
+    difference = (Bootstrap.of(metric.score, worse) - whole).interval()
     assert difference.high < 0
     assert difference.high - difference.low < 1.5 * (interval.high - interval.low)
 
