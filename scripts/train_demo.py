@@ -303,6 +303,7 @@ def load_vq(path: Path) -> vq.VQModel:
 @click.option("--rate", default=3e-3, show_default=True)
 @click.option("--drop-class", default=0.15, show_default=True, help="Share of null-class rows.")
 @click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
+@click.option("--seed", default=0, show_default=True, help="Of the first weights and of the order of digits.")
 @click.pass_obj
 def train_ar(
     task: Task,
@@ -314,11 +315,12 @@ def train_ar(
     rate: float,
     drop_class: float,
     ema: float,
+    seed: int,
 ) -> None:
     """Train the transformer on the tokenizer's tokens."""
     log = Log(out / f"{attention}_{task.name}.log")
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     tokenizer = load_vq(out / task.vq_file)
     sets = [task.images("train", generator if view else None) for view in range(views)]
     tokens = torch.cat([encode(tokenizer, pixels) for pixels, _ in sets])
