@@ -23,6 +23,9 @@ CLIPPING_STEPS = 20
 CLIPPING_STEP = 0.02
 """Scales are tried from the one that fits a group's largest weight downwards, by this share of it."""
 
+SEARCHED_TOGETHER = 1 << 18
+"""Weights whose scales are searched at a time: what is computed of them fits the processor's cache, which is ten times faster."""
+
 Q_MAX = {8: 127, 4: 7}
 
 
@@ -226,13 +229,20 @@ def best_scales(groups: Tensor, bits: int, importance: Tensor | None = None) -> 
     Args:
         importance: weights of the squared errors, broadcastable to ``groups``.
     """
+    rows = max(1, SEARCHED_TOGETHER // groups[0].numel())
+    weights = torch.ones(1) if importance is None else importance
+    parts = zip(groups.split(rows), weights.expand_as(groups).split(rows), strict=True)
+    return torch.cat([_best_scales(part, bits, weight) for part, weight in parts])
+
+
+def _best_scales(groups: Tensor, bits: int, importance: Tensor) -> Tensor:
     largest = groups.abs().amax(-1)
     full = (largest / Q_MAX[bits]).clamp(min=torch.finfo(torch.float32).tiny)
     best, least = full, torch.full_like(full, torch.inf)
     for step in range(CLIPPING_STEPS if bits < 8 else 1):
         scales = full * (1 - CLIPPING_STEP * step)
         error = (to_integers(groups, scales, bits) * scales[..., None] - groups).square()
-        total = (error if importance is None else error * importance).sum(-1)
+        total = (error * importance).sum(-1)
         best, least = torch.where(total < least, scales, best), torch.minimum(total, least)
     return best
 

@@ -20,7 +20,15 @@ from exporter.bundle_export import export_bundle
 from exporter.calibration import gptq
 from exporter.commands.export import parse_parts
 from exporter.parity_report import Bounds, cost_of
-from exporter.precision import Method, Precision, PrecisionPlan, Range, pack_int4, round_to_nearest
+from exporter.precision import (
+    Method,
+    Precision,
+    PrecisionPlan,
+    Range,
+    best_scales,
+    pack_int4,
+    round_to_nearest,
+)
 from exporter.sources import Checkpoints, plan_like
 from runtime.bundle import open_bundle
 from runtime.errors import ExportError
@@ -74,6 +82,15 @@ def test_weights_on_the_grid_are_exact() -> None:
     found = round_to_nearest(values * 0.25, 4, 16)
     assert torch.equal(found.values, values.to(torch.int8))
     assert torch.equal(found.dequantized(), values * 0.25)
+
+
+def test_scales_do_not_depend_on_what_is_searched_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = torch.randn(7, 3, 16, generator=torch.Generator().manual_seed(0))
+    for importance in (None, torch.rand(1, 3, 16), torch.rand(7, 3, 16)):
+        whole = best_scales(groups, 4, importance)
+        with monkeypatch.context() as patch:
+            patch.setattr("exporter.precision.SEARCHED_TOGETHER", 2 * 3 * 16)
+            assert (best_scales(groups, 4, importance) == whole).all()
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
