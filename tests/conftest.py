@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -15,6 +16,12 @@ from unittest import mock
 
 import msgspec
 import pytest
+
+if hasattr(os, "sched_setaffinity") and "PYTEST_XDIST_WORKER" in os.environ:
+    # A core for each worker: threads that share the cores with those of other workers wait for one another.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) % len(_cores)]})
+
 import torch
 from filelock import FileLock
 
@@ -26,6 +33,10 @@ from graphs.families import llamagen, vq
 from runtime.cli import main
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode
 from tests.golden_weights import golden_state
+
+# Tracing makes millions of small objects: with the usual thresholds a tenth of the time goes into looking for cycles.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 ROOT = Path(__file__).parents[1]
 

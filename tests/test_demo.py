@@ -35,11 +35,11 @@ def test_guided_samples_are_recognised(full_cache: Path) -> None:
     assert class_accuracy(full_cache, classifier, IMAGES, seed=0, guidance=None) >= 0.90
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 def test_digits_without_a_cache(
     precision: str, linert: Callable[..., Result], export: Callable[..., Path]
 ) -> None:
-    """The LASADGen demo validates, and what it draws is recognised."""
+    """The LASADGen demo costs in every precision what that may, and what it draws is recognised."""
     from evaluate_demo import DigitClassifier, class_accuracy
 
     options = ("--guidance", 3, "--batch", 10, "--precision", precision, "--block-size", 32)
