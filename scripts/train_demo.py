@@ -303,7 +303,12 @@ def load_vq(path: Path) -> vq.VQModel:
 @click.option("--rate", default=3e-3, show_default=True)
 @click.option("--drop-class", default=0.15, show_default=True, help="Share of null-class rows.")
 @click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
-@click.option("--seed", default=0, show_default=True, help="Of the first weights and of the order of digits.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Of the first weights, and of how digits are moved and ordered.",
+)
 @click.pass_obj
 def train_ar(
     task: Task,

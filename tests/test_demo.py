@@ -46,8 +46,7 @@ def test_digits_without_a_cache(
     bundle = export(LASADGEN, FILES[1], *options)
     result = linert("validate", bundle)
     assert result.code == 0, result.out + result.err
-    if precision in ("fp32", "int4"):
-        assert class_accuracy(bundle, DigitClassifier(), IMAGES, seed=0, guidance=None) >= 0.90
+    assert class_accuracy(bundle, DigitClassifier(), IMAGES, seed=0, guidance=None) >= 0.90
 
 
 def test_a_quarter_of_the_lines_validates(linert: Callable[..., Result], export: Callable[..., Path]) -> None:

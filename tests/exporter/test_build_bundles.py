@@ -127,14 +127,14 @@ def test_spatial_decay_on_an_emulated_gpu(
             assert plan.aliases == {
                 f"{kind}.{n}.next": f"{kind}.{n}" for n in (0, 1) for kind in ("k_line", "v_line")
             }
-    stages = list(bundle.manifest.stages)
-    samples = plan_samples(conditions_of([1, 4]), 2, seed=4)
-    batch = make_batch(bundle, samples, bundle.manifest.sampling, None)
-    here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
-    found, wanted = generate(here, batch), generate(reference, batch)
-    assert (found == wanted).all()
+        stages = list(bundle.manifest.stages)
+        samples = plan_samples(conditions_of([1, 4]), 2, seed=4)
+        batch = make_batch(bundle, samples, bundle.manifest.sampling, None)
+        here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
+        found, wanted = generate(here, batch), generate(reference, batch)
+        assert (found == wanted).all()
+        np.testing.assert_allclose(here.read("logits"), reference.read("logits"), atol=2e-4)
     assert (generate(OrtCudaBackend(bundle, stages, device="cpu"), batch) == wanted).all()
-    np.testing.assert_allclose(here.read("logits"), reference.read("logits"), atol=2e-4)
 
 
 def test_prompts_newlines_and_grouped_queries_on_an_emulated_gpu(

@@ -85,8 +85,10 @@ def test_weights_on_the_grid_are_exact() -> None:
 
 
 def test_scales_do_not_depend_on_what_is_searched_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = torch.randn(7, 3, 16, generator=torch.Generator().manual_seed(0))
-    for importance in (None, torch.rand(1, 3, 16), torch.rand(7, 3, 16)):
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randn(7, 3, 16, generator=generator)
+    of_all, of_each = (torch.rand(n, 3, 16, generator=generator) for n in (1, 7))
+    for importance in (None, of_all, of_each):
         whole = best_scales(groups, 4, importance)
         with monkeypatch.context() as patch:
             patch.setattr("exporter.precision.SEARCHED_TOGETHER", 2 * 3 * 16)
