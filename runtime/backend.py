@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ class Backend(ABC):
             BundleError: the bundle lacks a stage, or two stages disagree about a tensor.
         """
         self.bundle = bundle
+        self._closed = False
         self.stages: dict[str, StageSpec] = {}
         for stage in stages:
             bundle.stage_path(stage)
@@ -56,8 +57,28 @@ class Backend(ABC):
                 state = spec.updates.get(tensor.name)
                 self._declare(tensor if state is None else _renamed(tensor, state))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the tensors, the loaded stages and the device; from then on nothing can be run, read or written.
+
+        What is closed already stays closed. An object that is dropped gives everything back as well, when Python gets to it.
+        """
+        if not self._closed:
+            self._closed = True
+            self._close()
+
     def run(self, stage: str) -> None:
-        """Run one stage: its outputs replace the states that the manifest says."""
+        """Run one stage: its outputs replace the states that the manifest says.
+
+        Raises:
+            RequestError: the stage is not loaded, or the backend is closed.
+        """
+        self._require_open()
         if stage not in self.stages:
             raise RequestError(f"stage {stage} is not loaded; loaded are {', '.join(self.stages)}")
         self._run(stage)
@@ -80,7 +101,12 @@ class Backend(ABC):
             raise RequestError(f"{name} is {spec.dtype}, not {array.dtype}")
         self._write(spec, array.astype(spec.dtype, copy=False))
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RequestError(f"the backend of {self.bundle.path} is closed: open another")
+
     def _spec(self, name: str) -> TensorSpec:
+        self._require_open()
         if name not in self.specs:
             raise RequestError(f"no loaded stage has a tensor {name}")
         return self.specs[name]
@@ -100,6 +126,9 @@ class Backend(ABC):
     @abstractmethod
     def load(self, stage: str) -> None:
         """Make ``stage`` ready to run, if it is not yet; otherwise its first run does."""
+
+    @abstractmethod
+    def _close(self) -> None: ...
 
     @abstractmethod
     def _run(self, stage: str) -> None: ...

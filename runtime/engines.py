@@ -13,7 +13,7 @@ from runtime.plugins import CONTENTS
 
 ENGINES_FOLDER = "engines"
 RECORD_NAME = "engine.json"
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Layer(msgspec.Struct, frozen=True):
@@ -30,6 +30,8 @@ class Plan(msgspec.Struct, frozen=True):
 
     ``operations``: how many nodes of linert's own operations the ONNX file has, by type. ``aliases``: outputs that lie where an
     input lies. ``weights_bytes`` and ``activation_bytes``: of device memory, as TensorRT told; None where it did not.
+    ``user_allocation``: whether TensorRT was told that the plan must not allocate memory while it runs, which TensorRT for RTX
+    asks for where a run is captured as a CUDA graph.
     """
 
     file: str
@@ -41,6 +43,7 @@ class Plan(msgspec.Struct, frozen=True):
     aliases: dict[str, str]
     weights_bytes: int | None
     activation_bytes: int | None
+    user_allocation: bool
 
     @property
     def plugins(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Self, cast
 
 import numpy as np
 import PIL.Image
@@ -80,7 +80,7 @@ def make_batch(
 
 
 class Generator:
-    """Draws images from a bundle.
+    """Draws images from a bundle, in a ``with`` block or until it is closed.
 
     Args:
         bundle: its folder, or an opened bundle.
@@ -93,7 +93,22 @@ class Generator:
         self.manifest = self.bundle.manifest
         drawing = [name for name in self.manifest.stages if name not in ("vq_decoder", "text_encoder")]
         self.backend = self.options.open(self.bundle, drawing)
-        self.decoder = PixelDecoder(self.bundle, self.options)
+        try:
+            self.decoder = PixelDecoder(self.bundle, self.options)
+        except BaseException:
+            self.backend.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back all memory and devices; nothing can be drawn any more."""
+        self.backend.close()
+        self.decoder.close()
 
     def generate(
         self,
@@ -171,6 +186,16 @@ class PixelDecoder:
         self.manifest = bundle.manifest
         self.backend = (options or BackendOptions()).open(bundle, ["vq_decoder"])
         self.size = self.backend.specs["grid_tokens"].shape[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back all memory and devices; nothing can be decoded any more."""
+        self.backend.close()
 
     def __call__(self, tokens: Array) -> Pixels:
         """Pixels ``[I, 3, H, W]`` float32 of integer ``tokens [I, N]``.

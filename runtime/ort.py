@@ -66,6 +66,10 @@ class OrtBackend(SessionBackend):
         session, _ = self._bindings[stage]
         return Path(session.end_profiling())
 
+    def _close(self) -> None:
+        super()._close()
+        self._arrays.clear()
+
     def _read(self, spec: TensorSpec) -> Array:
         return self._arrays[spec.name].copy()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -13,6 +14,9 @@ from runtime.bundle import Bundle
 from runtime.errors import BundleError, DeviceError
 from runtime.manifest import TensorSpec
 from runtime.ort_sessions import SessionBackend
+
+if TYPE_CHECKING:
+    from runtime.cuda import Device
 
 BFLOAT16 = 16
 """ONNX's number of the type, which numpy lacks."""
@@ -51,10 +55,15 @@ class OrtCudaBackend(SessionBackend):
         return None if self.device == "cpu" else self._memory
 
     @cached_property
-    def _memory(self) -> DeviceMemory:
+    def _memory(self) -> Device:
         from runtime.cuda import Device
 
         return Device()
+
+    def _close(self) -> None:
+        super()._close()
+        if "_memory" in vars(self):
+            self._memory.close()
 
     def _allocate(self, spec: TensorSpec) -> ort.OrtValue:
         kind = BFLOAT16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype)

@@ -58,6 +58,11 @@ class SessionBackend(Backend):
         binding, self._copy_back[stage] = self._bind(spec, session)
         self._bindings[stage] = session, binding
 
+    def _close(self) -> None:
+        self._bindings.clear()
+        self._copy_back.clear()
+        self._values.clear()
+
     def _run(self, stage: str) -> None:
         self.load(stage)
         session, binding = self._bindings[stage]

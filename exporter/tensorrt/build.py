@@ -155,6 +155,7 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
                 end.aliases,
                 end.weights_bytes,
                 end.activation_bytes,
+                end.user_allocation,
             )
             if plan.plugin and plans[stage].plugins != end.operations:
                 raise ExportError(

@@ -40,7 +40,7 @@ class Job(msgspec.Struct, frozen=True):
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """Progress (``phase``, ``step`` of ``steps``), a failure (``error``), or the end (the rest).
 
-    ``operations``, ``aliases`` and the bytes are those of :class:`runtime.engines.Plan`.
+    ``operations``, ``aliases``, the bytes and ``user_allocation`` are those of :class:`runtime.engines.Plan`.
     """
 
     phase: str = ""
@@ -53,6 +53,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     aliases: dict[str, str] = {}
     weights_bytes: int | None = None
     activation_bytes: int | None = None
+    user_allocation: bool = False
 
 
 def emit(event: Event) -> None:
@@ -98,6 +99,10 @@ def build(job: Job) -> Event:
         config.num_compute_capabilities = len(job.capabilities)
         for index, capability in enumerate(job.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    # A plan of TensorRT for RTX that allocates memory while it runs cannot be captured as a CUDA graph. TensorRT has no such flag.
+    allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if allocation is not None:
+        config.set_flag(allocation)
     layers, aliases = described(trt, network)
     with Path(job.plan).open("wb") as file:
         if not builder.build_serialized_network_to_stream(network, config, make_writer(trt, file)):
@@ -111,6 +116,7 @@ def build(job: Job) -> Event:
         aliases=aliases,
         weights_bytes=memory.get("Weights"),
         activation_bytes=memory.get("Activation"),
+        user_allocation=allocation is not None and config.get_flag(allocation),
     )
 
 
