@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import onnx
+from onnx import helper
 
 from exporter.models import LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
 from exporter.onnx_export import export_stage
@@ -31,6 +32,7 @@ from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import ExportError, OutputError
 from runtime.geometry import CacheSettings, Raster
 from runtime.manifest import (
+    CONTRACT_KEY,
     SCHEMA,
     CaptionInput,
     ClassInput,
@@ -44,9 +46,8 @@ from runtime.manifest import (
     StageSpec,
     TensorSpec,
     Work,
-    encode,
-    seal,
 )
+from runtime.manifest_file import check, contract, encode, seal
 
 WEIGHTS_NAME = "weights.bin"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -298,6 +299,7 @@ def _write(
     held = {spec.name for spec in plan.geometry.state()}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for size in sizes:
+            bound_to = contract(_manifest(size, {}))
             for stage in size.stages:
                 report(f"tracing {stage.name}{size.suffix}")
                 try:
@@ -305,6 +307,7 @@ def _write(
                 except RuntimeError as error:
                     raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
                 size.work[stage.name] = work_of(proto, held)
+                helper.set_model_props(proto, {CONTRACT_KEY: bound_to})
                 onnx.save(proto, folder / size.file(stage))
     shared = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
     if plan.tokenizer is not None:
@@ -320,7 +323,7 @@ def _write(
             onnx.checker.check_model(str(path))
             files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
         manifest = seal(_manifest(size, files))
-        manifest.check()
+        check(manifest)
         (folder / manifest_name(size.suffix.removeprefix("."))).write_bytes(encode(manifest))
 
 
@@ -382,7 +385,8 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
         sampling=plan.sampling,
         state=tuple(_spec(spec) for spec in plan.geometry.state()),
         stages={
-            stage.name: _stage_spec(stage, size.file(stage), size.work[stage.name]) for stage in size.stages
+            stage.name: _stage_spec(stage, size.file(stage), size.work.get(stage.name, Work(0, 0, 0)))
+            for stage in size.stages
         },
         files=files,
     )

@@ -10,7 +10,8 @@ import onnxruntime as ort
 from runtime.backend import Backend
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
-from runtime.manifest import StageSpec, TensorSpec
+from runtime.manifest import CONTRACT_KEY, StageSpec, TensorSpec
+from runtime.manifest_file import contract
 
 
 class SessionBackend(Backend):
@@ -55,6 +56,7 @@ class SessionBackend(Backend):
         session = self._session(stage)
         spec = self.stages[stage]
         check_tensors(stage, spec, session)
+        check_contract(stage, self.bundle, session)
         binding, self._copy_back[stage] = self._bind(spec, session)
         self._bindings[stage] = session, binding
 
@@ -78,12 +80,16 @@ class SessionBackend(Backend):
             # An empty state is a constant, which would be made when the session is and held beside the state for good.
             options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "4096")
         path = self.bundle.stage_path(stage)
+        files = self.bundle.files_of(stage)
+        self.bundle.require_unchanged(files)
         try:
-            return ort.InferenceSession(
+            session = ort.InferenceSession(
                 path, options, providers=self._providers(), disabled_optimizers=list(self.disabled_optimizers)
             )
         except Exception as error:
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
+        self.bundle.require_unchanged(files)
+        return session
 
     def _bind(
         self, spec: StageSpec, session: ort.InferenceSession
@@ -102,6 +108,17 @@ class SessionBackend(Backend):
                 value = beside
             binding.bind_ortvalue_output(tensor.name, value)
         return binding, copies
+
+
+def check_contract(stage: str, bundle: Bundle, session: ort.InferenceSession) -> None:
+    """Raise :class:`BundleError` where a session's file is of another stage, or was made for another manifest."""
+    meta = session.get_modelmeta()
+    carried = meta.custom_metadata_map.get(CONTRACT_KEY)
+    if meta.graph_name != stage or carried != contract(bundle.manifest):
+        raise BundleError(
+            f"{bundle.stage_path(stage)} is stage {meta.graph_name!r} of another manifest, not {stage} of this one: export the "
+            "bundle again"
+        )
 
 
 def check_tensors(stage: str, spec: StageSpec, session: ort.InferenceSession) -> None:

@@ -27,7 +27,8 @@ from onnx import TensorProto
 
 from runtime.bundle import file_sha256, manifest_name, sizes_of
 from runtime.errors import BundleError
-from runtime.manifest import FileRecord, Manifest, decode, encode, seal
+from runtime.manifest import FileRecord, Manifest
+from runtime.manifest_file import decode, encode, seal
 
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: np.uint16}
 WHOLE = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}
