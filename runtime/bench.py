@@ -23,7 +23,7 @@ from runtime.generator import Generator, Pixels, make_batch, picture
 from runtime.geometry import CacheSettings, Step
 from runtime.loop import Batch, begin, run_step
 from runtime.machine import ReadBandwidth, peak_macs, resident_bytes
-from runtime.manifest import Manifest
+from runtime.manifest import Manifest, Work
 from runtime.output import write_png
 from runtime.samples import plan_samples
 
@@ -89,10 +89,14 @@ class Start:
     first_token: float
 
 
-def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) -> Limit:
+def step_work(manifest: Manifest) -> Work:
     """Of one decode step of a bundle. All of its buffer is read, whatever the budget; of a matrix a column, one."""
-    stage = "decode" if manifest.sampling.filtered else "decode.unfiltered"
-    work = manifest.stages[stage].work
+    return manifest.stages["decode" if manifest.sampling.filtered else "decode.unfiltered"].work
+
+
+def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) -> Limit:
+    """Of one decode step of a bundle."""
+    work = step_work(manifest)
     return Limit(work.weight_bytes, work.state_bytes, work.macs, read_bandwidth, mac_rate)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock, RLock
 from typing import Self, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
 from runtime.conditions import conditions_of
-from runtime.errors import RequestError
+from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, generate, uniform_row
 from runtime.manifest import SamplingSettings
@@ -82,6 +83,8 @@ def make_batch(
 class Generator:
     """Draws images from a bundle, in a ``with`` block or until it is closed.
 
+    Threads may share one: what they ask for is drawn one after another.
+
     Args:
         bundle: its folder, or an opened bundle.
         options: where its stages run; on the CPU if None.
@@ -89,6 +92,7 @@ class Generator:
 
     def __init__(self, bundle: str | Path | Bundle, options: BackendOptions | None = None) -> None:
         self.options = options or BackendOptions()
+        self._lock = RLock()
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.manifest = self.bundle.manifest
         drawing = [name for name in self.manifest.stages if name not in ("vq_decoder", "text_encoder")]
@@ -106,9 +110,10 @@ class Generator:
         self.close()
 
     def close(self) -> None:
-        """Give back all memory and devices; nothing can be drawn any more."""
-        self.backend.close()
-        self.decoder.close()
+        """Give back all memory and devices, once what is being drawn is done; nothing can be drawn any more."""
+        with self._lock:
+            self.backend.close()
+            self.decoder.close()
 
     def generate(
         self,
@@ -172,18 +177,25 @@ class Generator:
             if watcher:
                 watcher(self.backend, line)
 
-        return generate(self.backend, batch, on_line, watch)[:count]
+        # The state belongs to one batch at a time.
+        with self._lock:
+            return generate(self.backend, batch, on_line, watch)[:count]
 
     def tokens(self, count: int) -> Tokens:
-        """A copy of the tokens ``[count, N]`` int64 of the batch's first images, as far as they are drawn."""
-        return cast("Tokens", self.backend.read("tokens"))[:count]
+        """A copy of the tokens ``[count, N]`` int64 of the batch's first images, as far as they are drawn.
+
+        For whoever is called back by :meth:`draw`; another thread waits until the batch is done.
+        """
+        with self._lock:
+            return cast("Tokens", self.backend.read("tokens"))[:count]
 
 
 class PixelDecoder:
-    """Turns tokens into pixels with a bundle's vq_decoder stage alone."""
+    """Turns tokens into pixels with a bundle's vq_decoder stage alone. Threads may share one: they take turns."""
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
         self.manifest = bundle.manifest
+        self._lock = Lock()
         self.backend = (options or BackendOptions()).open(bundle, ["vq_decoder"])
         self.size = self.backend.specs["grid_tokens"].shape[0]
 
@@ -195,13 +207,15 @@ class PixelDecoder:
 
     def close(self) -> None:
         """Give back all memory and devices; nothing can be decoded any more."""
-        self.backend.close()
+        with self._lock:
+            self.backend.close()
 
     def __call__(self, tokens: Array) -> Pixels:
         """Pixels ``[I, 3, H, W]`` float32 of integer ``tokens [I, N]``.
 
         Raises:
             RequestError: wrong shape, or a token outside the codebook.
+            BundleError: pixels that are not finite.
         """
         raster = self.manifest.raster
         wanted = raster.image_tokens
@@ -219,7 +233,15 @@ class PixelDecoder:
         for start in range(0, len(tokens), self.size):
             part = tokens[start : start + self.size]
             missing = self.size - len(part)
-            self.backend.write("grid_tokens", np.pad(part, ((0, missing), (0, 0)), mode="edge"))
-            self.backend.run("vq_decoder")
-            parts.append(cast("Pixels", self.backend.read("pixels"))[: len(part)])
+            filled = np.pad(part, ((0, missing), (0, 0)), mode="edge")
+            with self._lock:
+                self.backend.write("grid_tokens", filled)
+                self.backend.run("vq_decoder")
+                pixels = cast("Pixels", self.backend.read("pixels"))[: len(part)]
+            if not np.isfinite(pixels).all():
+                raise BundleError(
+                    "pixels that are not finite: the image decoder's checkpoint holds numbers that are none, or leaves the range of "
+                    f"{self.manifest.precision.image_decoder}: export with --image-decoder-precision fp32"
+                )
+            parts.append(pixels)
         return np.concatenate(parts) if parts else np.empty((0, 3, 0, 0), np.float32)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backend import Backend
-from runtime.errors import RequestError
+from runtime.errors import BundleError, RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Step, recent_tokens
 from runtime.manifest import Manifest, SamplingSettings
 
@@ -119,6 +119,23 @@ def run_step(backend: Backend, batch: Batch, step: Step) -> None:
     backend.run(batch.stages[step.stage])
 
 
+def require_finite(backend: Backend) -> None:
+    """Look at the logits of the last decode step: one number that is none makes all of the image arbitrary, and goes on for ever
+    in the state.
+
+    Raises:
+        BundleError: they are not all finite.
+    """
+    logits = backend.read("logits")
+    if not np.isfinite(logits).all():
+        wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1)) % backend.bundle.manifest.images
+        raise BundleError(
+            f"logits that are not finite in image {', '.join(map(str, sorted(set(wrong.tolist()))))} of the batch: the checkpoint "
+            "holds numbers that are none, or its activations leave the range of "
+            f"{backend.bundle.manifest.precision.activations}: export with --activations fp32"
+        )
+
+
 def generate(
     backend: Backend,
     batch: Batch,
@@ -135,14 +152,19 @@ def generate(
 
     Returns:
         ``[I, N]`` int64 tokens in raster order.
+
+    Raises:
+        BundleError: logits became infinite or no numbers; looked at once a line.
     """
     begin(backend, batch)
     raster = backend.bundle.manifest.raster
     for step in raster.schedule():
         run_step(backend, batch, step)
         # The token drawn by a line's last but one step is the line's last.
-        if on_line and step.stage == "decode" and step.column == raster.line_width - 2:
-            on_line(step.line + 1)
+        if step.stage == "decode" and step.column == raster.line_width - 2:
+            require_finite(backend)
+            if on_line:
+                on_line(step.line + 1)
         if on_line_end and step.stage == "line_end":
             on_line_end(step.line)
     return cast("NDArray[np.int64]", backend.read("tokens"))

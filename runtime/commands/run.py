@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -267,13 +268,23 @@ def _advance(progress: Progress, task: TaskID, before: int, lines: int) -> None:
     progress.update(task, completed=before + lines)
 
 
+PREVIEW_SHARE = 0.1
+"""Of a run's time that goes into previews at the most: decoding a batch's pixels can take longer than drawing a line of tokens."""
+
+
 def _line_report(
     generator: Generator, count: int, preview_path: Path | None, advance: Callable[[int], object]
 ) -> Callable[[int], None]:
+    due = time.monotonic()
+
     def report(lines: int) -> None:
+        nonlocal due
         advance(lines)
-        if preview_path is not None:
+        begun = time.monotonic()
+        if preview_path is not None and begun >= due:
             write_png(preview_path, _preview(generator, generator.tokens(count), lines))
+            ended = time.monotonic()
+            due = ended + (ended - begun) * (1 / PREVIEW_SHARE - 1)
 
     return report
 

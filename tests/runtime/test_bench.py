@@ -82,11 +82,18 @@ def test_profile_names_the_nodes(tiny_bundle: Path) -> None:
     assert sum(kind.ms for kind in kinds) == pytest.approx(sum(node.ms for node in nodes))
 
 
-def test_the_limit_is_printed_first_and_json_last(tiny_bundle: Path, linert: Linert) -> None:
-    result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--compare-pytorch")
+def test_one_limit_is_printed_before_the_tables(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--images", 0)
     assert result.code == 0, result.err
-    assert result.out.index("limit:") < result.out.index("stages")
-    values = json.loads(result.out.splitlines()[-1])
+    assert result.out.index("one decode step reads") < result.out.index("limit:") < result.out.index("stages")
+    assert result.out.count("GB/s") == 1
+    assert "{" not in result.out
+
+
+def test_json_holds_everything_that_was_measured(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--compare-pytorch", "--json")
+    assert result.code == 0, result.err
+    values = json.loads(result.out)
     assert values["decode_over_limit"] == pytest.approx(values["decode_ms"] / values["limit"]["floor_ms"])
     assert values["seconds_per_image"] * values["images_per_second"] == pytest.approx(1)
     assert values["resident_bytes"] <= values["peak_resident_bytes"]
@@ -106,10 +113,10 @@ def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, t
     plot = tmp_path / "sweep.png"
     result = linert(
         *("bench", tiny_bundle, "--sweep", "precision=fp32,int8", "--sweep", "policy=linear,full"),
-        *("--rounds", 1, "--plot", plot),
+        *("--rounds", 1, "--plot", plot, "--json"),
     )
     assert result.code == 0, result.err
-    found = json.loads(result.out.splitlines()[-1])["cells"]
+    found = json.loads(result.out)["cells"]
     assert [tuple(cell["labels"].values()) for cell in found] == [
         ("fp32", "linear"),
         ("fp32", "full"),

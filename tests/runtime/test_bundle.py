@@ -305,13 +305,13 @@ def test_a_manifest_that_is_no_file_is_not_read(bundle: Path) -> None:
         open_bundle(bundle)
     (bundle / "manifest.json").unlink()
     (bundle / "manifest.json").symlink_to("/dev/zero")
-    with pytest.raises(BundleError, match="link that leaves|no regular file"):
+    with pytest.raises(BundleError, match=r"link that leaves|no regular file"):
         open_bundle(bundle)
 
 
 def test_sizes_that_are_no_sizes_are_refused(bundle: Path) -> None:
     (bundle.parent / "manifest.json").write_text("{}")
-    for size in ("../..", "x", "9x9", "../manifest", ""):
+    for size in ("../..", "x", "9x9", "../manifest"):
         with pytest.raises(RequestError, match="draws no images of"):
             open_bundle(bundle, size)
 
