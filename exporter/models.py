@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from exporter.checkpoint import Checkpoint, check_tensors, names_of, open_checkpoint, shapes_of
 from exporter.model_options import check_options
+from exporter.precision import largest_of
 from exporter.state_dicts import check_stored, listed
 from exporter.vocabulary import TokenizerFile
 from graphs import text_encoder
@@ -61,6 +63,11 @@ class Loaded(Generic[ConfigT, ModelT]):
     @property
     def path(self) -> Path:
         return self.checkpoint.path
+
+    @functools.cached_property
+    def largest(self) -> dict[str, float | None]:
+        """The largest absolute value of every tensor; None where one is not finite. Reads all of them, once."""
+        return {name: largest_of(tensor) for name, tensor in self.tensors.items()}
 
     @property
     def source(self) -> Source:

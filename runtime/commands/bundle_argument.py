@@ -26,7 +26,7 @@ class BundlePlace:
 
 def parse_size(text: str) -> str:
     """``768x512``: width and height in pixels."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+    if not re.fullmatch("[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", text):
         raise click.BadParameter(f"{text!r} is no size like 768x512")
     return text
 

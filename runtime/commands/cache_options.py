@@ -21,7 +21,7 @@ def cache_options(policy: bool = True) -> Decorator:
         click.option("--policy", help="Cache policy, of those that the bundle holds."),
         click.option(
             "--budget-lines",
-            callback=lambda c, p, text: int(text) if re.fullmatch(r"-?\d+", text or "") else text,
+            callback=lambda c, p, text: int(text) if re.fullmatch("-?[0-9]{1,9}", text or "") else text,
             help="Lines in the cache, the one in progress included; or a share of the image's, like 1/6.",
         ),
         click.option(
