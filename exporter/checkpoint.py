@@ -76,7 +76,7 @@ class Checkpoint:
         # A link of a hub's cache is followed to nothing that could be read without its neighbours.
         path = os.path.abspath(self.path)
         return Source(
-            path=path.encode(errors="replace").decode(),
+            path=path,
             sha256=digest_of(self.files),
             bytes=sum(file.stat().st_size for file in self.files),
             weights=self.part,
@@ -130,6 +130,8 @@ def find_weights(path: Path) -> WeightFiles:
     Raises:
         CheckpointError: no such file or folder, or none in it that is complete.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise CheckpointError(f"the name of checkpoint {path} is not in UTF-8: rename it")
     try:
         if path.is_file() and path.name not in INDICES:
             if SHARD.fullmatch(path.name) and any((path.parent / name).is_file() for name in INDICES):
@@ -247,14 +249,18 @@ def read_weight_map(index: Path) -> dict[str, str]:
         CheckpointError: it has none, an empty one, or one of files elsewhere.
     """
     named = read_json_object(index, CheckpointError).get("weight_map")
-    if not isinstance(named, dict) or not all(
-        isinstance(name, str) and name not in ("", "..") and Path(name).name == name
-        for name in named.values()
-    ):
+    if not isinstance(named, dict) or not all(_is_file_name(name) for name in named.values()):
         raise CheckpointError(f"{index} has no weight_map of file names in its folder")
     if not named:
         raise CheckpointError(f"{index} is empty: its weight_map names no tensor; download it again")
     return named
+
+
+def _is_file_name(name: object) -> bool:
+    """Whether ``name`` may be that of a file beside another one."""
+    return (
+        isinstance(name, str) and bool(re.fullmatch(r"[^/\\\0\ud800-\udfff]{1,255}", name)) and name != ".."
+    )
 
 
 def load_state_dict(path: Path, *, ema: bool = False) -> StateDict:

@@ -186,8 +186,12 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
     """Why a file was not loaded."""
     message = str(error).strip()
     reason = message.split("\n")[0][:200] or type(error).__name__
-    if isinstance(error, pickle.UnpicklingError) and (
-        "Unsupported global" in message or "WeightsUnpickler error" in message
+    with path.open("rb") as file:
+        pickled = file.read(1) == pickle.PROTO or is_zip(path)
+    if (
+        pickled
+        and isinstance(error, pickle.UnpicklingError)
+        and ("Unsupported global" in message or "WeightsUnpickler error" in message)
     ):
         return CheckpointError(
             f"{path} holds Python code or objects that are not weights; refused, nothing of it was run. "

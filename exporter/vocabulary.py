@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from exporter.checkpoint import TOKENIZER_NAME, Checkpoint
+from runtime.conditions import USUAL_PROMPTS
 from runtime.errors import CheckpointError
 from runtime.text_encoder import t5_tokens
-from runtime.text_files import is_lfs_pointer, lfs_remedy
 from runtime.tokenizer import TextTokenizer
 
 NAMES = (TOKENIZER_NAME, "text_tokenizer.json")
@@ -33,12 +33,8 @@ class TokenizerFile:
             listed = [checkpoint.tokenizer] if checkpoint.tokenizer else []
         else:
             listed = [path for path in (given, *(given / name for name in NAMES)) if path.is_file()]
-        for path in listed:
-            if is_lfs_pointer(path):
-                raise CheckpointError(lfs_remedy(path))
-            return TokenizerFile(path)
-        if given is None:
-            return None
+        if listed or given is None:
+            return TokenizerFile(listed[0]) if listed else None
         raise CheckpointError(
             f"there is no tokenizer at {given}, neither a file nor {' or '.join(NAMES)} in a folder"
         )
@@ -58,11 +54,18 @@ class TokenizerFile:
         return self.opened.vocabulary
 
     def check_t5(self, rows: int) -> None:
-        """Raise :class:`CheckpointError` where it is not the tokenizer of a T5 whose embedding has so many ``rows``."""
+        """Check that it is the tokenizer of a T5 whose embedding has so many ``rows``.
+
+        Raises:
+            CheckpointError: it has tokens beyond them.
+            BundleError: it has no token for the end of a text.
+            RequestError: it leaves usual words out.
+        """
         name, largest = max(self.vocabulary.items(), key=lambda item: item[1], default=("", -1))
         if largest >= rows:
             raise CheckpointError(
                 f"{self.path} has a token {name!r} of number {largest}, and the text encoder has embeddings for {rows}: they do not "
                 "belong together"
             )
-        t5_tokens(self.opened, "")
+        for text in USUAL_PROMPTS:
+            t5_tokens(self.opened, text)

@@ -25,6 +25,9 @@ from runtime.samples import shortened
 PYRAMID = "pyramid"
 UNIFORM = "uniform"
 
+MOST_LINES = 1_000_000
+"""Lines that are taken for meant; what fits is looked at where the image is known."""
+
 
 @dataclass(frozen=True)
 class CacheRequest:
@@ -71,7 +74,8 @@ class CacheRequest:
             RequestError: ``layer_budgets`` is neither a shape nor a list of numbers.
             GeometryError: a pyramid does not fit.
         """
-        if self.recent_lines is not None and not math.isfinite(self.recent_lines):
+        # What is no number is not below the bound.
+        if self.recent_lines is not None and not self.recent_lines < MOST_LINES:
             raise RequestError(f"--recent-lines {self.recent_lines}: give a number of lines, like 1 or 0.5")
         policy = self.policy or defaults.policy
         budgets = self._budgets(raster, len(capacity_lines), policy, defaults)

@@ -12,6 +12,7 @@ from typing import Any
 
 from runtime.errors import BundleError, LinertError, RequestError
 from runtime.samples import shortened
+from runtime.text_files import read_text
 
 VISIBLE = frozenset("LNPS")
 """Unicode's major categories of letters, numbers, punctuation and symbols: what a text says."""
@@ -37,8 +38,9 @@ class TextTokenizer:
         except ModuleNotFoundError as error:
             raise LinertError("prompts need tokenizers: pip install 'linert[prompts]'") from error
         self.path = path
+        text = read_text(path, BundleError)
         try:
-            self._tokenizer: Any = Tokenizer.from_file(str(path))
+            self._tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:
             # The library raises bare exceptions for whatever is wrong with a file.
             raise BundleError(f"{path} is no tokenizer.json: {error}") from error

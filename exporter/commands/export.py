@@ -23,7 +23,7 @@ from runtime.commands.condition_options import ConditionRequest
 from runtime.errors import OutputError, RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
 from runtime.manifest import SamplingSettings
-from runtime.samples import MOST_COUNT, Prompt
+from runtime.samples import MOST_COUNT, Prompt, shortened
 from runtime.text import lines_text, size_text
 
 MOST_CALIBRATION_IMAGES = 4096
@@ -56,7 +56,7 @@ DEFAULT_SHARE_GUIDANCE = False
 @click.option(
     "--size",
     "sizes",
-    callback=lambda c, p, text: parse_sizes(text) if text else (None,),
+    callback=lambda c, p, text: (None,) if text is None else parse_sizes(text),
     metavar="WIDTHxHEIGHT,...",
     help=help_text(
         ModelOption.SIZE,
@@ -108,7 +108,7 @@ DEFAULT_SHARE_GUIDANCE = False
 @click.option(
     "--policy",
     "policies",
-    callback=lambda c, p, text: parse_policies(text) if text else (),
+    callback=lambda c, p, text: () if text is None else parse_policies(text),
     help=f"Cache policies that the bundle holds, the default first, or all: {', '.join(POLICIES)}. Default: {DEFAULT_POLICY}.",
 )
 @cache_options(policy=False)
@@ -256,6 +256,12 @@ def command(
         ),
         text_encoder=load_text_encoder(text_encoder) if text_encoder else None,
     )
+    asked = (calibration_images, calibration_prompts, calibration_captions)
+    if not plan.precision.uncalibrated and any(value is not None for value in asked):
+        raise RequestError(
+            f"nothing is calibrated for {plan.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
+            "--calibration-captions out"
+        )
     others = []
     for size in sizes[1:]:
         sized = load_transformer(
@@ -267,14 +273,8 @@ def command(
     for each in (plan, *others):
         _announce(console, each)
         if each.transformer.prompts is not None:
-            # What stands around prompts must fit at least.
-            each.conditioner().check([Prompt("")])
-    asked = (calibration_images, calibration_prompts, calibration_captions)
-    if not plan.precision.uncalibrated and any(value is not None for value in asked):
-        raise RequestError(
-            f"nothing is calibrated for {plan.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
-            "--calibration-captions out"
-        )
+            # What stands around prompts must fit at least, and the tokenizer must take usual words as they are.
+            each.conditioner().check([Prompt(""), *each.conditioner().usual()])
     shown = ConditionRequest(prompt_file=calibration_prompts, captions=calibration_captions).settle(
         conditioner
     )
@@ -317,7 +317,7 @@ def parse_parts(kept: Sequence[str], layers: int) -> dict[str, Precision]:
         part, _, precision = text.partition("=")
         if part not in named or precision not in list(Precision):
             raise click.BadParameter(
-                f"{text!r}: say PART=PRECISION with a part among embedding, output, first, last and 0 to "
+                f"{shortened(text, 60)!r}: say PART=PRECISION with a part among embedding, output, first, last and 0 to "
                 f"{layers - 1}, and a precision among {', '.join(Precision)}"
             )
         parts[named[part]] = Precision(precision)

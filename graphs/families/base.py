@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -334,9 +335,18 @@ class Given:
         return count_of(self.shapes, "layers")
 
     def named(self, key: str) -> str:
-        """A special token's name, as the tokenizer's settings have it under ``key``; empty if they do not."""
-        found = self.processing.get(key) or ""
-        return str(found["content"]) if isinstance(found, Mapping) else str(found)
+        """A special token's name, as the tokenizer's settings have it under ``key``; empty if they do not.
+
+        Raises:
+            ValueError: they have something else.
+        """
+        found = self.processing.get(key)
+        name = found.get("content") if isinstance(found, Mapping) else found
+        if name is not None and not isinstance(name, str):
+            raise ValueError(
+                f"the tokenizer's settings: {key} is {reprlib.repr(found)}, must be a token's name"
+            )
+        return name or ""
 
     def token(self, *names: str) -> int:
         """The id of the first of ``names`` that the vocabulary has; empty ones are left out.

@@ -11,6 +11,7 @@ Checkpoints are a folder of ``model.safetensors`` with the names of this module'
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -262,7 +263,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, A
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     variant = config.text("variant")
     if variant not in list(Variant):
-        raise ValueError(f"config.json: variant {variant!r} is none of {', '.join(Variant)}")
+        raise ValueError(f"config.json: variant {reprlib.repr(variant)} is none of {', '.join(Variant)}")
     vocab_size, dim = shape_of(shapes, "tok_embeddings.weight", 2)
     norm_eps, rope_base = config.number("rms_norm_eps", 0, 1), config.number("rope_theta", 1, MOST_ROPE_BASE)
     return LASADGenConfig(

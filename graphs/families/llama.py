@@ -107,10 +107,11 @@ def rope_base(settings: Settings) -> float:
                 raise ValueError(section.fault(key, "default: no scaled rotary embedding is built"))
         if section.number("partial_rotary_factor", 0, 1) not in (None, 1.0):
             raise ValueError(section.fault("partial_rotary_factor", "1: heads are turned as a whole"))
-    found = parameters.number("rope_theta", 1, MOST_ROPE_BASE) or settings.number(
-        "rope_theta", 1, MOST_ROPE_BASE
-    )
-    return found or 10000.0
+    told = [section.number("rope_theta", 1, MOST_ROPE_BASE) for section in (parameters, settings)]
+    bases = {base for base in told if base is not None}
+    if len(bases) > 1:
+        raise ValueError(settings.fault("rope_theta", f"{told[0]:g}, as in rope_parameters"))
+    return bases.pop() if bases else 10000.0
 
 
 def norm_eps(settings: Settings, usual: float) -> float:

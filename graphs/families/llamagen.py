@@ -292,9 +292,9 @@ class LlamaGenFamily(Family):
         if given.side is not None:
             told["name"] = given.side // given.patch
         return [
-            f"an image row has {config.grid} tokens as asked for, and {grid} by the checkpoint's {where}"
+            f"an image row is taken to have {config.grid} tokens, and has {grid} by the checkpoint's {where}"
             for where, grid in told.items()
-            if given.grid is not None and grid != config.grid
+            if grid != config.grid
         ]
 
     def build(self, config: LlamaGenConfig) -> LlamaGen:

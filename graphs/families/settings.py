@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -62,7 +61,8 @@ class Settings:
             return None
         value = self.values[key]
         known = isinstance(value, int | float) and not isinstance(value, bool)
-        if not known or math.isnan(value) or not least <= value <= most:
+        # What is no number is not between two, and a whole number may be too long for a float.
+        if not known or not least <= value <= most:
             raise ValueError(self.fault(key, f"a number from {least:g} to {most:g}"))
         return float(value)
 
@@ -98,8 +98,11 @@ class Settings:
         Raises:
             ValueError: there is something else.
         """
-        found = self.section(key) if key in self else Settings()
-        return {name: found.integer(name, 0, most - 1) or 0 for name in found.values}
+        found = self.section(key)
+        numbers = {name: found.integer(name, 0, most - 1) for name in found.values} if key in self else {}
+        if nameless := [name for name, number in numbers.items() if number is None]:
+            raise ValueError(found.fault(nameless[0], f"a whole number from 0 to {most - 1}"))
+        return {name: number for name, number in numbers.items() if number is not None}
 
     def fault(self, key: str, wanted: str) -> str:
         """What is wrong with the value of ``key``."""

@@ -61,7 +61,7 @@ class ConditionRequest:
 
 def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """``3,7`` or ``0-9`` or a mixture."""
-    if not text:
+    if text is None:
         return None
     classes: list[int] = []
     for part in text.split(","):
