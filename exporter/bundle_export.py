@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx
+import torch
 from onnx import helper
 
-from exporter.models import LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
+from exporter.finiteness import check_numbers
+from exporter.models import Loaded, LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
 from exporter.onnx_export import export_stage
 from exporter.precision import Precision, PrecisionPlan, Weight
 from exporter.vocabulary import TokenizerFile
@@ -51,6 +54,9 @@ from runtime.manifest_file import check, contract, encode, seal
 
 WEIGHTS_NAME = "weights.bin"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
+MOST_IMAGES = 4096
+"""Images of a batch: a bound of what is taken for meant."""
+
 GRAPH_BYTES = 64 << 20
 """Room to ask for beside the weights: graphs and manifest."""
 
@@ -76,8 +82,8 @@ class ExportPlan:
     def __post_init__(self) -> None:
         config, decoder = self.transformer.config, self.image_decoder.config
         faults = []
-        if self.images < 1:
-            faults.append(f"a batch of {self.images} images; must be at least 1")
+        if not 1 <= self.images <= MOST_IMAGES:
+            faults.append(f"a batch of {self.images} images; must be 1 to {MOST_IMAGES}")
         if min(config.lines, config.line_width) < 2:
             faults.append(f"{config.lines} lines of {config.line_width} tokens; must be at least 2 of each")
         if config.vocab_size != decoder.codebook_size:
@@ -152,7 +158,8 @@ class ExportPlan:
         if isinstance(spec, PromptInput) and tokenizer is not None:
             # An absolute path stands for itself in any folder.
             spec = msgspec.structs.replace(spec, tokenizer=str(tokenizer.path.resolve()))
-        return conditioner_of(spec, self.raster.prefix_len, Path(), guided=self.guided)
+        rows = getattr(self.transformer.config, "text_vocab_size", None)
+        return conditioner_of(spec, self.raster.prefix_len, Path(), guided=self.guided, vocabulary=rows)
 
     @property
     def guided(self) -> bool:
@@ -190,12 +197,23 @@ class ExportPlan:
             # What is not among the quantised convolutions is stored in halves.
             stored = precision.decoder_precision
             stored = Precision.FP16 if stored.bits else stored
-            found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision)
+            found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision, "image_decoder")
         if self.text_encoder is not None:
             stored = Precision.FP32 if precision.weights is Precision.FP32 else Precision.FP16
             for name, tensor in self.text_encoder.tensors.items():
-                found[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision)
+                found[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision, "text_encoder")
         return found
+
+    def check_numbers(self) -> None:
+        """:func:`exporter.finiteness.check_numbers` of all models; images of other sizes have the same."""
+        weights = self.weights()
+        models: dict[str, Loaded[Any, Any]] = {"model": self.transformer, "image_decoder": self.image_decoder}
+        if self.text_encoder is not None:
+            models["text_encoder"] = self.text_encoder
+        for prefix, model in models.items():
+            computed = self.precision.activations.dtype if prefix == "model" else torch.float32
+            held = {name: weights[f"{prefix}.{name}"] for name in model.tensors}
+            check_numbers(model, held, computed)
 
     @property
     def weight_bytes(self) -> int:
@@ -232,10 +250,14 @@ def export_bundle(
 
     Raises:
         OutputError: ``out`` exists, cannot be written, or the disk is full.
-        ExportError: a stage cannot be traced, or the plan's precision needs a calibration that it has not had.
+        ExportError: a stage cannot be traced, the plan's precision needs a calibration that it has not had, or does not hold the
+            numbers of a weight.
+        CheckpointError: a weight is not finite.
     """
     if missing := plan.precision.uncalibrated:
         raise ExportError(f"{' and '.join(missing)} must be calibrated before the export")
+    report("reading the weights")
+    plan.check_numbers()
     with new_folder(out, force=force) as folder:
         free = shutil.disk_usage(folder).free
         needed = plan.weight_bytes + GRAPH_BYTES

@@ -150,7 +150,7 @@ def _store_float(
     tensor = parts[0].tensor if len(parts) == 1 else torch.cat([part.tensor for part in parts])
     tensor, name = tensor.detach(), value.name or ""
     computed = tensor_adapters.to_torch_dtype(_dtype(value))
-    dtype = computed if tensor.ndim < 2 or parts[0].precision.bits else parts[0].precision.dtype
+    dtype = parts[0].stored_as(computed)
     if transposed:
         tensor, name = tensor.t(), f"{name}.T"
         value = _through_transposes(graph, value)

@@ -70,6 +70,9 @@ class Bundle:
             self.path,
             self._open_text_encoder,
             guided=manifest.guided,
+            vocabulary=rows
+            if isinstance(rows := manifest.model.config.get("text_vocab_size"), int)
+            else None,
         )
 
     def sharing(self, conditioner: Conditioner) -> Bundle:
@@ -214,5 +217,8 @@ def _inside(folder: Path, name: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise BundleError(f"{folder}: the manifest names {name!r}, a path that leaves the bundle")
     if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder}: {name} is a link that leaves the bundle")
+        raise BundleError(
+            f"{folder}: {name} is a link that leaves the bundle, as those of a hub's cache do: make a copy whose files are files, by "
+            f"cp -rL {folder} COPY, or download it into a folder of its own"
+        )
     return path

@@ -7,17 +7,20 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import RequestError
+from runtime.errors import BundleError, RequestError
 from runtime.samples import shortened
-from runtime.tokenizer import open_tokenizer
+from runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from runtime.backend import Backend
+
+END_OF_TEXT = "</s>"
+"""The token that T5 has behind every text."""
 
 
 class TextEncoder:
@@ -37,16 +40,17 @@ class TextEncoder:
         return self._open()
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return open_tokenizer(self._path)
+    def _tokenizer(self) -> TextTokenizer:
+        return TextTokenizer(self._path)
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a cleaned caption.
 
         Raises:
-            RequestError: there are too many.
+            RequestError: there are too many, it contains the text of a special token, or what the tokenizer leaves out.
+            BundleError: the tokenizer is not T5's.
         """
-        found: list[int] = self._tokenizer.encode(clean_caption(text)).ids
+        found = t5_tokens(self._tokenizer, text)
         if len(found) > self._length:
             raise RequestError(
                 f"the prompt {shortened(text)!r} has {len(found)} tokens; the model was trained with at most {self._length}: shorten it"
@@ -62,6 +66,19 @@ class TextEncoder:
         self._backend.write("text_lengths", np.array([len(found)]))
         self._backend.run("text_encoder")
         return cast("NDArray[np.float32]", self._backend.read("text_features"))[0, : len(found)]
+
+
+def t5_tokens(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Token ids of a cleaned caption, of whatever length; see :meth:`TextEncoder.tokens` for the errors."""
+    end = tokenizer.vocabulary.get(END_OF_TEXT)
+    if end is None:
+        raise BundleError(f"the tokenizer {tokenizer.path} has no {END_OF_TEXT}: it is not T5's")
+    found = tokenizer.ids(clean_caption(text))
+    if special := tokenizer.specials_among(found):
+        raise RequestError(
+            f"the prompt {shortened(text)!r} contains {special[0]!r}, which the tokenizer takes for a special token: leave it out"
+        )
+    return [*found, end]
 
 
 def clean_caption(text: str) -> str:

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.families.settings import Settings
 from graphs.line_buffer import LineBuffer
 from graphs.memory import Memory
 from graphs.stage import Geometry
 from graphs.tensor_spec import TensorSpec
+
+MOST_LINES = 512
+"""Lines of an image, and tokens in one: four times as many as were ever measured. What is larger is taken for a slip."""
+
+MOST_PROMPT = 1 << 16
+"""Tokens of a prompt, likewise."""
+
+DERIVED = re.compile(
+    r"(?:.+\.)?(?:inv_freq|original_inv_freq|freqs_cis|freqs_cos|freqs_sin|cos_cached|sin_cached|position_ids|causal_mask"
+    r"|attention_mask|attn_mask|masked_bias|k_cache|v_cache|n_averaged)"
+)
+"""Buffers that some files carry, by the end of their names: what follows from a model's sizes, and what it remembered last."""
+
+
+def raster_faults(lines: int, columns: int, prefix_len: int) -> list[str]:
+    """What is wrong with an image of so many ``lines`` of so many tokens behind ``prefix_len`` positions."""
+    found = []
+    if not 1 <= min(lines, columns) <= max(lines, columns) <= MOST_LINES:
+        found.append(f"an image of {lines} lines of {columns} tokens; must be 1 to {MOST_LINES} of each")
+    if not 1 <= prefix_len <= MOST_PROMPT:
+        found.append(f"prompts of {prefix_len} tokens; must be 1 to {MOST_PROMPT}")
+    return found
 
 
 class FamilyConfig(Protocol):
@@ -220,13 +245,50 @@ class Layout:
         found, unknown = {}, []
         for name in names:
             for pattern, ours in self.names.items():
-                if match := re.fullmatch(pattern, name):
+                if not DERIVED.fullmatch(name) and (match := re.fullmatch(pattern, name)):
                     found[name] = match.expand(ours)
                     break
             else:
-                if not any(re.fullmatch(pattern, name) for pattern in self.ignored):
+                if not (
+                    DERIVED.fullmatch(name) or any(re.fullmatch(pattern, name) for pattern in self.ignored)
+                ):
                     unknown.append(name)
         return found, unknown
+
+
+def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str, rank: int) -> tuple[int, ...]:
+    """The shape of a tensor that has ``rank`` axes.
+
+    Raises:
+        KeyError: there is none of that ``name``, which is the argument.
+        ValueError: it has another number of axes, or one of size 0.
+    """
+    found = shapes[name]
+    if len(found) != rank or 0 in found:
+        raise ValueError(f"{name} has shape {list(found)}; it must have {rank} axes, none of size 0")
+    return found
+
+
+def count_of(shapes: Iterable[str], list_name: str) -> int:
+    """How many modules a list has, by the names of its tensors: ``layers.0.``, ``layers.1.``, ... without a gap.
+
+    Raises:
+        KeyError: there are none.
+        ValueError: one is missing, or their numbers are no numbers.
+    """
+    found = {
+        name.removeprefix(f"{list_name}.").split(".")[0]
+        for name in shapes
+        if name.startswith(f"{list_name}.")
+    }
+    if not found:
+        raise KeyError(f"{list_name}.0")
+    if missing := [str(number) for number in range(len(found)) if str(number) not in found]:
+        others = sorted(found - {str(number) for number in range(len(found))})
+        raise ValueError(
+            f"there is no {list_name}.{missing[0]} although there is {list_name}.{others[0][:40]}: tensors are missing, or not this model's"
+        )
+    return len(found)
 
 
 @dataclass(frozen=True)
@@ -240,6 +302,8 @@ class Given:
         vocabulary: ids of its tokenizer's tokens by name; empty if it has none.
         grid, heads, prefix_len: what a user says of the model; None leaves them open.
         side: pixels along the side of the images, as far as the file's name tells.
+        training: arguments that it was trained with, as far as the file has them.
+        buffers: name to shape of what the file holds beside parameters (:data:`DERIVED`).
         size: width and height of the images in pixels, as a user asks for.
         patch: pixels along the side of a token.
     """
@@ -254,22 +318,35 @@ class Given:
     side: int | None = None
     size: tuple[int, int] | None = None
     patch: int = 16
+    training: Mapping[str, Any] = field(default_factory=dict)
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Settings:
+        """``config.json``, to be read with types and bounds."""
+        return Settings(self.settings)
+
+    def shape(self, name: str, rank: int = 2) -> tuple[int, ...]:
+        """:func:`shape_of` a tensor."""
+        return shape_of(self.shapes, name, rank)
 
     def layers(self) -> int:
-        """Number of layers.
-
-        Raises:
-            KeyError: there are none.
-        """
-        numbers = [int(name.split(".")[1]) for name in self.shapes if name.startswith("layers.")]
-        if not numbers:
-            raise KeyError("layers.0")
-        return max(numbers) + 1
+        """Number of layers; see :func:`count_of` for the errors."""
+        return count_of(self.shapes, "layers")
 
     def named(self, key: str) -> str:
-        """A special token's name, as the tokenizer's settings have it under ``key``; empty if they do not."""
-        found = self.processing.get(key) or ""
-        return str(found["content"]) if isinstance(found, Mapping) else str(found)
+        """A special token's name, as the tokenizer's settings have it under ``key``; empty if they do not.
+
+        Raises:
+            ValueError: they have something else.
+        """
+        found = self.processing.get(key)
+        name = found.get("content") if isinstance(found, Mapping) else found
+        if name is not None and not isinstance(name, str):
+            raise ValueError(
+                f"the tokenizer's settings: {key} is {reprlib.repr(found)}, must be a token's name"
+            )
+        return name or ""
 
     def token(self, *names: str) -> int:
         """The id of the first of ``names`` that the vocabulary has; empty ones are left out.
@@ -305,17 +382,30 @@ class UsualSampling:
     top_k: int = 0
 
 
+class ModelOption(StrEnum):
+    """What a user may say of a model, by the field of the request that says it."""
+
+    GRID = "grid"
+    HEADS = "heads"
+    SIZE = "size"
+    PROMPT_TOKENS = "prompt_tokens"
+    TOKENIZER = "tokenizer"
+    TEMPLATE = "template"
+    TEXT_ENCODER = "text_encoder"
+
+
 class Family(ABC):
     """A kind of model: how its files are read, and how it is asked for images.
 
     ``name``: in the manifest. ``title``: for people. ``reads_prompts``: needs a tokenizer. ``cached``: its layers
-    keep keys and values, for which there are policies.
+    keep keys and values, for which there are policies. ``takes``: what may be said of its models when they are exported.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reads_prompts: ClassVar[bool] = False
     cached: ClassVar[bool] = True
+    takes: ClassVar[frozenset[ModelOption]]
     layouts: ClassVar[tuple[Layout, ...]]
     config_type: ClassVar[type[Any]]
 
@@ -343,6 +433,10 @@ class Family(ABC):
             KeyError: one is missing; the argument is its name.
         """
         return dict(found)
+
+    def remarks(self, config: Any, given: Given) -> list[str]:
+        """What a user should know of how the configuration was made."""
+        return []
 
     def caption_dim(self, config: Any) -> int:
         """Width of the features of captions that the model sees; 0 if it sees none."""

@@ -355,7 +355,7 @@ def _print_work(console: Console, manifest: Manifest) -> None:
     )
 
 
-def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], peak: int) -> None:
+def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], peak: int | None) -> None:
     limit = timings.limit
     console.print(
         f"limit: {limit.floor_ms:.2f} ms a step, at {limit.read_bandwidth / 1e9:.1f} GB/s"
@@ -380,7 +380,7 @@ def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], p
         "resident after the first token": size_text(timings.resident_bytes)
         if timings.resident_bytes
         else "unknown",
-        "most resident, a batch drawn": size_text(peak),
+        "most resident, a batch drawn": "unknown" if peak is None else size_text(peak),
         "state": size_text(timings.state_bytes),
         "files": size_text(timings.file_bytes),
     }
