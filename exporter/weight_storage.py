@@ -7,7 +7,7 @@ the weights file (:func:`store_weights`), transposed, joined and quantised as th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -24,23 +24,22 @@ COPY_BYTES = 64 << 20
 
 
 def lift_weights(
-    model: ir.Model, tensors: Mapping[str, Weight], *, constants: bool = True
-) -> dict[str, Weight | Tensor]:
-    """Turn parameters, and constants too large to be inlined, into graph inputs; return what they hold.
+    model: ir.Model, parameters: Collection[str], *, constants: bool = True
+) -> dict[str, Tensor]:
+    """Turn parameters, and constants too large to be inlined, into graph inputs; return what the constants hold.
 
     Args:
-        tensors: what the parameters hold and are stored in, by their name in the graph.
-        constants: False leaves them in the graph, however large.
+        parameters: their names in the graph.
+        constants: False leaves constants in the graph, however large.
     """
-    lifted: dict[str, Weight | Tensor] = {}
+    lifted: dict[str, Tensor] = {}
     graph = model.graph
     for name, value in list(graph.initializers.items()):
-        if name in tensors:
-            lifted[name] = tensors[name]
-        elif constants and value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
-            lifted[name] = torch.from_numpy(value.const_value.numpy())
-        else:
-            continue
+        if name not in parameters:
+            held = value.const_value
+            if not constants or held is None or held.nbytes <= INLINE_BYTES:
+                continue
+            lifted[name] = torch.from_numpy(held.numpy())
         graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
