@@ -234,6 +234,18 @@ def test_a_preview_is_refreshed_and_taken_away(tiny_bundle: Path, tmp_path: Path
         (("--classes", "1", "--top-p", 0), "top_p 0.0"),
         (("--classes", "1", "--guidance", "nan"), "guidance nan"),
         (("--classes", "1", "--guidance-interval", -2), "guidance_interval -2"),
+        (("--classes", "1", "--guidance-interval", 10**30), "is not in the range"),
+        (("--classes", "1", "--top-k", 10**30), "is not in the range"),
+        (("--classes", "0-99999999999"), "more than the 1000000 classes"),
+        (("--classes", "9-3"), "counts down"),
+        (("--classes", "1", "--num-images", 10**11), "at most 1000000"),
+        (("--classes", "1", "--seed", 2**64), "out of range"),
+        (("--classes", "1", "--recent-lines", "nan"), "--recent-lines nan: give a number of lines"),
+        (("--classes", "1", "--recent-lines", "inf"), "--recent-lines inf: give a number of lines"),
+        (("--classes", "1", "--budget-lines", "1e999999999"), "neither a number of lines nor a fraction"),
+        (("--prompt", "a \udcff fox"), "say which with --classes"),
+        (("--captions", "absent.npy"), "for models that see features of captions"),
+        (("--size", "9" * 5000 + "x64"), "is no size like"),
     ],
 )
 def test_bad_requests_are_refused(
