@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from graphs.families import FAMILIES
-from graphs.families.base import Family, ModelOption
+from graphs.families.base import Family
+from graphs.families.given import ModelOption
 from runtime.errors import RequestError
 
 FLAGS: Mapping[ModelOption, str] = {

@@ -19,16 +19,8 @@ from exporter.state_dicts import check_stored, listed
 from exporter.vocabulary import TokenizerFile
 from graphs import text_encoder
 from graphs.families import FAMILIES, vq
-from graphs.families.base import (
-    DERIVED,
-    Family,
-    FamilyConfig,
-    Given,
-    Layout,
-    ModelOption,
-    PromptFormat,
-    RasterTransformer,
-)
+from graphs.families.base import Family, FamilyConfig, PromptFormat, RasterTransformer
+from graphs.families.given import DERIVED, Given, Layout, ModelOption
 from graphs.families.settings import Settings
 from graphs.text_encoder import TextEncoder, TextEncoderConfig
 from runtime.errors import CheckpointError, RequestError
@@ -122,7 +114,8 @@ class ModelRequest:
 
     ``grid``: tokens in an image row. ``heads``: of attention. ``prompt_tokens``: longest prompt. ``size``: width and height in pixels.
     ``tokenizer``: a file or a folder with one. ``template``: of prompts. ``ema``: take the moving average that a training file holds;
-    ``vq_ema``: of the image decoder's own file, which must be said where ``ema`` is and that file has one too.
+    ``vq_ema``: of the image decoder's own file, which must be said where ``ema`` is and that file has one too. ``text_encoder``: folder of
+    what makes features of captions; it is loaded apart.
     """
 
     grid: int | None = None
@@ -133,12 +126,11 @@ class ModelRequest:
     template: str | None = None
     ema: bool = False
     vq_ema: bool | None = None
+    text_encoder: Path | None = None
 
     def options(self) -> dict[ModelOption, object]:
         """What it says of the model, by option."""
-        return {
-            option: getattr(self, option) for option in ModelOption if option is not ModelOption.TEXT_ENCODER
-        }
+        return {option: getattr(self, option) for option in ModelOption}
 
 
 def load_models(

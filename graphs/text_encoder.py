@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Layout, count_of, shape_of
+from graphs.families.given import Layout, count_of, shape_of
 from graphs.families.layers import RMSNorm
 from graphs.families.settings import Settings
 from graphs.stage import Stage

@@ -14,8 +14,11 @@ from runtime.errors import BundleError, LinertError, RequestError
 from runtime.samples import shortened
 from runtime.text_files import read_text
 
-VISIBLE = frozenset("LNPS")
-"""Unicode's major categories of letters, numbers, punctuation and symbols: what a text says."""
+VISIBLE = frozenset("LMNPS")
+"""Unicode's major categories of letters, marks, numbers, punctuation and symbols: what a text says."""
+
+SELECTORS = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+"""Marks that say nothing but how the character before them is drawn."""
 
 
 class TextTokenizer:
@@ -114,4 +117,4 @@ class TextTokenizer:
 
 
 def _is_visible(character: str) -> bool:
-    return unicodedata.category(character)[0] in VISIBLE
+    return unicodedata.category(character)[0] in VISIBLE and not SELECTORS.match(character)

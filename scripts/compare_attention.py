@@ -58,7 +58,9 @@ def held_out_losses(transformer: LoadedTransformer, tokens: torch.Tensor, labels
 
 def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: float) -> LoadedTransformer:
     """Export a model in float32, with the full cache if it has one."""
-    transformer, decoder = load_models(model, tokenizer, ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads))
+    # A LASADGen's folder tells its sizes.
+    request = ModelRequest() if model.is_dir() else ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads)
+    transformer, decoder = load_models(model, tokenizer, request)
     policies = ("full",) if transformer.family.cached else ()
     held = CacheWishes(policies, CacheRequest(), None).plan(transformer)
     plan = ExportPlan(

@@ -83,7 +83,9 @@ def random_bundle(
         write_transformer(model, size, variant, grid)
     if not tokenizer.exists():
         torch.save({"model": random_tensors(vq_shapes(16))}, tokenizer)
-    transformer, image_decoder = load_models(model, tokenizer, ModelRequest(grid=grid))
+    # A LASADGen's folder tells its size.
+    request = ModelRequest() if variant else ModelRequest(grid=grid)
+    transformer, image_decoder = load_models(model, tokenizer, request)
     policies, cache, capacities = CacheWishes(policies, request or CacheRequest(), capacity_lines).plan(
         transformer
     )

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from exporter.bundle_export import ExportPlan, export_bundle, raster_of
 from exporter.calibration import Calibration, calibrated
-from exporter.model_options import check_options, help_text
+from exporter.model_options import help_text
 from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder, load_transformer
 from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
-from graphs.families.base import ModelOption
+from graphs.families.given import ModelOption
 from graphs.policies import POLICIES
 from runtime.cache_request import CacheRequest, quarter
 from runtime.commands.bundle_argument import parse_size
@@ -229,9 +229,10 @@ def command(
         raise OutputError(f"{out} exists; give another --out, or --force to replace it")
     if prompt_tokens is not None and prompt_tokens < 1:
         raise RequestError("--prompt-tokens must be at least 1")
-    request = ModelRequest(grid, heads, prompt_tokens, sizes[0], tokenizer, prompt_template, ema, vq_ema)
+    request = ModelRequest(
+        grid, heads, prompt_tokens, sizes[0], tokenizer, prompt_template, ema, vq_ema, text_encoder
+    )
     transformer, image_decoder = load_models(checkpoint, vq, request)
-    check_options(checkpoint, transformer.family, {ModelOption.TEXT_ENCODER: text_encoder})
     config = transformer.config
     usual = transformer.family.usual_sampling(config)
     guidance = usual.guidance if guidance is None else guidance

@@ -18,17 +18,14 @@ from graphs.families.base import (
     MOST_LINES,
     Condition,
     Family,
-    Given,
     KeyValueCache,
-    Layout,
-    ModelOption,
     PromptFormat,
     SquareRaster,
     UsualSampling,
     raster_faults,
-    shape_of,
     unless_given,
 )
+from graphs.families.given import Given, Layout, ModelOption, shape_of
 from graphs.families.llama import (
     LlamaBlock,
     PromptedLlama,

@@ -23,16 +23,8 @@ from torch.nn import functional as F
 
 from graphs.decay_memory import DecayMemory
 from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from graphs.families.base import (
-    Condition,
-    Family,
-    Given,
-    Layout,
-    RasterTransformer,
-    UsualSampling,
-    count_of,
-    shape_of,
-)
+from graphs.families.base import Condition, Family, RasterTransformer, UsualSampling
+from graphs.families.given import Given, Layout, count_of, shape_of
 from graphs.families.layers import RMSNorm, Rope
 from graphs.families.llama import MOST_ROPE_BASE
 from graphs.families.settings import Settings

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Block, FamilyConfig, Given, RasterTransformer, prompt_inputs
+from graphs.families.base import Block, FamilyConfig, RasterTransformer, prompt_inputs
+from graphs.families.given import Given
 from graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
 from graphs.families.settings import Settings
 from graphs.rotary import rotate_halves, sequence_table

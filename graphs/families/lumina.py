@@ -17,15 +17,13 @@ from torch.nn import functional as F
 from graphs.families.base import (
     Condition,
     Family,
-    Given,
     KeyValueCache,
-    Layout,
-    ModelOption,
     PromptFormat,
     UsualSampling,
     raster_faults,
     unless_given,
 )
+from graphs.families.given import Given, Layout, ModelOption
 from graphs.families.layers import Rope
 from graphs.families.llama import (
     DecoderSizes,

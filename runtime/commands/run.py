@@ -40,7 +40,7 @@ from runtime.output import (
     write_arrays,
     write_png,
 )
-from runtime.samples import Sample, plan_samples
+from runtime.samples import MOST_COUNT, Sample, plan_samples
 from runtime.trace import Trace, TraceHeader, per_image, read_trace
 
 
@@ -52,9 +52,11 @@ from runtime.trace import Trace, TraceHeader, per_image, read_trace
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token instead of a draw.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's, like the next four.")
-@click.option("--guidance-interval", type=int, help="Last guided decode step; -1 guides all.")
+@click.option(
+    "--guidance-interval", type=click.IntRange(max=MOST_COUNT), help="Last guided decode step; -1 guides all."
+)
 @click.option("--temperature", type=float)
-@click.option("--top-k", type=int, help="0 keeps all tokens.")
+@click.option("--top-k", type=click.IntRange(max=MOST_COUNT), help="0 keeps all tokens.")
 @click.option("--top-p", type=float, help="1 keeps all tokens.")
 @cache_options()
 @click.option(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +14,13 @@ import pytest
 
 from exporter.sources import Checkpoints
 from exporter.sweep import cell_plan, cells, parse_axes
+from runtime import memory
 from runtime.backends import BackendOptions
 from runtime.bench import Limit, Measured, limit_of, profile
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
 from runtime.machine import ReadBandwidth, forget_peak, peak_macs, peak_resident_bytes, resident_bytes
-from tests.conftest import TINY, Result
+from tests.conftest import ROOT, TINY, Result
 
 Linert = Callable[..., Result]
 
@@ -59,6 +64,33 @@ def test_the_machine_tells_sensible_numbers() -> None:
     before = peak_resident_bytes()
     forget_peak()
     assert peak_resident_bytes() <= before
+
+
+def test_other_systems_have_no_resource_module() -> None:
+    """Windows: commands are imported, and what is not known is not told."""
+    script = (
+        "import sys; sys.modules['resource'] = None\n"
+        "import runtime.commands.bench, runtime.commands.run\n"
+        "from pathlib import Path\n"
+        "from runtime import machine\n"
+        "def absent(self, *rest, **named): raise FileNotFoundError(self)\n"
+        "Path.read_text = absent\n"
+        "print(machine.peak_resident_bytes(), machine.resident_bytes(), machine.available_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["None", "None", "None"]
+
+
+def test_names_of_mapped_files_are_any_bytes(tmp_path: Path) -> None:
+    """A bundle may lie in a folder whose name is no UTF-8, or holds what ends a line of text."""
+    path = tmp_path / os.fsdecode(b"\xff\xe2\x80\xa8\x0b.bin")
+    path.write_bytes(bytes(8192))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        assert len(mapped) == 8192
+        with memory.huge_pages():
+            pass
 
 
 def test_a_measured_bundle_still_draws_the_same_images(tiny_bundle: Path) -> None:
