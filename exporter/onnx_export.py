@@ -36,7 +36,7 @@ FOLD_ELEMENTS = 1024
 def export_stage(
     stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weight], size: str = ""
 ) -> onnx.ModelProto:
-    """Return ``stage`` as an opset-24 model that refers to ``weights``.
+    """Return ``stage`` as a model of its opset that refers to ``weights``.
 
     Args:
         stage: its parameters need shapes only; what they hold is not read.
@@ -108,7 +108,7 @@ def _program(stage: Stage) -> ir.Model:
             examples,
             dynamo=True,
             optimize=False,
-            opset_version=line_attention.OPSET,
+            opset_version=stage.opset,
             input_names=[spec.name for spec in stage.inputs],
             output_names=[spec.name for spec in stage.outputs],
             verbose=False,

@@ -97,23 +97,13 @@ class Range:
 class QuantizedConvolution:
     """A convolution of 8-bit integers.
 
-    ``weight``: ``values [O, I * k * k]`` with a scale an output channel. ``bias [O]``: float32; it is added as a 32-bit integer of
-    scale ``input.scale * weight.scales``.
+    ``weight``: ``values [O, I * k * k]`` with a scale an output channel. ``bias [O]``: float32.
     """
 
     weight: Quantized
     bias: Tensor
     input: Range
     output: Range
-
-    @property
-    def bias_scales(self) -> Tensor:
-        return self.weight.scales * self.input.scale
-
-    @property
-    def bias_values(self) -> Tensor:
-        """``[O]`` int32."""
-        return (self.bias / self.bias_scales).round().to(torch.int32)
 
 
 @dataclass(frozen=True)

@@ -95,20 +95,16 @@ def _quantize_convolutions(
             ir.DataType.INT8,
             lambda found=found: [found.weight.values],
         )
-        bias_values, bias_scales = found.bias_values, found.bias_scales
-        bias = _initializer(graph, weights, f"{name}.bias.int32", bias_values, torch.int32)
+        # ONNX Runtime makes 32-bit integers of it on the CPU; elsewhere nothing widens those.
+        bias = _initializer(graph, weights, f"{name}.bias", found.bias, torch.float32)
         scales = _initializer(graph, weights, f"{name}.scale", found.weight.scales, torch.float32)
-        bias_scale = _initializer(graph, weights, f"{name}.bias.scale", bias_scales, torch.float32)
-        widened = [
-            ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 0}),
-            ir.node("DequantizeLinear", [bias, bias_scale], attributes={"axis": 0}),
-        ]
+        widened = ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 0})
         graph.insert_before(node, widened)
         source = node.inputs[0]
         if source is None:
             raise RuntimeError(f"{node.name} has no input")
         rounded = _round_trip(graph, node, source, found.input, f"{name}.in", weights, before=True)
-        for index, value in enumerate((rounded, widened[0].outputs[0], widened[1].outputs[0])):
+        for index, value in enumerate((rounded, widened.outputs[0], bias)):
             node.replace_input_with(index, value)
         readers = [(usage.node, usage.idx) for usage in result.uses()]
         after = _round_trip(graph, node, result, found.output, f"{name}.out", weights, before=False)

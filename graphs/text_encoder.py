@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from graphs.families.given import Layout, count_of, shape_of
 from graphs.families.layers import RMSNorm
 from graphs.families.settings import Settings
+from graphs.line_attention import OPSET
 from graphs.stage import Stage
 from graphs.tensor_spec import TensorSpec
 
@@ -188,6 +189,7 @@ class TextEncoder(nn.Module):
 class EncodeText(Stage):
     """Make features of a caption."""
 
+    opset: ClassVar[int] = OPSET
     name = "text_encoder"
 
     def __init__(self, model: TextEncoder, length: int) -> None:

@@ -87,7 +87,7 @@ def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.ge
 
 
 def begin(backend: Backend, batch: Batch) -> None:
-    """Write the batch's inputs and feed the condition: the whole state is laid out and the first token drawn.
+    """Load the batch's stages, write its inputs and feed the condition: the whole state is laid out and the first token drawn.
 
     Of conditions that are shorter than the prefix, no more is fed than the longest needs.
 
@@ -99,6 +99,8 @@ def begin(backend: Backend, batch: Batch) -> None:
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=batch.replay is not None)
+    for stage in batch.stages.values():
+        backend.load(stage)
     for name, values in batch.conditions.items():
         backend.write(name, values)
     backend.write("uniforms", batch.uniforms)

@@ -91,7 +91,7 @@ class OrtBackend(SessionBackend):
         # ONNX Runtime's own update_inplace takes no OrtValue before 1.31.
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.tensor_size_in_bytes())
 
-    def _providers(self) -> list[tuple[str, Mapping[str, str]]]:
+    def _providers(self, stage: str) -> list[tuple[str, Mapping[str, str]]]:
         return [("CPUExecutionProvider", {})]
 
     def _options(self, stage: str) -> ort.SessionOptions:

@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from runtime.backend import Backend
 from runtime.bundle import Bundle
-from runtime.errors import BundleError
+from runtime.errors import BundleError, DeviceError
 from runtime.manifest import CONTRACT_KEY, StageSpec, TensorSpec
 from runtime.manifest_file import contract
 
@@ -18,12 +18,14 @@ class SessionBackend(Backend):
     """Every tensor is one OrtValue that all sessions are bound to once.
 
     A state that a stage may update in place is bound as input and output alike, so nothing is copied; one
-    that it may not is written beside and copied back. A session is made when its stage first runs.
+    that it may not is written beside and copied back, by way of one place that all stages share. A session is made when its
+    stage is loaded or first runs.
     """
 
     def __init__(self, bundle: Bundle, stages: Iterable[str]) -> None:
         super().__init__(bundle, stages)
         self._values = {name: self._allocate(spec) for name, spec in self.specs.items()}
+        self._beside: dict[str, ort.OrtValue] = {}
         self._bindings: dict[str, tuple[ort.InferenceSession, ort.IOBinding]] = {}
         self._copy_back: dict[str, list[tuple[ort.OrtValue, ort.OrtValue]]] = {}
 
@@ -33,15 +35,15 @@ class SessionBackend(Backend):
 
     @abstractmethod
     def _copy(self, source: ort.OrtValue, target: ort.OrtValue) -> None:
-        """Copy one tensor over another, where they lie."""
+        """Copy one tensor over another, where they lie; it is done when this returns."""
 
     @abstractmethod
     def _options(self, stage: str) -> ort.SessionOptions:
         """Options of the stage's session, in addition to what all have."""
 
     @abstractmethod
-    def _providers(self) -> list[tuple[str, Mapping[str, str]]]:
-        """Execution providers with their options."""
+    def _providers(self, stage: str) -> list[tuple[str, Mapping[str, str]]]:
+        """Execution providers of the stage's session with their options."""
 
     disabled_optimizers: tuple[str, ...] = ()
 
@@ -49,8 +51,10 @@ class SessionBackend(Backend):
         """Make the session of ``stage`` and bind it, if that was not done yet.
 
         Raises:
+            RequestError: the backend does not hold the stage.
             BundleError: ONNX Runtime refuses the file, or it has not the tensors that the manifest declares.
         """
+        self._stage(stage)
         if stage in self._bindings:
             return
         session = self._session(stage)
@@ -67,15 +71,24 @@ class SessionBackend(Backend):
 
     def _run(self, stage: str) -> None:
         self.load(stage)
+        self._execute(stage)
+
+    def _execute(self, stage: str) -> None:
+        """Run a session that was made."""
         session, binding = self._bindings[stage]
-        session.run_with_iobinding(binding)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:
+            # ONNX Runtime raises RuntimeErrors of several kinds.
+            raise DeviceError(f"ONNX Runtime {ort.__version__} failed in stage {stage}: {error}") from error
         for source, target in self._copy_back[stage]:
             self._copy(source, target)
 
     def _session(self, stage: str) -> ort.InferenceSession:
         options = self._options(stage)
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        options.log_severity_level = 3
+        # What it calls errors is raised as well.
+        options.log_severity_level = 4
         if stage == "prefill":
             # An empty state is a constant, which would be made when the session is and held beside the state for good.
             options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "4096")
@@ -84,7 +97,10 @@ class SessionBackend(Backend):
         self.bundle.require_unchanged(files)
         try:
             session = ort.InferenceSession(
-                path, options, providers=self._providers(), disabled_optimizers=list(self.disabled_optimizers)
+                path,
+                options,
+                providers=self._providers(stage),
+                disabled_optimizers=list(self.disabled_optimizers),
             )
         except Exception as error:
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
@@ -103,7 +119,8 @@ class SessionBackend(Backend):
             state = spec.updates.get(tensor.name, tensor.name)
             value = self._values[state]
             if state in read and state not in spec.in_place:
-                beside = self._allocate(self.specs[state])
+                beside = self._beside.get(state) or self._allocate(self.specs[state])
+                self._beside[state] = beside
                 copies.append((beside, value))
                 value = beside
             binding.bind_ortvalue_output(tensor.name, value)

@@ -179,5 +179,14 @@ def end_line(
     protected = protected_slots(line, capacity, params)
     importance = shared_importance(policy.importance(line, params), line, params)
     chosen = choose_slots(importance, line.slot_pos, protected, line.line_width)
-    scores = line.scores if policy.carries_scores else torch.zeros_like(line.scores)
+    scores = line.scores if policy.carries_scores else restarted(line)
     return chosen, evict(line.slot_pos, chosen, params.strict), scores
+
+
+def restarted(line: FinishedLine) -> Tensor:
+    """Scores ``[R, C]`` of zero.
+
+    In a graph they depend on what the slots hold: a runtime copies a constant output from the host once the operators have run,
+    and does not when it replays them as a CUDA graph.
+    """
+    return torch.where(line.slot_pos < -1, line.scores, 0.0)

@@ -136,13 +136,13 @@ def test_evictions_can_be_imposed(opened: Open, planned_bundle: Path) -> None:
 def test_unfit_values_are_refused(opened: Open, planned_bundle: Path) -> None:
     backend = opened(open_bundle(planned_bundle), STAGES)
     for name, value, message in (
-        ("nonsense", 0, "no loaded stage"),
+        ("nonsense", 0, "no stage of this backend"),
         ("class_ids", np.zeros(3, np.int64), "shape"),
         ("class_ids", np.zeros(2, np.float32), "int64"),
     ):
         with pytest.raises(RequestError, match=message):
             backend.write(name, value)
-    with pytest.raises(RequestError, match="not loaded"):
+    with pytest.raises(RequestError, match="does not hold stage"):
         backend.run("vq_decoder")
 
 
