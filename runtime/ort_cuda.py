@@ -46,7 +46,7 @@ class OrtCudaBackend(SessionBackend):
     def __init__(
         self, bundle: Bundle, stages: Iterable[str], *, cuda_graphs: bool = True, device: str = "cuda"
     ) -> None:
-        """Allocate the tensors of ``stages``.
+        """Prepare to run ``stages``.
 
         Args:
             cuda_graphs: False runs operators one by one, and those that have no kernel for CUDA on the CPU.
@@ -137,10 +137,10 @@ class OrtCudaBackend(SessionBackend):
     def _read(self, spec: TensorSpec) -> Array:
         if spec.dtype == "bfloat16":
             raise BundleError(f"{spec.name} is bf16, which ONNX Runtime does not hand to numpy")
-        return np.array(self._values[spec.name].numpy())
+        return np.array(self.value(spec.name).numpy())
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
-        self._values[spec.name].update_inplace(np.ascontiguousarray(array))
+        self.value(spec.name).update_inplace(np.ascontiguousarray(array))
 
     def _copy(self, source: ort.OrtValue, target: ort.OrtValue) -> None:
         # ONNX Runtime's GPUDataTransfer::CopyTensor (core/providers/cuda/gpu_data_transfer.cc) copies in CUDA's default stream and

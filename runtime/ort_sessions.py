@@ -12,6 +12,7 @@ from runtime.bundle import Bundle
 from runtime.errors import BundleError, DeviceError
 from runtime.manifest import CONTRACT_KEY, StageSpec, TensorSpec
 from runtime.manifest_file import contract
+from runtime.text import size_text
 
 
 class SessionBackend(Backend):
@@ -24,7 +25,7 @@ class SessionBackend(Backend):
 
     def __init__(self, bundle: Bundle, stages: Iterable[str]) -> None:
         super().__init__(bundle, stages)
-        self._values = {name: self._allocate(spec) for name, spec in self.specs.items()}
+        self._values: dict[str, ort.OrtValue] = {}
         self._beside: dict[str, ort.OrtValue] = {}
         self._bindings: dict[str, tuple[ort.InferenceSession, ort.IOBinding]] = {}
         self._copy_back: dict[str, list[tuple[ort.OrtValue, ort.OrtValue]]] = {}
@@ -47,6 +48,28 @@ class SessionBackend(Backend):
 
     disabled_optimizers: tuple[str, ...] = ()
 
+    def value(self, name: str) -> ort.OrtValue:
+        """The tensor ``name``. Its memory is taken when it is first asked for: before a stage is loaded nothing has compared the
+        manifest's shapes with a graph's.
+
+        Raises:
+            RequestError: no stage has such a tensor.
+            DeviceError: there is not so much memory.
+        """
+        spec = self._spec(name)
+        if name not in self._values:
+            self._values[name] = self._new(spec)
+        return self._values[name]
+
+    def _new(self, spec: TensorSpec) -> ort.OrtValue:
+        try:
+            return self._allocate(spec)
+        except MemoryError as error:
+            raise DeviceError(
+                f"{spec.name} of {self.bundle.path} takes {size_text(spec.nbytes)}, which this machine has not free: export with a "
+                "smaller --batch, or with fewer lines"
+            ) from error
+
     def load(self, stage: str) -> None:
         """Make the session of ``stage`` and bind it, if that was not done yet.
 
@@ -67,6 +90,7 @@ class SessionBackend(Backend):
     def _close(self) -> None:
         self._bindings.clear()
         self._copy_back.clear()
+        self._beside.clear()
         self._values.clear()
 
     def _run(self, stage: str) -> None:
@@ -112,14 +136,14 @@ class SessionBackend(Backend):
     ) -> tuple[ort.IOBinding, list[tuple[ort.OrtValue, ort.OrtValue]]]:
         binding = session.io_binding()
         for tensor in spec.inputs:
-            binding.bind_ortvalue_input(tensor.name, self._values[tensor.name])
+            binding.bind_ortvalue_input(tensor.name, self.value(tensor.name))
         read = {tensor.name for tensor in spec.inputs}
         copies = []
         for tensor in spec.outputs:
             state = spec.updates.get(tensor.name, tensor.name)
-            value = self._values[state]
+            value = self.value(state)
             if state in read and state not in spec.in_place:
-                beside = self._beside.get(state) or self._allocate(self.specs[state])
+                beside = self._beside.get(state) or self._new(self.specs[state])
                 self._beside[state] = beside
                 copies.append((beside, value))
                 value = beside
