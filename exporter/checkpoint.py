@@ -13,6 +13,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from exporter.state_dicts import AVERAGED_KEY, FLOATS, StateDict, listed, merged, state_dict_of, unwrapped
@@ -276,25 +277,31 @@ def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def check_tensors(
+def checked_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
     *,
     what: str,
-    unknown: Iterable[str] = (),
-) -> None:
-    """Raise :class:`CheckpointError` naming, sorted, what is missing, unexpected, misshapen or no floating-point tensor.
+    unknown: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The ``expected`` ones of ``tensors``, which must be all.
+
+    Tensors of truth values beside them are masks, which no model has as weights, and are left out.
 
     Args:
         expected: name to shape of a complete model.
         what: the model's name, for the message.
-        unknown: names of the checkpoint that belong to nothing that is known.
+        unknown: tensors of the checkpoint, by its names, that belong to nothing that is known.
+
+    Raises:
+        CheckpointError: naming, sorted, what is missing, unexpected, misshapen or no floating-point tensor.
     """
     shared = sorted(tensors.keys() & expected.keys())
+    others = {**unknown, **{name: tensors[name] for name in tensors.keys() - expected.keys()}}
     lists = {
         "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted({*unknown, *(tensors.keys() - expected.keys())}),
+        "unexpected": sorted(name for name, tensor in others.items() if tensor.dtype is not torch.bool),
         "wrong shape": [
             f"{name} {list(tensors[name].shape)} (expected {list(expected[name])})"
             for name in shared
@@ -311,6 +318,7 @@ def check_tensors(
             if len(names) > MOST_LISTED:
                 lines.append(f"  {title}: {len(names) - MOST_LISTED} more")
         raise CheckpointError("\n".join(lines))
+    return {name: tensors[name] for name in expected}
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from exporter.checkpoint import Checkpoint, check_tensors, names_of, open_checkpoint, shapes_of
+from exporter.checkpoint import Checkpoint, checked_tensors, names_of, open_checkpoint, shapes_of
 from exporter.model_options import check_options
 from exporter.precision import largest_of
 from exporter.state_dicts import check_stored, listed
@@ -219,7 +219,8 @@ def load_transformer(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     what = f"a {family.title} transformer of {config.layers} layers of width {config.dim}"
-    check_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=unknown)
+    others = {name: checkpoint.tensors[name] for name in unknown}
+    tensors = checked_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=others)
     if prompts is not None and request.template is not None:
         if request.template.count("{prompt}") != 1:
             raise CheckpointError(f"the template {request.template!r} must hold {{prompt}} once")
@@ -330,7 +331,8 @@ def load_image_decoder(path: Path, checkpoint: Checkpoint | None = None) -> Load
     except ValueError as error:
         raise CheckpointError(f"{path} is not a VQ tokenizer: {error}") from error
     what = f"a VQ tokenizer ({config})"
-    check_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=naming.unknown)
+    others = {name: checkpoint.tensors[name] for name in naming.unknown}
+    tensors = checked_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=others)
     return Loaded(config, tensors, checkpoint, vq.VQModel, tuple(naming.ours))
 
 
@@ -355,7 +357,8 @@ def load_text_encoder(path: Path) -> LoadedTextEncoder:
         raise _lacks(path, "a T5 encoder", error, checkpoint.tensors) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    check_tensors(path, tensors, config.tensor_shapes(), what="a T5 encoder", unknown=unknown)
+    others = {name: checkpoint.tensors[name] for name in unknown}
+    tensors = checked_tensors(path, tensors, config.tensor_shapes(), what="a T5 encoder", unknown=others)
     tokenizer = TokenizerFile.find(checkpoint, None)
     if tokenizer is None:
         raise CheckpointError(f"{path} has no tokenizer.json beside it")

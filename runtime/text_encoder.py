@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BundleError, RequestError
+from runtime.errors import BundleError, LinertError, RequestError
 from runtime.samples import shortened
 from runtime.tokenizer import TextTokenizer
 
@@ -64,7 +64,16 @@ class TextEncoder:
         tokens[0, : len(found)] = found
         self._backend.write("text_tokens", tokens)
         self._backend.write("text_lengths", np.array([len(found)]))
-        self._backend.run("text_encoder")
+        try:
+            self._backend.run("text_encoder")
+        except LinertError:
+            raise
+        except Exception as error:
+            # Runtimes have exceptions of their own. Bundles whose tokenizer was not held to the table may make such tokens.
+            raise BundleError(
+                f"the text encoder has no embedding for a token of {shortened(text)!r}, the largest of which is {max(found)}: export the "
+                f"bundle again with the tokenizer that belongs to the encoder ({str(error).strip().splitlines()[0][:200]})"
+            ) from error
         return cast("NDArray[np.float32]", self._backend.read("text_features"))[0, : len(found)]
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from graphs.families.settings import Settings
 
 DERIVED = re.compile(
-    r"(?:.+\.)?(?:inv_freq|original_inv_freq|freqs_cis|freqs_cos|freqs_sin|cos_cached|sin_cached|position_ids|causal_mask"
-    r"|attention_mask|attn_mask|masked_bias|k_cache|v_cache|n_averaged)"
+    r"(?:.+\.)?(?:inv_freq|original_inv_freq|freqs|freqs_cis|freqs_cos|freqs_sin|(?:cos|sin|cos_sin)_cached?|rope_(?:cache|table)"
+    r"|position_ids|(?:causal_|attention_|attn_)?mask|masked_bias|tril|triu|[kv]_cache|n_averaged)"
 )
 """Buffers that some files carry, by the end of their names: what follows from a model's sizes, and what it remembered last."""
 

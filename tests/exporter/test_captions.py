@@ -13,6 +13,9 @@ from random_folder import write_tokenizer
 from tokenizers import Tokenizer, processors
 
 from graphs.families import vq
+from runtime.bundle import open_bundle
+from runtime.errors import BundleError
+from runtime.text_encoder import TextEncoder
 from tests.conftest import Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
 from tests.graphs.test_text_encoder import published
@@ -179,6 +182,15 @@ def test_prompts_pass_the_text_encoder(
     result = linert("run", bundle, "--prompt", "word " * 200, "--out", tmp_path / "long")
     assert result.code == 2
     assert "trained with at most 120" in result.err
+    # A bundle of before, whose tokenizer was not held to the encoder's table.
+    extended = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    extended.add_tokens([f"word{number}" for number in range(100)])
+    extended.save(str(tmp_path / "tokenizer.json"))
+    opened = open_bundle(bundle)
+    encode = TextEncoder(opened._open_text_encoder, tmp_path / "tokenizer.json", 120)
+    assert encode(cleaned[0]).any()
+    with pytest.raises(BundleError, match="no embedding for a token of 'word99'"):
+        encode("word99")
 
 
 def test_an_encoder_of_another_width_is_refused(

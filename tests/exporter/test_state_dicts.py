@@ -19,7 +19,8 @@ from torch import Tensor
 from exporter.checkpoint import open_checkpoint
 from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder, load_transformer
 from exporter.state_dicts import unwrapped
-from graphs.families import janus, llamagen, lumina
+from graphs import text_encoder
+from graphs.families import FAMILIES, janus, llamagen, lumina, vq
 from runtime.errors import CheckpointError, RequestError
 from tests.conftest import TINY, random_state
 from tests.exporter.test_checkpoint import weights
@@ -101,7 +102,10 @@ CONTAINERS: dict[str, Callable[[Tensors], Any]] = {
     },
     "buffers of rotary embeddings, masks and caches": lambda state: {
         **state,
-        "causal_mask": torch.ones(3, 3, dtype=torch.bool),
+        "causal_mask": torch.ones(3, 3),
+        "layers.0.attention.bias": torch.ones(3, 3, dtype=torch.bool),
+        "layers.0.attention.mask": torch.ones(3, 3),
+        "rope.freqs": torch.zeros(4),
         "freqs_cis": torch.zeros(4, 4, 2),
         "layers.0.attention.kv_cache.k_cache": torch.zeros(2),
         "layers.0.attention.rotary_emb.inv_freq": torch.zeros(3),
@@ -114,6 +118,34 @@ CONTAINERS: dict[str, Callable[[Tensors], Any]] = {
 def test_what_stands_around_weights_is_no_matter(container: str, tmp_path: Path) -> None:
     loaded = load(tmp_path / "model.pt", CONTAINERS[container](weights()))
     assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in weights().items())
+
+
+LAYOUTS = {
+    f"{family.name}, {layout.who}": layout for family in FAMILIES.values() for layout in family.layouts
+} | {"text encoder": text_encoder.LAYOUT}
+BUFFERS = (
+    *("inv_freq", "original_inv_freq", "freqs_cis", "freqs", "cos_cached", "sin_cached", "position_ids"),
+    *("causal_mask", "attention_mask", "attn_mask", "mask", "masked_bias", "tril", "k_cache", "v_cache"),
+)
+PLACES = (
+    "",
+    "model.",
+    "rotary_emb.",
+    "model.layers.0.self_attn.",
+    "language_model.model.layers.1.self_attn.",
+)
+
+
+@pytest.mark.parametrize("buffer", BUFFERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_buffers_are_no_parameters_in_any_family(layout: str, buffer: str) -> None:
+    names = [place + part + buffer for place in PLACES for part in ("", "rotary_emb.")]
+    assert LAYOUTS[layout].rename(names) == ({}, [])
+    codes = {vq.LANDMARK: 0, "decoder.conv_in.weight": 0}
+    naming = vq.naming([*codes, *(f"decoder.{name}" for name in names), *names])
+    assert naming is not None
+    assert naming.ours.keys() == codes.keys()
+    assert not naming.unknown
 
 
 def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
