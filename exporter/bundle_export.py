@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import onnx
 import torch
 from onnx import helper
@@ -51,6 +50,7 @@ from runtime.manifest import (
     Work,
 )
 from runtime.manifest_file import check, contract, encode, seal
+from runtime.tokenizer import TextTokenizer
 
 WEIGHTS_NAME = "weights.bin"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -155,11 +155,16 @@ class ExportPlan:
     def conditioner(self) -> Conditioner:
         """What turns requests into inputs of the prefill stage, before there is a bundle."""
         spec, tokenizer = self.condition, self.transformer.tokenizer
-        if isinstance(spec, PromptInput) and tokenizer is not None:
-            # An absolute path stands for itself in any folder.
-            spec = msgspec.structs.replace(spec, tokenizer=str(tokenizer.path.resolve()))
+
+        def open_tokenizer() -> TextTokenizer:
+            if tokenizer is None:
+                raise ExportError(f"{self.transformer.path} has no tokenizer: give one with --tokenizer")
+            return TextTokenizer(tokenizer.path)
+
         rows = getattr(self.transformer.config, "text_vocab_size", None)
-        return conditioner_of(spec, self.raster.prefix_len, Path(), guided=self.guided, vocabulary=rows)
+        return conditioner_of(
+            spec, self.raster.prefix_len, open_tokenizer, guided=self.guided, vocabulary=rows
+        )
 
     @property
     def guided(self) -> bool:

@@ -196,7 +196,7 @@ class Comparison:
     ) -> Iterator[NDArray[np.float32]]:
         """Log-probabilities ``[branches * n, V]`` before each of the tokens ``fed [n, N]``."""
         manifest = self.manifest
-        batch = make_batch(self.generator.bundle, group, self.request.sampling, cell.cache)
+        batch = self._batch(group, cell)
         rows = [b * manifest.images + i for b in range(manifest.branches) for i in range(len(group))]
         for logits in forced_logits(self.generator.backend, batch, fed):
             yield log_softmax(logits[rows])
@@ -255,7 +255,12 @@ class Comparison:
         return {budget: statistics.median(times) for budget, times in decode.items()}, line_ends
 
     def _any_batch(self, cell: Cell) -> Batch:
-        return make_batch(self.generator.bundle, self.request.samples[:1], self.request.sampling, cell.cache)
+        return self._batch(self.request.samples[:1], cell)
+
+    def _batch(self, samples: Sequence[Sample], cell: Cell) -> Batch:
+        return make_batch(
+            self.manifest, self.generator.conditioner, samples, self.request.sampling, cell.cache
+        )
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from exporter.precision import PrecisionPlan
 from exporter.sources import plan_like
 from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
+from runtime.conditions import Conditioner
 from runtime.generator import Generator, PixelDecoder
 from runtime.geometry import CacheSettings
 from runtime.manifest import SamplingSettings
@@ -50,6 +51,7 @@ class QualityCost:
 
 def quality_cost(
     bundle: Bundle,
+    conditioner: Conditioner,
     transformer: LoadedTransformer,
     image_decoder: LoadedImageDecoder,
     samples: Sequence[Sample],
@@ -72,7 +74,7 @@ def quality_cost(
         on_cpu = BackendOptions(threads=options.threads)
         for name, path, chosen in (("bundle", bundle.path, options), ("float32", wide, on_cpu)):
             opened = open_bundle(path, digests=False)
-            generator = Generator(opened.sharing(bundle.conditioner), chosen)
+            generator = Generator(opened, chosen, conditioner)
             tokens = []
             for group in generator.batches(samples):
                 progress(f"{name} draws", sum(map(len, tokens)), len(samples))

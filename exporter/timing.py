@@ -11,10 +11,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx
+from onnx import helper
 
 from runtime.bench import milliseconds
 from runtime.bundle import Bundle
-from runtime.manifest import Manifest, TensorSpec
+from runtime.manifest import CONTRACT_KEY, Manifest, TensorSpec
+from runtime.manifest_file import contract
 from runtime.ort import OrtBackend
 
 
@@ -41,6 +43,7 @@ def decode_backend(bundle: Bundle, stage: str, lines: Sequence[int], threads: in
         for dimension, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
             dimension.dim_value = size
     timed = msgspec.structs.replace(manifest, stages={stage: fitted}, state=tuple(resized.values()))
+    helper.set_model_props(model, {CONTRACT_KEY: contract(timed)})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         onnx.save(model, folder / spec.file)

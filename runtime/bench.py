@@ -118,8 +118,11 @@ class Measured:
         verified = time.perf_counter()
         manifest = bundle.manifest
         self.generator = Generator(bundle, options)
-        self.samples = plan_samples(bundle.conditioner.usual(), manifest.images, seed=0)
-        self.batch = make_batch(bundle, self.samples, manifest.sampling, cache or manifest.cache)
+        conditioner = self.generator.conditioner
+        self.samples = plan_samples(conditioner.usual(), manifest.images, seed=0)
+        self.batch = make_batch(
+            manifest, conditioner, self.samples, manifest.sampling, cache or manifest.cache
+        )
         manifest.check_cache(self.batch.cache)
         begin(self.backend, self.batch)
         self.backend.synchronize()

@@ -5,19 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import BundleError, RequestError
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.manifest_file import MAX_BYTES, decode
-
-if TYPE_CHECKING:
-    from runtime.backend import Backend
-
 
 SIZE = re.compile(r"[0-9]{1,6}x[0-9]{1,6}")
 """Width and height of images in pixels."""
@@ -47,7 +41,7 @@ class Bundle:
     """A verified bundle: its folder and its manifest.
 
     ``size``: which of the image sizes in the folder it is, as in ``512x768``; empty for the first. ``stamps``: of its files when
-    they were verified.
+    they were verified; of one that was made and not opened there are none.
     """
 
     path: Path
@@ -60,36 +54,11 @@ class Bundle:
         """The image sizes that the folder holds, the first one first."""
         return sizes_of(self.path)
 
-    @cached_property
-    def conditioner(self) -> Conditioner:
-        """Turns what people ask for into what the bundle takes. A text encoder is run on the CPU."""
-        manifest = self.manifest
-        return conditioner_of(
-            manifest.condition,
-            manifest.raster.prefix_len,
-            self.path,
-            self._open_text_encoder,
-            guided=manifest.guided,
-            vocabulary=rows
-            if isinstance(rows := manifest.model.config.get("text_vocab_size"), int)
-            else None,
-        )
-
-    def sharing(self, conditioner: Conditioner) -> Bundle:
-        """The same bundle with a conditioner that knows features already."""
-        shared = replace(self)
-        vars(shared)["conditioner"] = conditioner
-        return shared
-
-    def _open_text_encoder(self) -> Backend:
-        # Backends are made of bundles.
-        from runtime.backends import BackendOptions
-
-        return BackendOptions().open(self, ["text_encoder"])
-
     def require_unchanged(self, names: Iterable[str]) -> None:
         """Raise :class:`BundleError` where a file of these ``names`` was changed or replaced since the bundle was opened."""
         for name in names:
+            if name not in self.stamps:
+                continue
             try:
                 same = Stamp.of(self.file(name)) == self.stamps[name]
             except OSError:

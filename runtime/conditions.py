@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from runtime.backend import Backend
 
 Inputs = dict[str, NDArray[Any]]
+
+REMEMBERED = 256
+"""Prompts whose features are kept for the next image, the latest ones: a batch needs its own, and a negative prompt all the time."""
 
 USUAL_PROMPTS = (
     "a red fox sitting in fresh snow at the edge of a forest",
@@ -64,6 +68,9 @@ class Conditioner(ABC):
     def usual(self) -> list[Condition]:
         """Conditions for a command that needs any and was given none."""
 
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Give back what it holds of a device."""
+
     def _check_negative(self, prompt: Prompt) -> None:
         if prompt.negative is not None and not self.guided:
             raise RequestError(
@@ -104,20 +111,26 @@ class ClassConditioner(Conditioner):
 
 
 class PromptConditioner(Conditioner):
-    """Of a model that reads prompts, by the ``tokenizer`` file.
+    """Of a model that reads prompts.
 
-    ``vocabulary``: rows of the embedding of its tokens, beyond which a tokenizer may have more; None if that is not known.
+    ``open_tokenizer``: reads its tokenizer when it is first needed. ``vocabulary``: rows of the embedding of its tokens, beyond which a tokenizer may have more; None if that is not known.
     """
 
     def __init__(
-        self, spec: PromptInput, prefix_len: int, tokenizer: Path, vocabulary: int | None, *, guided: bool
+        self,
+        spec: PromptInput,
+        prefix_len: int,
+        open_tokenizer: Callable[[], TextTokenizer],
+        vocabulary: int | None,
+        *,
+        guided: bool,
     ) -> None:
         super().__init__(prefix_len, guided=guided)
-        self.spec, self.path, self.vocabulary = spec, tokenizer, vocabulary
+        self.spec, self._open_tokenizer, self.vocabulary = spec, open_tokenizer, vocabulary
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer:
-        return TextTokenizer(self.path)
+        return self._open_tokenizer()
 
     @cached_property
     def _template_specials(self) -> int:
@@ -228,7 +241,7 @@ class CaptionConditioner(Conditioner):
         super().__init__(prefix_len, guided=guided)
         self.spec, self.encoder = spec, encoder
         self._features: dict[str, NDArray[np.float32]] = {}
-        self._encoded: dict[str, NDArray[np.float32]] = {}
+        self._encoded: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 
     def add(self, features: NDArray[Any], name: str) -> Caption:
         """Make features known that can then be drawn.
@@ -314,9 +327,17 @@ class CaptionConditioner(Conditioner):
     def _encode(self, text: str) -> NDArray[np.float32]:
         if self.encoder is None:
             raise RequestError("the bundle has no text encoder: export it with --text-encoder")
-        if text not in self._encoded:
-            self._encoded[text] = self.encoder(text)
-        return self._encoded[text]
+        features = self._encoded.pop(text, None)
+        if features is None:
+            features = self.encoder(text)
+        self._encoded[text] = features
+        while len(self._encoded) > REMEMBERED:
+            self._encoded.popitem(last=False)
+        return features
+
+    def close(self) -> None:
+        if self.encoder is not None:
+            self.encoder.close()
 
     def _padded(self, kind: str, rows: Sequence[NDArray[np.float32] | None]) -> Inputs:
         capacity, width = self.prefix_len, self.spec.feature_dim
@@ -367,25 +388,26 @@ def _mapped_array(path: Path) -> NDArray[Any]:
 def conditioner_of(
     spec: ClassInput | PromptInput | CaptionInput,
     prefix_len: int,
-    folder: Path,
+    open_tokenizer: Callable[[], TextTokenizer],
     open_stage: Callable[[], Backend] | None = None,
     *,
     guided: bool,
     vocabulary: int | None = None,
 ) -> Conditioner:
-    """What turns requests into the inputs of a model that draws what ``spec`` says; its files are in ``folder``.
+    """What turns requests into the inputs of a model that draws what ``spec`` says.
 
     Args:
+        open_tokenizer: reads the tokenizer when it is first needed; not called where there is none.
         open_stage: loads the text encoder's stage, if there is one.
         vocabulary: rows of the embedding of prompts' tokens; None if that is not known.
     """
     if isinstance(spec, ClassInput):
         return ClassConditioner(spec, prefix_len, guided=guided)
     if isinstance(spec, PromptInput):
-        return PromptConditioner(spec, prefix_len, folder / spec.tokenizer, vocabulary, guided=guided)
+        return PromptConditioner(spec, prefix_len, open_tokenizer, vocabulary, guided=guided)
     encoder = None
     if spec.encoder is not None and open_stage is not None:
-        encoder = TextEncoder(open_stage, folder / spec.tokenizer, prefix_len)
+        encoder = TextEncoder(open_stage, open_tokenizer, prefix_len)
     return CaptionConditioner(spec, prefix_len, encoder, guided=guided)
 
 

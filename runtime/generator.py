@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
-from runtime.conditions import conditions_of
+from runtime.conditioning import open_conditioner
+from runtime.conditions import Conditioner, conditions_of
 from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, generate, uniform_row
-from runtime.manifest import SamplingSettings
+from runtime.manifest import Manifest, SamplingSettings
 from runtime.samples import Condition, Sample, plan_samples
 from runtime.trace import Trace
 
@@ -59,21 +60,24 @@ def picture(pixels: Pixels) -> PIL.Image.Image:
 
 
 def make_batch(
-    bundle: Bundle, samples: Sequence[Sample], sampling: SamplingSettings, cache: CacheSettings | None
+    manifest: Manifest,
+    conditioner: Conditioner,
+    samples: Sequence[Sample],
+    sampling: SamplingSettings,
+    cache: CacheSettings | None,
 ) -> Batch:
-    """The batch that draws ``samples``; a short one is filled up with its last sample (rows do not see each other).
+    """The batch that draws ``samples`` from a bundle; a short one is filled up with its last sample (rows do not see each other).
 
     Raises:
         RequestError: no sample, more than the bundle's batch, or what the bundle cannot draw.
     """
-    manifest = bundle.manifest
     count, size = len(samples), manifest.images
     if not 1 <= count <= size:
         raise RequestError(f"{count} samples do not fit a batch of {size}")
     filled = [*samples, *[samples[-1]] * (size - count)]
     tokens = manifest.raster.image_tokens
     return Batch(
-        conditions=bundle.conditioner.inputs([sample.condition for sample in filled]),
+        conditions=conditioner.inputs([sample.condition for sample in filled]),
         uniforms=np.stack([uniform_row(s.seed, tokens) for s in filled]),
         sampling=sampling,
         cache=cache,
@@ -88,9 +92,15 @@ class Generator:
     Args:
         bundle: its folder, or an opened bundle.
         options: where its stages run; on the CPU if None.
+        conditioner: one that knows features of captions already, to share; one of its own if None.
     """
 
-    def __init__(self, bundle: str | Path | Bundle, options: BackendOptions | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        options: BackendOptions | None = None,
+        conditioner: Conditioner | None = None,
+    ) -> None:
         self.options = options or BackendOptions()
         self._lock = RLock()
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
@@ -102,6 +112,8 @@ class Generator:
         except BaseException:
             self.backend.close()
             raise
+        self._own_conditioner = conditioner is None
+        self.conditioner = conditioner or open_conditioner(self.bundle, self.options)
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +126,8 @@ class Generator:
         with self._lock:
             self.backend.close()
             self.decoder.close()
+            if self._own_conditioner:
+                self.conditioner.close()
 
     def generate(
         self,
@@ -168,7 +182,9 @@ class Generator:
         """
         count = len(samples)
         manifest = self.manifest
-        batch = make_batch(self.bundle, samples, sampling or manifest.sampling, cache or manifest.cache)
+        batch = make_batch(
+            manifest, self.conditioner, samples, sampling or manifest.sampling, cache or manifest.cache
+        )
         if replay is not None:
             filled = [*replay.images, *[replay.images[-1]] * (self.manifest.images - count)]
             batch = replace(batch, replay=replay.trace.batch(filled))

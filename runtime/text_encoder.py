@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BundleError, LinertError, RequestError
+from runtime.errors import BundleError, RequestError
 from runtime.samples import shortened
 from runtime.tokenizer import TextTokenizer
 
@@ -28,12 +28,15 @@ class TextEncoder:
 
     Args:
         open_stage: loads the stage when it is first needed.
-        tokenizer: its file.
+        open_tokenizer: reads its tokenizer, likewise.
         length: most tokens.
     """
 
-    def __init__(self, open_stage: Callable[[], Backend], tokenizer: Path, length: int) -> None:
-        self._open, self._path, self._length = open_stage, tokenizer, length
+    def __init__(
+        self, open_stage: Callable[[], Backend], open_tokenizer: Callable[[], TextTokenizer], length: int
+    ) -> None:
+        self._open, self._open_tokenizer, self._length = open_stage, open_tokenizer, length
+        self._lock = Lock()
 
     @cached_property
     def _backend(self) -> Backend:
@@ -41,7 +44,13 @@ class TextEncoder:
 
     @cached_property
     def _tokenizer(self) -> TextTokenizer:
-        return TextTokenizer(self._path)
+        return self._open_tokenizer()
+
+    def close(self) -> None:
+        """Give back the stage's memory and device, if it was needed."""
+        with self._lock:
+            if "_backend" in vars(self):
+                self._backend.close()
 
     def tokens(self, text: str) -> list[int]:
         """Token ids of a cleaned caption.
@@ -62,19 +71,24 @@ class TextEncoder:
         found = self.tokens(text)
         tokens = np.zeros((1, self._length), np.int64)
         tokens[0, : len(found)] = found
-        self._backend.write("text_tokens", tokens)
-        self._backend.write("text_lengths", np.array([len(found)]))
+        with self._lock:
+            return self._run(tokens, found, text)[: len(found)]
+
+    def _run(self, tokens: NDArray[np.int64], found: Sequence[int], text: str) -> NDArray[np.float32]:
+        backend = self._backend
+        backend.load("text_encoder")
+        backend.write("text_tokens", tokens)
+        backend.write("text_lengths", np.array([len(found)]))
         try:
-            self._backend.run("text_encoder")
-        except LinertError:
-            raise
+            backend.run("text_encoder")
         except Exception as error:
             # Runtimes have exceptions of their own. Bundles whose tokenizer was not held to the table may make such tokens.
             raise BundleError(
                 f"the text encoder has no embedding for a token of {shortened(text)!r}, the largest of which is {max(found)}: export the "
                 f"bundle again with the tokenizer that belongs to the encoder ({str(error).strip().splitlines()[0][:200]})"
             ) from error
-        return cast("NDArray[np.float32]", self._backend.read("text_features"))[0, : len(found)]
+        features = cast("NDArray[np.float32]", backend.read("text_features"))
+        return cast("NDArray[np.float32]", features[0])
 
 
 def t5_tokens(tokenizer: TextTokenizer, text: str) -> list[int]:

@@ -127,7 +127,7 @@ def command(
     metric_file = metric_source.partition(":")[0]
     listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
     cells, refused = listed.cells(manifest)
-    conditioner = generator.bundle.conditioner
+    conditioner = generator.conditioner
     planned = plan_samples(conditions.settle(conditioner) or conditioner.usual(), samples, seed)
     request = CompareRequest(
         manifest.sha256,

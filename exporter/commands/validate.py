@@ -28,6 +28,8 @@ from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest, condition_options
+from runtime.conditioning import open_conditioner
+from runtime.conditions import Conditioner
 from runtime.engines import built_flavours, missing_plugins, read_engines
 from runtime.errors import LinertError, RequestError
 from runtime.generator import PixelDecoder, make_batch
@@ -107,17 +109,18 @@ def command(
     """
     opened = place.open()
     manifest = opened.manifest
-    asked = conditions.settle(opened.conditioner)
+    conditioner = open_conditioner(opened, options)
+    asked = conditions.settle(conditioner)
     transformer, image_decoder = load_sources(opened, checkpoint, vq)
     if trace is not None:
         if not replace(conditions, captions=None).empty or seed or greedy or not cache.empty:
             raise RequestError("--trace brings its own images and settings: leave the others out")
-        batch, recorded, compared = _recorded(read_trace(trace), opened)
+        batch, recorded, compared = _recorded(read_trace(trace), opened, conditioner)
     else:
-        compared = plan_samples(asked or opened.conditioner.usual()[: manifest.images], manifest.images, seed)
+        compared = plan_samples(asked or conditioner.usual()[: manifest.images], manifest.images, seed)
         settings = cache.settle_for(manifest)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
-        batch, recorded = make_batch(opened, compared, sampling, settings), None
+        batch, recorded = make_batch(manifest, conditioner, compared, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=trace is not None)
@@ -145,9 +148,10 @@ def command(
         bar.update(task, completed=manifest.raster.lines)
         quality = []
         if measures:
-            drawn = plan_samples(asked or opened.conditioner.usual(), samples, seed)
+            drawn = plan_samples(asked or conditioner.usual(), samples, seed)
             quality = quality_cost(
                 opened,
+                conditioner,
                 transformer,
                 image_decoder,
                 drawn,
@@ -205,13 +209,15 @@ def _stage_parity() -> Any:
         raise LinertError(f"--stages needs {error.name}: pip install 'linert[stages]'") from error
 
 
-def _recorded(trace: Trace, bundle: Bundle) -> tuple[Batch, np.ndarray, list[Sample]]:
+def _recorded(
+    trace: Trace, bundle: Bundle, conditioner: Conditioner
+) -> tuple[Batch, np.ndarray, list[Sample]]:
     """A batch of the trace's first images, their tokens ``[I, N]``, and themselves."""
     manifest, header = bundle.manifest, trace.header
     trace.check(manifest)
     images = [min(image, len(trace.tokens) - 1) for image in range(manifest.images)]
     samples = [header.samples[image] for image in images]
-    batch = make_batch(bundle, samples, header.sampling, header.cache)
+    batch = make_batch(bundle.manifest, conditioner, samples, header.sampling, header.cache)
     return replace(batch, replay=trace.batch(images)), trace.tokens[images], samples
 
 

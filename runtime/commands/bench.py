@@ -24,6 +24,7 @@ from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
+from runtime.conditioning import open_conditioner
 from runtime.errors import LinertError, RequestError
 from runtime.machine import (
     default_threads,
@@ -304,8 +305,10 @@ def measure_beside(
 def _peers(console: Console, bundle: Bundle, loaded: Any, threads: int, batch: int) -> dict[str, Peer]:
     """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works."""
     peers = _needing("exporter.peers", "export")
-    samples = plan_samples(bundle.conditioner.usual(), batch, seed=0)
-    inputs = bundle.conditioner.inputs([sample.condition for sample in samples])
+    conditioner = open_conditioner(bundle)
+    samples = plan_samples(conditioner.usual(), batch, seed=0)
+    inputs = conditioner.inputs([sample.condition for sample in samples])
+    conditioner.close()
     guidance = bundle.manifest.sampling.guidance
     peers.set_threads(threads)
     made: dict[str, Peer] = {}

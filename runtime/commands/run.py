@@ -23,6 +23,7 @@ from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest, condition_options
+from runtime.conditioning import open_conditioner
 from runtime.errors import RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
 from runtime.generator import Generator, Replay, Tokens, picture
@@ -140,11 +141,12 @@ def command(
     for option, value in (("--eviction-map", eviction_map), ("--record-trace", record_trace)):
         if value is not None:
             manifest.require_cache(option)
-    asked_conditions = conditions.settle(opened.conditioner)
+    conditioner = open_conditioner(opened, options)
+    asked_conditions = conditions.settle(conditioner)
     if trace is not None:
         trace.check(manifest)
         samples = list(trace.header.samples)
-        opened.conditioner.check(sample.condition for sample in samples)
+        conditioner.check(sample.condition for sample in samples)
         sampling, settings = trace.header.sampling, trace.header.cache
     else:
         samples = plan_samples(asked_conditions, num_images, seed or 0)
@@ -153,7 +155,7 @@ def command(
     if faults := sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(settings, replayed=trace is not None)
-    generator = Generator(opened, options)
+    generator = Generator(opened, options, conditioner)
     request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
     folder = RunFolder(out, request, resume=resume, force=force)
     console = Console(stderr=True, highlight=False)

@@ -339,7 +339,7 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
     geometry = Geometry(TINY, 2, True, tuple(manifest.raster.slots(n) for n in manifest.capacity_lines))
     stage = LineEnd(REGISTERED[policy](), geometry)
     backend = generator.backend
-    batch = make_batch(generator.bundle, SAMPLES, manifest.sampling, cache)
+    batch = make_batch(manifest, generator.conditioner, SAMPLES, manifest.sampling, cache)
     begin(backend, batch)
     for step in manifest.raster.schedule():
         if step.stage == "line_end":

@@ -44,7 +44,7 @@ def changed(path: Path, change: Callable[[Any], Any], to: Path) -> Path:
 
 def conditioner(tokenizer: Path, vocabulary: int | None = JANUS_VOCABULARY) -> PromptConditioner:
     spec = PromptInput("tokenizer.json", (0,), "<|User|>: {prompt}\n\n<|Assistant|>:", (4,), stripped=True)
-    return PromptConditioner(spec, 128, tokenizer, vocabulary, guided=True)
+    return PromptConditioner(spec, 128, lambda: TextTokenizer(tokenizer), vocabulary, guided=True)
 
 
 def drop_out(tokenizer: Any) -> None:

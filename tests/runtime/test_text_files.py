@@ -16,6 +16,7 @@ from runtime.errors import BundleError, RequestError
 from runtime.manifest import PromptInput
 from runtime.samples import Prompt
 from runtime.text_files import MOST_BYTES, read_json_object, read_lines, read_text
+from runtime.tokenizer import TextTokenizer
 from tests.text_models import write_tiny_janus
 
 
@@ -87,7 +88,7 @@ def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
     """A mark is no part of the first prompt, and separators are a part of theirs."""
     tokenizer = write_tiny_janus(tmp_path / "janus") / "tokenizer.json"
     spec = PromptInput("tokenizer.json", (0,), "{prompt}", (4,), stripped=True)
-    conditioner = PromptConditioner(spec, 64, tokenizer, None, guided=True)
+    conditioner = PromptConditioner(spec, 64, lambda: TextTokenizer(tokenizer), None, guided=True)
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red fox\u2028in snow\r\n\n  \nan owl\x85at night".encode())
     found = ConditionRequest(prompt_file=path).settle(conditioner)
