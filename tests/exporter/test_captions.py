@@ -13,9 +13,11 @@ from random_folder import write_tokenizer
 from tokenizers import Tokenizer, processors
 
 from graphs.families import vq
+from runtime.backends import BackendOptions
 from runtime.bundle import open_bundle
 from runtime.errors import BundleError
 from runtime.text_encoder import TextEncoder
+from runtime.tokenizer import TextTokenizer
 from tests.conftest import Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
 from tests.graphs.test_text_encoder import published
@@ -187,7 +189,11 @@ def test_prompts_pass_the_text_encoder(
     extended.add_tokens([f"word{number}" for number in range(100)])
     extended.save(str(tmp_path / "tokenizer.json"))
     opened = open_bundle(bundle)
-    encode = TextEncoder(opened._open_text_encoder, tmp_path / "tokenizer.json", 120)
+    encode = TextEncoder(
+        lambda: BackendOptions().open(opened, ["text_encoder"]),
+        lambda: TextTokenizer(tmp_path / "tokenizer.json"),
+        120,
+    )
     assert encode(cleaned[0]).any()
     with pytest.raises(BundleError, match="no embedding for a token of 'word99'"):
         encode("word99")

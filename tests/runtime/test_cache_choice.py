@@ -60,7 +60,9 @@ def test_the_decode_graph_does_not_know_the_policy(
     other = export(*tiny_files, *options, "--policy", "h2o", "--capacity-lines", 6)
     for stage in ("decode.onnx", "decode.unfiltered.onnx", "prefill.onnx"):
         # What differs is the bundle that they are bound to.
-        ours, theirs = (onnx.load(bundle / stage, load_external_data=False) for bundle in (other, many_bundle))
+        ours, theirs = (
+            onnx.load(bundle / stage, load_external_data=False) for bundle in (other, many_bundle)
+        )
         assert ours.metadata_props != theirs.metadata_props
         for model in (ours, theirs):
             del model.metadata_props[:]
