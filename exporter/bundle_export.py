@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +13,7 @@ import onnx
 import torch
 from onnx import helper
 
+from exporter.bundle_folder import BUNDLE
 from exporter.finiteness import check_numbers
 from exporter.models import Loaded, LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
 from exporter.onnx_export import export_stage
@@ -50,6 +48,7 @@ from runtime.manifest import (
     Work,
 )
 from runtime.manifest_file import check, contract, encode, seal
+from runtime.replacement import new_folder
 from runtime.tokenizer import TextTokenizer
 
 WEIGHTS_NAME = "weights.bin"
@@ -245,12 +244,12 @@ def export_bundle(
 ) -> Path:
     """Write the bundle of ``plan`` to folder ``out``.
 
-    It is written to a temporary neighbour and renamed when complete: on any failure or interruption
-    ``out`` is what it was before.
+    It is written to a temporary neighbour that takes the name when it is complete and on the disk: on any failure,
+    interruption or power cut ``out`` is what it was before.
 
     Args:
         others: the same model for images of other sizes, which share its weights.
-        force: replace ``out`` if it exists.
+        force: replace ``out`` if it is a bundle and nothing else.
         report: called with a line before each piece of work.
 
     Raises:
@@ -263,7 +262,7 @@ def export_bundle(
         raise ExportError(f"{' and '.join(missing)} must be calibrated before the export")
     report("reading the weights")
     plan.check_numbers()
-    with new_folder(out, force=force) as folder:
+    with new_folder(out, BUNDLE, force=force) as folder:
         free = shutil.disk_usage(folder).free
         needed = plan.weight_bytes + GRAPH_BYTES
         if free < needed:
@@ -272,37 +271,6 @@ def export_bundle(
             )
         _write(plan, others, folder, report)
     return out
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a temporary neighbour of ``out`` that becomes ``out`` when the block succeeds and is removed when not.
-
-    Raises:
-        OutputError: ``out`` exists and ``force`` is not set, or the file system refuses.
-    """
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file, not a folder; give another --out")
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    replaced = out.parent / f".{out.name}.{os.getpid()}.replaced"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        if out.exists():
-            out.rename(replaced)
-        partial.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"the disk is full: {out} was not written") from error
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass

@@ -22,19 +22,24 @@ from exporter.quality import measure_rows
 from exporter.timing import decode_backend, step_times
 from runtime.backend import Backend
 from runtime.bench import milliseconds
+from runtime.errors import RequestError
 from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, begin, run_step
 from runtime.manifest import Record, SamplingSettings
 from runtime.metrics import Bootstrap, Interval, Metric
-from runtime.output import RUN_NAME, RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
+from runtime.output import read_arrays, write_arrays
+from runtime.replacement import make_folder
+from runtime.run_folder import RunRequest, run_folder
+from runtime.samples import Sample
 
 CELLS = "cells"
+CODE = "metrics_sha256"
 TIMING_ROUNDS = 3
 
 
 class CompareRequest(Record, frozen=True):
-    """What a comparison's folder holds."""
+    """What a comparison's folder holds. ``metrics_sha256``: of the metrics' code, as of :func:`runtime.source_digest.source_digest`."""
 
     bundle_sha256: str
     caches: tuple[CacheSettings, ...]
@@ -131,15 +136,14 @@ class Comparison:
         path = self.folder / CELLS / cell.key
         request = self.request
         run = RunRequest(request.samples, request.sampling, cell.cache, request.bundle_sha256)
-        begun = self.resume and (path / RUN_NAME).exists()
-        store = RunFolder(path, run, resume=begun, force=not begun)
         groups = list(self.generator.batches(request.samples))
         first = 0
-        for index, group in enumerate(groups):
-            self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
-            if any(image not in store.done for image in range(first, first + len(group))):
-                store.record(first, self.generator.draw(group, request.sampling, cell.cache))
-            first += len(group)
+        with run_folder(path, run, resume=self.resume and path.exists(), force=False) as store:
+            for index, group in enumerate(groups):
+                self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
+                if any(image not in store.done for image in range(first, first + len(group))):
+                    store.record(first, self.generator.draw(group, request.sampling, cell.cache))
+                first += len(group)
         return np.stack([store.done[image] for image in range(first)])
 
     def _metric_rows(self, cell: Cell, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
@@ -147,10 +151,10 @@ class Comparison:
         if not self.metrics:
             return {}
         path = self.folder / CELLS / cell.key / "metrics.npz"
-        if self.resume and path.exists():
-            kept = read_arrays(path)
-            if all(metric.name in kept for metric in self.metrics):
-                return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
+        code = np.frombuffer(self.request.metrics_sha256.encode(), np.uint8)
+        kept = self._kept(path, [CODE, *(metric.name for metric in self.metrics)])
+        if np.array_equal(kept.get(CODE, ()), code):
+            return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
         rows = measure_rows(
             self.metrics,
             self.generator.decoder,
@@ -158,8 +162,16 @@ class Comparison:
             self.request.samples,
             lambda done, total: self.progress(f"measuring {cell.cache.policy}", done, total),
         )
-        write_arrays(path, rows)
+        write_arrays(path, {**rows, CODE: code})
         return rows
+
+    def _kept(self, path: Path, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        """The arrays of a file of an earlier start; none if it lacks one of ``names``, was damaged, or is to be made anew."""
+        try:
+            arrays = read_arrays(path) if self.resume else {}
+        except RequestError:
+            return {}
+        return arrays if all(name in arrays for name in names) else {}
 
     def _forced(self, tokens: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.float64]]]:
         """KL and top-1 agreement of every cell's logits with the full cache's, both fed the full cache's ``tokens``.
@@ -173,15 +185,15 @@ class Comparison:
             first = index * self.manifest.images
             fed = tokens[first : first + len(group)]
             files = [self.folder / CELLS / cell.key / f"forced_{index:04d}.npz" for cell in self.cells]
-            missing = [not (self.resume and file.exists()) for file in files]
-            reference = list(self._log_probs(self.cells[0], group, fed)) if any(missing) else []
+            kept = [self._kept(file, ("kl", "top1")) for file in files]
+            reference = [] if all(kept) else list(self._log_probs(self.cells[0], group, fed))
             for number, (cell, file) in enumerate(zip(self.cells, files, strict=True)):
                 done = index * len(files) + number
                 self.progress("feeding all the same tokens", done, len(groups) * len(files))
-                if missing[number]:
+                if not kept[number]:
                     found = self._log_probs(cell, group, fed)
                     write_arrays(file, distances(reference, found))
-                parts[cell.key].append(read_arrays(file))  # type: ignore[arg-type]
+                parts[cell.key].append(kept[number] or read_arrays(file))  # type: ignore[arg-type]
         weights = [len(group) for group in groups]
         return {
             key: {

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from runtime.generator import Generator, PixelDecoder
 from runtime.geometry import CacheSettings
 from runtime.manifest import SamplingSettings
 from runtime.metrics import Bootstrap, Interval, Metric, Rows
+from runtime.replacement import scratch_folder
 from runtime.samples import Sample, asked_for
 
 METRIC_BATCH = 50
@@ -66,10 +65,10 @@ def quality_cost(
 
     Conditions and seeds are the same, so that the intervals of the difference are paired.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         progress("exporting float32", 0, 1)
         plan = plan_like(bundle, transformer, image_decoder, PrecisionPlan())
-        wide = export_bundle(plan, Path(folder) / "float32", report=lambda line: None)
+        wide = export_bundle(plan, folder / "float32", report=lambda line: None)
         found = []
         on_cpu = BackendOptions(threads=options.threads)
         for name, path, chosen in (("bundle", bundle.path, options), ("float32", wide, on_cpu)):

@@ -8,6 +8,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from runtime.bench import Timings
+from runtime.errors import RequestError
+from runtime.replacement import atomic_file
+
+
+def check_format(path: Path) -> None:
+    """Raise :class:`RequestError` if the suffix of ``path`` names no format of pictures."""
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise RequestError(f"{path}: name a file that ends in one of .{', .'.join(sorted(known))}")
 
 
 def draw(labels: Sequence[Mapping[str, str]], timings: Sequence[Timings], path: Path) -> None:
@@ -23,4 +32,5 @@ def draw(labels: Sequence[Mapping[str, str]], timings: Sequence[Timings], path: 
     axes.set_xlabel("ms")
     axes.set_title(" x ".join(labels[0]))
     axes.legend()
-    figure.savefig(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix(".").lower())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from runtime.bundle import Bundle
 from runtime.manifest import CONTRACT_KEY, Manifest, TensorSpec
 from runtime.manifest_file import contract
 from runtime.ort import OrtBackend
+from runtime.replacement import scratch_folder
 
 
 @contextlib.contextmanager
@@ -44,8 +44,7 @@ def decode_backend(bundle: Bundle, stage: str, lines: Sequence[int], threads: in
             dimension.dim_value = size
     timed = msgspec.structs.replace(manifest, stages={stage: fitted}, state=tuple(resized.values()))
     helper.set_model_props(model, {CONTRACT_KEY: contract(timed)})
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         onnx.save(model, folder / spec.file)
         for file in manifest.files:
             target = folder / file

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from runtime.loop import Batch, begin, run_step
 from runtime.machine import ReadBandwidth, peak_macs, resident_bytes
 from runtime.manifest import Manifest, Work
 from runtime.output import write_png
+from runtime.replacement import scratch_folder
 from runtime.samples import plan_samples
 
 WARM_UP = 3
@@ -184,10 +184,10 @@ class Measured:
         for stage, steps in itertools.groupby(self.manifest.raster.schedule(), lambda step: step.stage):
             timed(stage, partial(self._run_steps, list(steps)))
         tokens = self.backend.read("tokens")
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             for index, row in enumerate(tokens):
                 pixels = timed("vq_decoder", partial(self.generator.decoder, row[None]))[0]
-                timed("png", partial(_write, Path(folder) / f"{index}.png", pixels))
+                timed("png", partial(_write, folder / f"{index}.png", pixels))
         self._line = 0
         return Image(spent["prefill"], spent["decode"], spent["line_end"], spent["vq_decoder"], spent["png"])
 
@@ -354,8 +354,8 @@ def profile(
     """
     from runtime.ort import OrtBackend
 
-    with tempfile.TemporaryDirectory() as folder:
-        backend = OrtBackend(bundle, batch.stages.values(), threads=threads, profile=Path(folder))
+    with scratch_folder() as folder:
+        backend = OrtBackend(bundle, batch.stages.values(), threads=threads, profile=folder)
         begin(backend, batch)
         raster, position = bundle.manifest.raster, backend.specs["position"]
         for step in range(steps):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from runtime.errors import BundleError, RequestError
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.manifest_file import MAX_BYTES, decode
+from runtime.replacement import recover
 
 SIZE = re.compile(r"[0-9]{1,6}x[0-9]{1,6}")
 """Width and height of images in pixels."""
@@ -104,6 +105,7 @@ def open_bundle(path: str | Path, size: str | None = None, *, digests: bool = Tr
         RequestError: it draws no images of that size.
     """
     folder = Path(path)
+    recover(folder)
     manifest = _read_manifest(folder, MANIFEST_NAME)
     other = "" if size is None or size == manifest.size else size
     if other:

@@ -10,6 +10,7 @@ import msgspec
 from runtime.bundle import Bundle, file_sha256
 from runtime.errors import BundleError
 from runtime.plugins import CONTENTS
+from runtime.replacement import recover
 
 ENGINES_FOLDER = "engines"
 RECORD_NAME = "engine.json"
@@ -103,6 +104,7 @@ def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engin
             what to build again.
     """
     folder = engines_folder(bundle, flavour)
+    recover(folder)
     again = build_again(bundle, flavour)
     try:
         engines = msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=Engines)

@@ -25,6 +25,7 @@ from graphs.families.lasadgen import SIZES, Variant
 from runtime.backends import BackendOptions
 from runtime.bench import Measured
 from runtime.cache_request import CacheRequest
+from runtime.replacement import atomic_file
 
 LASAD = {f"LASADGen, {variant}": variant for variant in (Variant.MANHATTAN, Variant.SIGNED)}
 
@@ -116,7 +117,8 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import click
 from rich.console import Console
 
 from exporter.bundle_export import ExportPlan, export_bundle, raster_of
+from exporter.bundle_folder import BUNDLE
 from exporter.calibration import Calibration, calibrated
 from exporter.model_options import help_text
 from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder, load_transformer
@@ -20,9 +21,10 @@ from runtime.cache_request import CacheRequest, quarter
 from runtime.commands.bundle_argument import parse_size
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest
-from runtime.errors import OutputError, RequestError
+from runtime.errors import RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
 from runtime.manifest import SamplingSettings
+from runtime.replacement import check_new_folder
 from runtime.samples import MOST_COUNT, Prompt, shortened
 from runtime.text import lines_text, size_text
 
@@ -185,7 +187,7 @@ DEFAULT_SHARE_GUIDANCE = False
     type=click.Path(path_type=Path),
     help="The same as features in a .npy file, for models that see those.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
 def command(
     checkpoint: Path,
     vq: Path | None,
@@ -225,8 +227,7 @@ def command(
     shards, load as they are; no code in them is run.
     """
     console = Console(stderr=True, highlight=False)
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
+    check_new_folder(out, BUNDLE, force=force)
     if prompt_tokens is not None and prompt_tokens < 1:
         raise RequestError("--prompt-tokens must be at least 1")
     request = ModelRequest(

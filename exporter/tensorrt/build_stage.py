@@ -7,8 +7,10 @@ when the process starts. JOB is a :class:`Job` as JSON; events go to standard ou
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from exporter.tensorrt.callbacks import make_monitor, make_writer
 from runtime.engines import Layer
 from runtime.plugins import NAMESPACE
 from runtime.plugins.trt import register
+from runtime.replacement import output_error
 from runtime.trt_flavour import FLAVOURS, make_logger
 
 MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
@@ -104,11 +107,18 @@ def build(job: Job) -> Event:
     if allocation is not None:
         config.set_flag(allocation)
     layers, aliases = described(trt, network)
-    with Path(job.plan).open("wb") as file:
-        if not builder.build_serialized_network_to_stream(network, config, make_writer(trt, file)):
-            return Event(
-                error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}"
-            )
+    failures: list[OSError] = []
+    built = False
+    try:
+        with Path(job.plan).open("wb") as file:
+            writer = make_writer(trt, file, failures.append)
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+    except OSError as error:
+        failures.append(error)
+    if failures:
+        return Event(error=str(output_error(Path(job.plan), failures[0])))
+    if not built:
+        return Event(error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}")
     return Event(
         seconds=time.perf_counter() - begun,
         layers=layers,
@@ -167,7 +177,15 @@ def capability_at_hand() -> int:
     return current_capability(driver, checked(driver, driver.cuDeviceGet(0)))
 
 
+def end_with_parent() -> None:
+    """End this process at once when whoever started it has: a killed build must not go on writing."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main(arguments: Sequence[str]) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     emit(build(msgspec.json.decode(arguments[0], type=Job)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from runtime.machine import (
     processor_name,
 )
 from runtime.manifest import Manifest
+from runtime.replacement import check_target, scratch_folder
 from runtime.samples import plan_samples
 from runtime.text import size_text
 
@@ -121,6 +121,9 @@ def command(
         raise RequestError("--sweep makes its own bundles: leave --profile and cache options out")
     if plot and not sweep:
         raise RequestError("--plot draws a sweep: give --sweep")
+    check_target(plot)
+    if plot:
+        _needing("exporter.sweep_plot", "compare").check_format(plot)
     if options.name is not BackendName.CPU and (sweep or profiled):
         raise RequestError(f"--sweep and --profile measure the CPU: leave --backend {options.name} out")
     threads = options.threads or default_threads()
@@ -194,10 +197,10 @@ def _sweep(
     checkpoints = _needing("exporter.sources", "export").Checkpoints.find(bundle, checkpoint, vq)
     loaded = {grid: checkpoints.load(grid) for grid in sorted({cell.grid for cell in wanted})}
     peers: dict[str, Peer] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         paths: list[Path] = []
         with console.status("exporting") as status:
-            for path in sweep.export_cells(bundle, wanted, Path(folder), loaded):
+            for path in sweep.export_cells(bundle, wanted, folder, loaded):
                 paths.append(path)
                 status.update(f"exporting: {len(paths)} of {len(wanted)} ...")
         sizes = sorted({(cell.grid, cell.batch) for cell in wanted}) if compare_pytorch else []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from runtime import Generator
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
 from runtime.generator import make_batch
+from runtime.replacement import working_folder
 from runtime.samples import ClassLabel, Sample
 from tests.conftest import ROOT, TINY, Result
 
@@ -189,6 +192,110 @@ def test_an_interrupted_comparison_goes_on(
         for folder in (out, compared[0])
     )
     assert found == wanted
+
+
+def test_metrics_whose_code_changed_are_measured_again(
+    linert: Linert, many_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a module of a package, whose function is in another."""
+    package = tmp_path / "code" / "judges"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "brightness.py").write_text(
+        "from runtime.metrics import Metric\n"
+        "class Brightness(Metric):\n"
+        "    name, higher_is_better = 'brightness', True\n"
+        "    def measure(self, pixels, asked):\n"
+        "        from judges.scale import scaled\n"
+        "        return scaled(pixels.mean((1, 2, 3), dtype='float64')[:, None])\n"
+        "    def score(self, rows):\n"
+        "        return float(rows.mean())\n"
+        "def metrics():\n"
+        "    return [Brightness()]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    out = tmp_path / "out"
+    request = (
+        "compare",
+        many_bundle,
+        "--out",
+        out,
+        "--policies",
+        "linear",
+        "--budgets",
+        "1/2",
+        "--samples",
+        2,
+    )
+    measured = []
+    for scale in (1, 1, 3):
+        (package / "scale.py").write_text(f"def scaled(rows):\n    return {scale}.0 * rows\n")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "judges"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        result = linert(
+            *request, "--metrics", "judges.brightness", "--no-timing", *["--resume"] * out.exists()
+        )
+        assert result.code == 0, result.err
+        rows = sorted(out.glob("cells/*/metrics.npz"))
+        value = cells_of(out)[0]["metrics"]["brightness"]["value"]
+        measured.append((value, [path.stat().st_mtime_ns for path in rows]))
+    first, again, changed = measured
+    assert again == first
+    assert changed[0] == pytest.approx(3 * first[0], rel=1e-12)
+    assert all(later > before for later, before in zip(changed[1], first[1], strict=True))
+
+
+def test_damaged_measurements_are_made_again(
+    compared: tuple[Path, str],
+    request_options: tuple[object, ...],
+    linert: Linert,
+    many_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    out = Path(shutil.copytree(compared[0], tmp_path / "out"))
+    for pattern in ("metrics.npz", "forced_0001.npz", "tokens.npz"):
+        path = sorted(out.glob(f"cells/*/{pattern}"))[-1]
+        path.write_bytes(path.read_bytes()[:100])
+    (out / "cells" / ".x.0123456789abcdef.partial").touch()
+    result = linert("compare", many_bundle, "--out", out, *request_options, "--resume", "--no-timing")
+    assert result.code == 0, result.err
+    timed = ("decode_ms", "line_end_ms")
+    found, wanted = (
+        [{name: value for name, value in cell.items() if name not in timed} for cell in cells_of(folder)]
+        for folder in (out, compared[0])
+    )
+    assert found == wanted
+
+
+def test_a_comparison_begins_in_an_empty_folder_and_in_no_other(
+    linert: Linert, many_bundle: Path, tmp_path: Path
+) -> None:
+    request = (
+        "compare",
+        many_bundle,
+        "--policies",
+        "linear",
+        "--budgets",
+        "1/2",
+        "--samples",
+        1,
+        "--no-timing",
+    )
+    for name, options in (("a", ()), ("b", ("--resume",))):
+        (tmp_path / name).mkdir()
+        result = linert(*request, "--out", tmp_path / name, *options)
+        assert result.code == 0, result.err
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "holiday.jpg").touch()
+    for options in ((), ("--resume",)):
+        assert linert(*request, "--out", mine, *options).code == 2
+    assert [path.name for path in mine.iterdir()] == ["holiday.jpg"]
+    with working_folder(tmp_path / "a"):
+        result = linert(*request, "--out", tmp_path / "a", "--resume")
+    assert result.code == 2
+    assert "another linert is writing" in " ".join(result.err.split())
 
 
 @pytest.mark.parametrize(
