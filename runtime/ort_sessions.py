@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import onnxruntime as ort
 
@@ -121,7 +122,7 @@ class SessionBackend(Backend):
         self.bundle.require_unchanged(files)
         try:
             session = ort.InferenceSession(
-                path,
+                self._model(stage),
                 options,
                 providers=self._providers(stage),
                 disabled_optimizers=list(self.disabled_optimizers),
@@ -130,6 +131,10 @@ class SessionBackend(Backend):
             raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path}: {error}") from error
         self.bundle.require_unchanged(files)
         return session
+
+    def _model(self, stage: str) -> Path | bytes:
+        """What ONNX Runtime makes the session of ``stage`` of: the bundle's file."""
+        return self.bundle.stage_path(stage)
 
     def _bind(
         self, spec: StageSpec, session: ort.InferenceSession

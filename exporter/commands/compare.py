@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 import onnxruntime
+import rich.box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from exporter.compare import CellResult, CompareRequest, Comparison
 from exporter.compare_grid import Grid
-from exporter.report import header, render_page, row_of
+from exporter.report import render_page, tables
 from runtime.backends import BackendOptions
 from runtime.cache_request import PYRAMID, UNIFORM
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
@@ -26,7 +27,8 @@ from runtime.commands.condition_options import ConditionRequest, condition_optio
 from runtime.errors import OutputError, RequestError
 from runtime.generator import Generator
 from runtime.geometry import Aggregation, HeadScores, Mode
-from runtime.metrics import load_metrics
+from runtime.metric_source import load_metrics
+from runtime.metrics import Metric
 from runtime.replacement import atomic_file, is_empty, working_folder
 from runtime.samples import plan_samples
 from runtime.source_digest import source_digest
@@ -35,6 +37,7 @@ REQUEST_NAME = "request.json"
 JSON_NAME = "compare.json"
 PAGE_NAME = "compare.html"
 STRIP_IMAGES = 12
+PRINTED_WIDTH = 100
 FLAGS = {"yes": True, "no": False}
 
 
@@ -232,11 +235,24 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _print(results: list[CellResult], metrics: Any) -> None:
-    table = Table(*header(metrics, results))
-    for result in results:
-        table.add_row(*row_of(result, metrics))
+def _print(results: Sequence[CellResult], metrics: Sequence[Metric]) -> None:
+    """Print a table of costs and one a metric. Long names of policies are folded, numbers are not."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 220
-    console.print(table)
+        console.width = PRINTED_WIDTH
+    for text in tables(results, metrics):
+        table = Table(
+            title=text.title,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for number, title in enumerate(text.columns):
+            if number:
+                table.add_column(title, justify="right", no_wrap=True)
+            else:
+                table.add_column(title, overflow="fold")
+        for row in text.rows:
+            table.add_row(*row)
+        console.print(table)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -19,7 +19,6 @@ from rich.table import Table
 
 from exporter.parity import validate
 from exporter.parity_report import Bounds, Check, Choices, Report
-from exporter.quality import QualityCost, quality_cost
 from exporter.sources import load_sources
 from runtime.backends import BackendName, BackendOptions
 from runtime.bundle import Bundle
@@ -34,9 +33,12 @@ from runtime.engines import built_flavours, missing_plugins, read_engines
 from runtime.errors import LinertError, RequestError
 from runtime.generator import PixelDecoder, make_batch
 from runtime.loop import Batch
-from runtime.metrics import load_metrics
+from runtime.metric_source import load_metrics
 from runtime.samples import Sample, plan_samples
 from runtime.trace import Trace, read_trace
+
+if TYPE_CHECKING:
+    from exporter.quality import QualityCost
 
 
 @click.command()
@@ -149,7 +151,7 @@ def command(
         quality = []
         if measures:
             drawn = plan_samples(asked or conditioner.usual(), samples, seed)
-            quality = quality_cost(
+            quality = _with_extra("exporter.quality", "--metrics", "compare").quality_cost(
                 opened,
                 conditioner,
                 transformer,
@@ -166,7 +168,7 @@ def command(
         differences = []
         if by_stages:
             on_cpu = BackendOptions(threads=options.threads)
-            compare = _stage_parity().compare_stages
+            compare = _with_extra("exporter.stage_parity", "--stages", "stages").compare_stages
             differences = compare(
                 *(chosen.open(opened, manifest.stages) for chosen in (on_cpu, options)),
                 batch,
@@ -202,11 +204,12 @@ def plan_checks(bundle: Bundle) -> list[Check]:
     ]
 
 
-def _stage_parity() -> Any:
+def _with_extra(module: str, option: str, extra: str) -> Any:
+    """A module of ours that needs packages of ``extra``, which not everybody has."""
     try:
-        return importlib.import_module("exporter.stage_parity")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise LinertError(f"--stages needs {error.name}: pip install 'linert[stages]'") from error
+        raise LinertError(f"{option} needs {error.name}: pip install 'linert[{extra}]'") from error
 
 
 def _recorded(
@@ -228,7 +231,11 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
         f"mean {logits.mean_abs:.2e}, KL {logits.kl_mean:.2e} (max {logits.kl_max:.2e}), "
         f"top-1 agreement {logits.top1_agreement:.2%}; reference std {logits.reference_std:.2f}"
     )
-    if report.lines:
+    if any(line.scores_max_abs is None for line in report.lines):
+        console.print(
+            f"line ends: the trace's evictions were imposed on both sides at all {len(report.lines)}"
+        )
+    elif report.lines:
         table = Table(
             "line", "scores, max abs error", "write slots equal", title="line ends", title_justify="left"
         )
@@ -251,11 +258,14 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
     if quality:
         table = Table("metric", "bundle", "float32", "difference", "", title="quality", title_justify="left")
         for cost in quality:
-            cells = [
-                f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
-                for found in (cost.bundle, cost.float32, cost.difference)
-            ]
-            table.add_row(cost.metric, *cells, "worse" if cost.worse else "")
+            estimates = ((cost.bundle, ""), (cost.float32, ""), (cost.difference, "+"))
+            name = cost.metric
+            if cost.distance:
+                name = f"{cost.metric}, without its bias"
+                measured = [f"{found.measured:{sign}.{cost.digits}f}" for found, sign in estimates]
+                table.add_row(cost.metric, *measured, "")
+            cells = [found.text(cost.digits, sign) for found, sign in estimates]
+            table.add_row(name, *cells, "worse" if cost.worse else "")
         console.print(table)
     table = Table("check", "measured", "bound", "", title="verdict", title_justify="left")
     for check in report.checks:

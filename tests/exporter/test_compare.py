@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -18,17 +19,22 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from exporter.compare import forced_logits
 from exporter.compare_grid import Grid, budget_lines, labels_of
-from exporter.timing import decode_backend
+from exporter.quality import measure_rows
+from exporter.timing import ResizedBackend, step_times
+from graphs.families.llamagen import LlamaGen
+from graphs.families.vq import VQModel
 from runtime import Generator
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
-from runtime.generator import make_batch
+from runtime.generator import PixelDecoder, make_batch
+from runtime.metrics import Metric
 from runtime.replacement import working_folder
 from runtime.samples import ClassLabel, Sample
-from tests.conftest import ROOT, TINY, Result
+from tests.conftest import ROOT, TINY, TINY_VQ, Result, random_state
 
 Linert = Callable[..., Result]
 METRICS = """
@@ -102,6 +108,28 @@ def test_every_cell_is_measured(compared: tuple[Path, str], many_bundle: Path) -
         assert cell["first_divergence"] >= (budget - 1) * TINY.line_width
 
 
+def test_the_tables_fit_a_terminal(compared: tuple[Path, str]) -> None:
+    out, printed = compared
+    lines = printed.splitlines()
+    assert max(map(len, lines[:-1])) <= 100
+    for title in ("agreement with the full cache", "class accuracy (higher", "Fréchet distance (lower"):
+        assert title in printed
+    for cell in cells_of(out):
+        # Numbers are not folded, and state whole intervals.
+        far = cell["metrics_minus_full"]["Fréchet distance"]
+        assert (
+            cell["label"] == "full"
+            or f"{far['value']:+.2f} [{far['low']:+.2f}, {far['high']:+.2f}]" in printed
+        )
+        assert f"{cell['kl_mean']:.4f}" in printed
+
+
+def test_the_full_cache_is_measured_beside_itself(compared: tuple[Path, str]) -> None:
+    full = cells_of(compared[0])[0]
+    assert {*full["metrics_minus_full"]["class accuracy"].values()} == {0.0}
+    assert full["metrics"]["Fréchet distance"]["measured"] >= full["metrics"]["Fréchet distance"]["value"]
+
+
 class Page(HTMLParser):
     """Collects what a page refers to and the tags left open."""
 
@@ -134,7 +162,8 @@ def test_the_page_needs_nothing_beside_it(compared: tuple[Path, str]) -> None:
     assert not re.search(r"url\((?!#)|@import", text)
     cells = len(cells_of(out))
     assert page.tags.count("img") == cells
-    assert page.tags.count("tr") == cells + 1
+    # A table of costs and one a metric.
+    assert page.tags.count("tr") == 3 * (cells + 1)
     # Two metrics, KL by budget and by line, time by state.
     assert page.tags.count("svg") == 5
 
@@ -391,16 +420,68 @@ def test_a_resized_decode_graph_is_that_of_a_smaller_bundle(
     tokens = small.draw(samples)
     for _ in zip(range(20), forced_logits(backend, batch, tokens), strict=False):
         pass
-    with decode_backend(open_bundle(many_bundle), "decode.unfiltered", (3, 2), 1) as resized:
-        for name in resized.specs:
-            if not name.startswith("logits"):
-                resized.write(name, backend.read(name))
-        resized.run("decode.unfiltered")
-        backend.run("decode.unfiltered")
-        for name in resized.specs:
-            np.testing.assert_allclose(
-                resized.read(name), backend.read(name), atol=1e-5, rtol=0, err_msg=name
-            )
+    resized = ResizedBackend(open_bundle(many_bundle), "decode.unfiltered", (3, 2), 1)
+    for name in resized.specs:
+        if not name.startswith("logits"):
+            resized.write(name, backend.read(name))
+    resized.run("decode.unfiltered")
+    backend.run("decode.unfiltered")
+    for name in resized.specs:
+        np.testing.assert_allclose(resized.read(name), backend.read(name), atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_timing_reads_weights_where_they_are(many_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is linked or copied: there may be no room for it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(many_bundle / "no such folder"))
+    before = {path: path.stat().st_nlink for path in many_bundle.iterdir()}
+    bundle = open_bundle(many_bundle)
+    backend = ResizedBackend(bundle, "decode.unfiltered", (2, 1), 1)
+    assert len(step_times(backend, "decode.unfiltered", bundle.manifest)) == TINY.line_width
+    assert {path: path.stat().st_nlink for path in many_bundle.iterdir()} == before
+
+
+def test_logits_that_are_not_finite_are_reported(
+    linert: Linert, export: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Finite weights whose products no float32 holds."""
+    state = random_state(LlamaGen(TINY))
+    state["output.weight"] *= 1e38
+    torch.save({"model": state}, tmp_path / "model.pt")
+    torch.save({"model": random_state(VQModel(TINY_VQ))}, tmp_path / "vq.pt")
+    options = ("--grid", 6, "--heads", 4, "--batch", 2, "--policy", "linear,full")
+    bundle = export(tmp_path / "model.pt", tmp_path / "vq.pt", *options)
+    result = linert("compare", bundle, "--samples", 2, "--budgets", 3, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "finite" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (lambda images: np.zeros(images), r"an array \[2\] of 2 images"),
+        (lambda images: np.zeros((images + 1, 1)), r"an array \[3, 1\] of 2 images"),
+        (lambda images: np.full((images, 1), np.nan), "not finite"),
+        (lambda images: "nothing", "cannot measure images: ValueError"),
+        (lambda images: {}["features"], "cannot measure images: KeyError"),
+    ],
+)
+def test_metrics_that_measure_wrongly_are_named(
+    measured: Callable[[int], object], message: str, many_bundle: Path
+) -> None:
+    class Faulty(Metric):
+        name, higher_is_better = "faulty", True
+
+        def measure(self, pixels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+            return measured(len(pixels))  # type: ignore[return-value]
+
+        def score(self, rows: np.ndarray) -> float:
+            return float(rows.mean())
+
+    decoder = PixelDecoder(open_bundle(many_bundle))
+    samples = [Sample(ClassLabel(1), 2), Sample(ClassLabel(3), 4)]
+    with pytest.raises(RequestError, match=f"faulty.*{message}"):
+        measure_rows([Faulty()], decoder, np.zeros((2, TINY.image_tokens), np.int64), samples)
 
 
 def test_labels_say_what_differs(many_bundle: Path) -> None:

@@ -185,7 +185,13 @@ def test_a_trace_is_imposed_on_another_run(linert: Linert, many_bundle: Path, tm
         assert picture.read_bytes() == (again / picture.name).read_bytes()
     validated = linert("validate", many_bundle, "--trace", trace, "--json")
     assert validated.code == 0, validated.out + validated.err
-    assert json.loads(validated.out)["recorded_agreement"] == 1.0
+    report = json.loads(validated.out)
+    assert report["recorded_agreement"] == 1.0
+    # The trace decides and not the scores, which the two sides then do not keep alike.
+    assert [line["scores_max_abs"] for line in report["lines"]] == [None] * 5
+    told = linert("validate", many_bundle, "--trace", trace).out
+    assert "scores" not in told
+    assert "the trace's evictions were imposed on both sides at all 5" in " ".join(told.split())
 
 
 def test_a_replay_follows_the_trace_and_not_the_scores(
