@@ -58,7 +58,7 @@ PHASES = {
     ),
     "sanitizer": Phase(kernels.sanitized, 120, "the same under compute-sanitizer"),
     "tests": Phase(tests.checks, 120, "the kernels' tests, compiled by the Triton at hand"),
-    "speeds": Phase(speeds.checks, 90, "kernels against copy bandwidth; the best launches as a table"),
+    "speeds": Phase(speeds.checks, 90, "kernels against copy bandwidth; the best layout as a table"),
     "onnxruntime": Phase(onnxruntime.checks, 360, "ONNX Runtime's CUDA backend: the demo, then LlamaGen-XL"),
     "plans": Phase(plans.checks, 600, "TensorRT for RTX and TensorRT: parity and speed of the demos"),
 }

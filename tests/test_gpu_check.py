@@ -36,28 +36,47 @@ sys.exit(code)
 """
 
 
-def call(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    # Nothing of the project is on the path but what the scripts put there.
+NOT_INSTALLED = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
+"""
+"""What a Python runs when it starts that has this environment's packages but not the project."""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that makes Python forget that the project is installed."""
+    folder = tmp_path_factory.mktemp("bare")
+    (folder / "sitecustomize.py").write_text(NOT_INSTALLED)
+    done = subprocess.run(
+        [sys.executable, "-c", "import runtime"], env={"PYTHONPATH": str(folder)}, cwd="/", capture_output=True
+    )
+    assert b"No module named 'runtime'" in done.stderr
+    return folder
+
+
+def call(bare: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository where the project is not installed."""
     plain = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")
     }
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         **{"capture_output": True, "text": True, "check": False, "cwd": "/"},
-        env={**plain, **environment},
+        env={**plain, "PYTHONPATH": str(bare), **environment},
     )
 
 
 @pytest.fixture(scope="module")
-def carried(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def carried(bare: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The least of everything that travels."""
     folder = tmp_path_factory.mktemp("carried")
-    done = call(SCRIPTS / "gpu_prepare.py", "--few", "--out", folder)
+    done = call(bare, SCRIPTS / "gpu_prepare.py", "--few", "--out", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def test_the_quarter_of_an_hour_is_rehearsed(carried: Path, tmp_path: Path) -> None:
+def test_the_quarter_of_an_hour_is_rehearsed(bare: Path, carried: Path, tmp_path: Path) -> None:
     tool = tmp_path / "bin" / "compute-sanitizer"
     tool.parent.mkdir()
     tool.write_text(SANITIZER)
@@ -65,6 +84,7 @@ def test_the_quarter_of_an_hour_is_rehearsed(carried: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     begun = time.monotonic()
     done = call(
+        bare,
         *(SCRIPTS / "gpu_check.py", "--rehearse", "--carried", carried, "--out", out),
         PATH=f"{tool.parent}{os.pathsep}{os.environ['PATH']}",
     )
@@ -81,7 +101,7 @@ def test_the_quarter_of_an_hour_is_rehearsed(carried: Path, tmp_path: Path) -> N
         "kernels": ("LineAttention, 2x1x33x16, float32, machine code", "LineEvict, linear"),
         "sanitizer": ("memcheck", "racecheck"),
         "tests": ("test_line_evict_kernels.py",),
-        "speeds": ("LineAttention, batch 64", "SpatialDecayStep, batch 64", "LineEvict", "the best launches"),
+        "speeds": ("LineAttention, batch 64", "SpatialDecayStep, batch 64", "LineEvict", "the best layout"),
         "onnxruntime": ("demo_fp32, operations one by one", "XL 384 px, batch 1, 4 lines"),
     }.items():
         for name in names:
@@ -97,8 +117,9 @@ def test_limits_leave_a_reserve() -> None:
     assert seconds["onnxruntime"] <= 6 * 60
 
 
-def test_without_a_gpu_everything_is_listed_as_not_run(carried: Path, tmp_path: Path) -> None:
+def test_without_a_gpu_everything_is_listed_as_not_run(bare: Path, carried: Path, tmp_path: Path) -> None:
     done = call(
+        bare,
         *(SCRIPTS / "gpu_check.py", "--carried", carried, "--out", tmp_path),
         *("--phase", "driver", "--phase", "kernels", "--phase", "speeds"),
     )

@@ -52,7 +52,7 @@ def case(
 ) -> Case:
     """A case with kernels compiled for ``capabilities``."""
     sent, wanted = [values(tensor) for tensor in inputs], [values(tensor) for tensor in outputs]
-    launch = operation.launch([one.kind for one in sent])
+    launch = operation.launch([one.kind for one in sent], capabilities)
     kernels = kernels_of(launch, capabilities)
     return Case.of(name, operation, launch, kernels, sent, wanted, tolerance)
 
@@ -130,8 +130,8 @@ def _name(dtype: torch.dtype) -> str:
 HEADS, HEAD_DIM, LAYERS = 20, 64, 36
 """Of LlamaGen-XL, and of LASADGen in its size."""
 
-ATTENTION_WAYS = [(warps, tile) for warps in (2, 4, 8) for tile in (2048, 4096, 8192)]
-STEP_WAYS = [(warps, tile) for warps in (2, 4, 8) for tile in (1024, 2048, 4096)]
+WAYS = [(warps, warps * of_warp) for warps in (1, 2, 4) for of_warp in (1024, 2048, 4096)]
+"""Warps of a program of LineAttention, and numbers of K that it reads before it reckons."""
 
 
 def all_speeds(capabilities: Sequence[int], *, few: bool = False) -> Iterator[Speed]:
@@ -160,7 +160,7 @@ def attention_speed(batch: int, rows: int, slots: int, capabilities: Sequence[in
         f"LineAttention, batch {batch}, {slots} slots",
         LineAttention(),
         inputs,
-        ATTENTION_WAYS[:2] if few else ATTENTION_WAYS,
+        WAYS[:2] if few else WAYS,
         read_bytes=2 * cache.nbytes,
         barred=batch >= 64,
         capabilities=capabilities,
@@ -181,7 +181,7 @@ def decay_speed(batch: int, rows: int, capabilities: Sequence[int], *, few: bool
         f"SpatialDecayStep, batch {batch}",
         SpatialDecayStep(),
         inputs,
-        STEP_WAYS[:2] if few else STEP_WAYS,
+        [],
         read_bytes=rows * 4 * HEAD_DIM**2 + 2 * line.nbytes,
         barred=batch >= 64,
         capabilities=capabilities,
@@ -233,8 +233,8 @@ def _speed(
     capabilities: Sequence[int],
 ) -> Speed:
     """The launch that a build takes, and others with so many warps and numbers at a time."""
-    usual = operation.launch([TensorKind(fill.dtype, fill.shape) for fill in inputs])
-    launches = {_label(usual): usual}
+    usual = operation.launch([TensorKind(fill.dtype, fill.shape) for fill in inputs], capabilities)
+    launches: dict[str, Launch] = {_label(usual): usual}
     for warps, tile in ways:
         other = replace(usual, warps=warps, tile=tile)  # type: ignore[type-var]
         launches.setdefault(_label(other), other)
@@ -250,4 +250,4 @@ def _speed(
 
 def _label(launch: Launch) -> str:
     told = msgspec.to_builtins(launch)
-    return f"{told.get('warps', 4)} warps" + (f", tile {told['tile']}" if "tile" in told else "")
+    return f"{told['warps']} warps, tile {told['tile']}" if "tile" in told else "as built"

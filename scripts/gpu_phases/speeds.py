@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,9 +17,11 @@ from runtime.cuda import Device
 from runtime.plugins import OPERATIONS
 from runtime.plugins.base import Call, Launch, Operation, TensorKind
 from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel
+from runtime.plugins.line_attention import LineAttentionLaunch
+from runtime.plugins.tuning import Tuning, write_tunings
 
 FILE = "speeds.msgpack"
-TABLE = "launches.json"
+TABLE = "tuning.json"
 
 SHARE_OF_COPY = 0.70
 """Of the measured copy bandwidth that the kernels of a step have to reach at batch 64 and above."""
@@ -82,11 +84,11 @@ class Speed(msgspec.Struct, frozen=True):
 def checks(place: Place, recorder: Recorder) -> Iterator[tuple[str, Check]]:
     """Every shape, then the table of what was best."""
     speeds = msgspec.msgpack.decode(place.prepared(FILE).read_bytes(), type=list[Speed])
-    best: dict[str, Mapping[str, Any]] = {}
+    times: dict[str, dict[Layout, float]] = {}
     bandwidth = cache(lambda: place.device.copy_bandwidth(1 << (20 if place.rehearsal else 28)))
     for speed in speeds:
-        yield speed.name, lambda speed=speed: measured(place, speed, bandwidth(), best)
-    yield "the best launches", lambda: write_table(place.out / TABLE, best)
+        yield speed.name, lambda speed=speed: measured(place, speed, bandwidth(), times)
+    yield "the best layout", lambda: write_table(place.out / TABLE, place.device.capability, times)
     for batch, slots in ((64, 97), (64, 601)):
         yield (
             f"LineAttention against PyTorch's operators, batch {batch}, {slots} slots",
@@ -94,8 +96,19 @@ def checks(place: Place, recorder: Recorder) -> Iterator[tuple[str, Check]]:
         )
 
 
-def measured(place: Place, speed: Speed, bandwidth: float, best: dict[str, Mapping[str, Any]]) -> Outcome:
-    """Microseconds of each variant, over buffers that are larger than any cache."""
+class Layout(NamedTuple):
+    """How programs of LineAttention are laid out on a head size and a type; see :mod:`runtime.plugins.tuning`."""
+
+    head_pad: int
+    dtype: str
+    warps: int
+    tile: int
+
+
+def measured(
+    place: Place, speed: Speed, bandwidth: float, layouts: dict[str, dict[Layout, float]]
+) -> Outcome:
+    """Microseconds of each variant, over buffers that are larger than any cache; those of LineAttention go into ``layouts``."""
     device = place.device
     kind = OPERATIONS[speed.operation]
     operation = kind(**speed.attributes)
@@ -118,8 +131,12 @@ def measured(place: Place, speed: Speed, bandwidth: float, best: dict[str, Mappi
         for some in buffers:
             some.free()
     label = min(times, key=lambda name: times[name])
-    [variant] = [variant for variant in speed.variants if variant.label == label]
-    best[speed.name] = {"operation": speed.operation, "launch": variant.launch, "us": times[label]}
+    launches = [msgspec.convert(variant.launch, kind.launch_type) for variant in speed.variants]
+    layouts[speed.name] = {
+        Layout(launch.head_pad, launch.dtype, launch.warps, launch.tile): times[variant.label]
+        for launch, variant in zip(launches, speed.variants, strict=True)
+        if isinstance(launch, LineAttentionLaunch)
+    }
     share = {name: speed.read_bytes / (us * 1e-6) / bandwidth for name, us in times.items()}
     failed = speed.barred and share[speed.chosen] < SHARE_OF_COPY and not place.rehearsal
     text = (
@@ -213,12 +230,29 @@ def microseconds(
     return float(np.median(times[1:])) * 1e3 / launches
 
 
-def write_table(path: Path, best: Mapping[str, Mapping[str, Any]]) -> Outcome:
-    """Write the best launch of each shape, as the build's table has them."""
-    if not best:
+def write_table(path: Path, capability: int, times: Mapping[str, Mapping[Layout, float]]) -> Outcome:
+    """Write the layout that is best over all shapes, for each head size and type, as the build's table has them.
+
+    Of a layout counts the mean over shapes of how much longer than each shape's best it takes (geometric, so that no shape
+    counts for more); shapes that a layout was not measured on leave it out.
+    """
+    shapes = [found for found in times.values() if found]
+    if not shapes:
         raise NotRunError("nothing was measured")
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(best), indent=1))
-    return Outcome("", "measured", f"{len(best)} shapes in {path}")
+    everywhere = set.intersection(*(set(found) for found in shapes))
+    over_best = {
+        layout: math.prod(found[layout] / min(found.values()) for found in shapes) ** (1 / len(shapes))
+        for layout in everywhere
+    }
+    chosen: dict[tuple[int, str], Layout] = {}
+    for layout in sorted(over_best, key=lambda layout: over_best[layout]):
+        chosen.setdefault((layout.head_pad, layout.dtype), layout)
+    write_tunings([Tuning(capability, *layout) for layout in chosen.values()], path)
+    text = "; ".join(
+        f"heads of {one.head_pad} in {one.dtype}: {one.warps} warps, tile {one.tile}, {over_best[one]:.2f} x each shape's best"
+        for one in chosen.values()
+    )
+    return Outcome("", "measured", f"{text}: {path}, to be put in the place of runtime/plugins/{TABLE}")
 
 
 def against_standard(place: Place, batch: int, slots: int) -> Outcome:
