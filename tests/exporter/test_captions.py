@@ -21,6 +21,7 @@ from runtime.tokenizer import TextTokenizer
 from tests.conftest import Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
 from tests.graphs.test_text_encoder import published
+from tests.onnxruntime_cuda import cuda_faults
 
 Linert = Callable[..., Result]
 
@@ -178,6 +179,7 @@ def test_prompts_pass_the_text_encoder(
     texts = [part for prompt in prompts for part in ("--prompt", prompt)]
     wanted = tokens("features", "--captions", tmp_path / "captions.npy")
     assert (tokens("prompts", *texts) == wanted).all()
+    assert not cuda_faults(bundle)
     assert (tokens("away", *texts, "--negative-prompt", "blurred") != wanted).any()
     result = linert("validate", bundle)
     assert result.code == 0, result.out + result.err

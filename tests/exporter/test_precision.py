@@ -35,6 +35,7 @@ from runtime.errors import ExportError
 from runtime.manifest import PrecisionSpec
 from runtime.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
 from tests.conftest import ROOT, TINY, Result
+from tests.onnxruntime_cuda import cuda_faults
 
 Files = tuple[Path, Path]
 OPTIONS = ("--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
@@ -295,6 +296,22 @@ def test_bf16_activations_are_refused_on_the_cpu(
     result = linert("run", bundle, "--classes", 1, "--out", tmp_path / "out")
     assert result.code == 2
     assert "--activations fp32" in result.err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--precision", "fp16", "--activations", "fp16"),
+        ("--precision", "bf16", "--activations", "bf16"),
+        ("--precision", "int8"),
+        ("--precision", "int4"),
+    ],
+    ids=lambda options: "-".join(options[1::2]),
+)
+def test_onnxruntime_has_cuda_kernels_for_what_is_stored_so(
+    precise: Callable[..., Path], options: tuple[str, ...]
+) -> None:
+    assert not cuda_faults(precise(*options))
 
 
 def test_files_shrink(precise: Callable[..., Path], tiny_bundle: Path) -> None:

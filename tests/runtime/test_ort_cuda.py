@@ -14,7 +14,7 @@ import onnxruntime as ort
 import pytest
 
 from runtime.backend import Backend
-from runtime.bundle import open_bundle
+from runtime.bundle import Bundle, open_bundle
 from runtime.errors import BundleError, DeviceError, RequestError
 from runtime.loop import Batch, generate
 from runtime.ort import OrtBackend
@@ -97,6 +97,14 @@ def test_a_stage_that_the_backend_does_not_hold_is_not_loaded(planned_bundle: Pa
 
 def test_products_of_float32_are_not_rounded_to_tf32() -> None:
     assert cuda_options(captured=True)["use_tf32"] == "0"
+
+
+def test_integers_under_bf16_are_refused_at_once(planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
+    precision = msgspec.structs.replace(bundle.manifest.precision, weights="int8", activations="bf16")
+    mixed = Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, precision=precision))
+    with pytest.raises(BundleError, match=r"bf16 with weights in int8.*--activations fp16"):
+        OrtCudaBackend(mixed, STAGES, device="cpu")
 
 
 def test_an_empty_state_is_written_without_a_graph(planned_bundle: Path) -> None:
