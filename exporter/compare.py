@@ -32,9 +32,9 @@ from runtime.geometry import CacheSettings
 from runtime.loop import Batch, begin, run_step
 from runtime.manifest import Record, SamplingSettings
 from runtime.metrics import Metric
-from runtime.output import TOKENS_NAME, read_arrays, read_tokens, write_arrays
+from runtime.output import read_arrays, read_tokens, write_arrays
 from runtime.replacement import make_folder
-from runtime.run_folder import RunRequest, run_folder
+from runtime.run_folder import TOKENS_NAME, RunRequest, run_folder
 from runtime.samples import Sample
 
 CELLS = "cells"

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from runtime.bench import Timings
 from runtime.errors import RequestError
+from runtime.replacement import atomic_file
 
 
 def check_format(path: Path) -> None:

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,16 @@ _IGNORED = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", "lost+found"})
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _WINDOWS = sys.platform == "win32"
+
+
+class _Claims(threading.local):
+    """The names that this thread holds."""
+
+    def __init__(self) -> None:
+        self.targets: set[Path] = set()
+
+
+_claims = _Claims()
 
 
 @dataclass(frozen=True)
@@ -140,22 +151,28 @@ def make_folder(path: Path) -> None:
         raise output_error(path, error) from error
 
 
-def check_new_folder(out: Path, kind: FolderKind, *, force: bool) -> None:
-    """Say now what would keep :func:`new_folder` from making ``out``; finish or remove what dead processes left of it.
+@contextlib.contextmanager
+def claim_folder(out: Path, kind: FolderKind, *, force: bool) -> Iterator[None]:
+    """Hold the name ``out`` from now on, for a :func:`new_folder` that comes after long work; say now what would keep it from being made.
 
     Raises:
         OutputError: see :func:`new_folder`.
     """
-    target = _target_of(out)
+    made: list[Path] = []
     try:
-        _check_replaceable(out, target, kind, force=force)
-        above = next(parent for parent in target.parents if os.path.lexists(parent))
-        _check_writable(out, above)
-        if above == target.parent:
-            with _claimed(out, target):
+        with contextlib.ExitStack() as held:
+            try:
+                target = _target_of(out)
                 _check_replaceable(out, target, kind, force=force)
-    except OSError as error:
-        raise output_error(out, error) from error
+                made += _make_parents(target)
+                _check_writable(out, target.parent)
+                held.enter_context(_claimed(out, target))
+                _check_replaceable(out, target, kind, force=force)
+            except OSError as error:
+                raise output_error(out, error) from error
+            yield
+    finally:
+        _remove_empty(made)
 
 
 @contextlib.contextmanager
@@ -335,11 +352,17 @@ def _take(out: Path, path: Path) -> Lock:
 def _claimed(out: Path, target: Path) -> Iterator[None]:
     """Hold the name ``target``, after finishing, undoing or removing what dead processes left of it.
 
+    Where this thread holds it already, nothing is done.
+
     Raises:
-        OutputError: another process holds it.
+        OutputError: another process, or another thread, holds it.
         OSError: the file system refuses.
     """
+    if target in _claims.targets:
+        yield
+        return
     lock = _take(out, lock_path(target))
+    _claims.targets.add(target)
     try:
         left = [left for left in leftovers(target.parent, target.name) if left.abandoned(sure=lock.sure)]
         for replaced in (item for item in left if item.state == "replaced"):
@@ -354,6 +377,7 @@ def _claimed(out: Path, target: Path) -> Iterator[None]:
                 _remove_file(item)
         yield
     finally:
+        _claims.targets.discard(target)
         lock.release()
 
 

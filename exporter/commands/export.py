@@ -24,7 +24,7 @@ from runtime.commands.condition_options import ConditionRequest
 from runtime.errors import RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
 from runtime.manifest import SamplingSettings
-from runtime.replacement import check_new_folder
+from runtime.replacement import claim_folder
 from runtime.samples import MOST_COUNT, Prompt, shortened
 from runtime.text import lines_text, size_text
 
@@ -227,7 +227,8 @@ def command(
     shards, load as they are; no code in them is run.
     """
     console = Console(stderr=True, highlight=False)
-    check_new_folder(out, BUNDLE, force=force)
+    # Held from now on, so that nobody else begins to work on it.
+    click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     if prompt_tokens is not None and prompt_tokens < 1:
         raise RequestError("--prompt-tokens must be at least 1")
     request = ModelRequest(

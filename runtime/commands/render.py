@@ -14,7 +14,7 @@ from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.errors import RequestError
 from runtime.generator import PixelDecoder, picture
 from runtime.output import SHEET_NAME, contact_sheet, read_tokens, write_arrays, write_png
-from runtime.replacement import FolderKind, atomic_file, check_new_folder, check_target, new_folder, visible
+from runtime.replacement import FolderKind, atomic_file, check_target, claim_folder, new_folder, visible
 from runtime.samples import shortened
 
 RENDER_NAME = "render.json"
@@ -66,7 +66,7 @@ def command(
     options: BackendOptions,
 ) -> None:
     """Turn the saved TOKENS of ``linert run --save-tokens`` into pictures again, with BUNDLE's image decoder."""
-    check_new_folder(out, PICTURES, force=force)
+    click.get_current_context().with_resource(claim_folder(out, PICTURES, force=force))
     check_target(save_pixels)
     arrays = read_tokens(tokens)
     rows = arrays["tokens"]

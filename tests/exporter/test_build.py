@@ -28,7 +28,7 @@ from runtime.loop import generate
 from runtime.ort import OrtBackend
 from runtime.plugins.kernels import CompiledKernel
 from runtime.plugins.line_attention import LineAttentionLaunch
-from runtime.replacement import check_new_folder
+from runtime.replacement import claim_folder
 from runtime.trt_flavour import FLAVOURS
 from tests.conftest import ROOT, TINY, Result
 from tests.runtime.test_backends import emulated
@@ -209,7 +209,8 @@ def test_an_interrupted_build_leaves_nothing(kind: signal.Signals, half: Path, t
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert list((bundle / "engines").iterdir())
-        check_new_folder(bundle / "engines" / "rtx", PLANS, force=True)
+        with claim_folder(bundle / "engines" / "rtx", PLANS, force=True):
+            pass
     else:
         assert process.returncode == 130, said
     assert not list((bundle / "engines").iterdir())

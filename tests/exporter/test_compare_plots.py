@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_drawings_are_svg_elements(drawn: list[Figure]) -> None:
     assert re.search(r"<text[^>]*>full, 95 %</text>", text)
 
 
-def test_the_legend_of_a_sweep_covers_no_bar() -> None:
+def test_the_legend_of_a_sweep_covers_no_bar(tmp_path: Path) -> None:
     limit = Limit(weight_bytes=10**8, state_bytes=0, macs=0, read_bandwidth=1e10, mac_rate=None)
     timings = [
         Timings(
@@ -132,6 +133,8 @@ def test_the_legend_of_a_sweep_covers_no_bar() -> None:
     assert figure.axes[0].get_legend() is None
     assert not figure.legends[0].get_window_extent().overlaps(figure.axes[0].get_tightbbox())
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["decode step", "limit"]
+    sweep_plot.draw([{"batch": "1"}, {"batch": "8"}, {"batch": "16"}], timings, tmp_path / "sweep.SVG")
+    assert "<svg" in (tmp_path / "sweep.SVG").read_text()
 
 
 def test_tables_are_narrow_and_say_what_bias_is(results: list[CellResult]) -> None:

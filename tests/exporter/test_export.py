@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter import bundle_export
-from exporter.bundle_folder import BUNDLE, foreign_to_bundle
+from exporter.bundle_folder import foreign_to_bundle
 from exporter.commands.export import cache_plan
 from exporter.models import ModelRequest, load_models
 from exporter.weights_file import WeightsFile
@@ -30,8 +30,8 @@ from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.errors import ExportError, GeometryError, OutputError
 from runtime.geometry import Raster
+from runtime.locks import Lock, lock_path
 from runtime.manifest import SamplingSettings
-from runtime.replacement import new_folder
 from tests.conftest import ROOT, TINY, Result, cache_settings, random_state
 
 Linert = Callable[..., Result]
@@ -215,9 +215,13 @@ def test_force_replaces_nothing_but_a_bundle_and_says_so_first(
         assert "not a bundle" in said or "more than a bundle" in said or "mount point" in said
         assert "no.pt" not in said
     assert sorted(tmp_path.rglob("*")) == before
-    with new_folder(tmp_path / "new", BUNDLE, force=False):
-        result = linert("export", "no.pt", "--out", tmp_path / "new")
-        assert "another linert is writing" in " ".join(result.err.split())
+    other = Lock.take(lock_path(tmp_path / "new"))
+    assert other is not None
+    result = linert("export", "no.pt", "--out", tmp_path / "new")
+    other.release()
+    assert "another linert is writing" in " ".join(result.err.split())
+    assert "checkpoint" in linert("export", "no.pt", "--out", tmp_path / "new").err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_belongs_to_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -197,6 +197,8 @@ def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
         (("--sweep", "batch=two"), "not a number"),
         (("--sweep", "batch=1", "--profile"), "--profile"),
         (("--plot", "x.png"), "--sweep"),
+        (("--sweep", "batch=1", "--plot", "sweep.xyz"), "ends in one of"),
+        (("--sweep", "batch=1", "--plot", "no/sweep.png"), "there is no folder"),
         (("--rounds", 0), "--rounds"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,8 @@ from runtime.errors import OutputError
 from runtime.locks import new_token, partial_path, replaced_path
 from runtime.replacement import (
     atomic_file,
-    check_new_folder,
     check_target,
+    claim_folder,
     new_folder,
     recover,
     scratch_folder,
@@ -44,6 +45,9 @@ from runtime.errors import LinertError
 from runtime.replacement import *
 from tests.things import THING, wait_for
 out = Path(sys.argv[1])
+
+def claimed(out, *, force=False):
+    with claim_folder(out, THING, force=force): pass
 
 def make(text, *, force=False, before=lambda: None):
     with new_folder(out, THING, force=force) as folder:
@@ -96,6 +100,12 @@ def made(out: Path, text: str = "new", *, force: bool = False) -> None:
         (folder / "thing").write_text(text)
 
 
+def claimed(out: Path, *, force: bool = False) -> None:
+    """Claim a name, and let it go."""
+    with claim_folder(out, THING, force=force):
+        pass
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -122,7 +132,7 @@ def test_a_name_that_a_live_process_is_making_is_refused_and_its_work_stays(
     wait_for(tmp_path / "begun")
     for force in (False, True):
         with pytest.raises(OutputError, match="another linert is writing"):
-            check_new_folder(out, THING, force=force)
+            claimed(out, force=force)
         with pytest.raises(OutputError, match="another linert is writing"):
             made(out, force=force)
     made(out.with_name("other"))
@@ -130,6 +140,35 @@ def test_a_name_that_a_live_process_is_making_is_refused_and_its_work_stays(
     assert process.wait(60) == 0
     assert (out / "thing").read_text() == "first"
     assert names(out.parent) == ["other", "out"]
+
+
+def test_a_claim_holds_from_before_the_work_to_its_end(elsewhere: Elsewhere, tmp_path: Path) -> None:
+    out = tmp_path / "here" / "a" / "out"
+    go = tmp_path / "go"
+    with claim_folder(out, THING, force=False):
+        code = "wait_for(Path(sys.argv[2]))\nmake('second')"
+        go.touch()
+        said, _ = elsewhere(code, out, go).communicate(timeout=60)
+        assert "another linert is writing" in said
+        said_here = []
+
+        def try_it() -> None:
+            with pytest.raises(OutputError) as caught:
+                made(out)
+            said_here.append(str(caught.value))
+
+        thread = threading.Thread(target=try_it)
+        thread.start()
+        thread.join()
+        assert "another linert is writing" in said_here[0]
+        made(out, "first")
+        with pytest.raises(OutputError, match="--force to replace it"):
+            made(out, "third")
+    assert (out / "thing").read_text() == "first"
+    assert names(out.parent) == ["out"]
+    with pytest.raises(ZeroDivisionError), claim_folder(tmp_path / "b" / "out", THING, force=False):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["go", "here"]
 
 
 @namespaces
@@ -357,7 +396,7 @@ def test_a_replacement_in_two_steps_that_was_killed_is_finished(
         if again == "recover":
             assert recover(out)
             assert (out / "thing").read_text() == "new"
-        check_new_folder(out, THING, force=True)
+        claimed(out, force=True)
         assert (out / "thing").read_text() == "new"
         assert names(out.parent) == ["out"]
 
@@ -416,9 +455,9 @@ def test_nothing_but_its_kind_is_replaced(what: str, force: bool, tmp_path: Path
     before = sorted(
         (path, path.is_symlink() or path.is_dir() or path.read_text()) for path in tmp_path.rglob("*")
     )
-    for attempt in (lambda: check_new_folder(out, THING, force=force), lambda: made(out, force=force)):
+    for attempt in (claimed, made):
         with pytest.raises(OutputError, match=message):
-            attempt()
+            attempt(out, force=force)
     assert sorted((p, p.is_symlink() or p.is_dir() or p.read_text()) for p in tmp_path.rglob("*")) == before
 
 
@@ -430,7 +469,7 @@ def test_an_empty_folder_and_a_link_to_a_folder_are_written(tmp_path: Path) -> N
     link.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()
     for out in (empty, link):
-        check_new_folder(out, THING, force=False)
+        claimed(out)
         made(out)
         assert (out / "thing").read_text() == "new"
     assert empty.stat().st_mode & 0o777 == 0o750
@@ -443,11 +482,12 @@ def test_an_empty_folder_and_a_link_to_a_folder_are_written(tmp_path: Path) -> N
 def test_what_cannot_be_written_is_said_before_any_work_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"):
-        check_new_folder(tmp_path / "file" / "a" / "out", THING, force=False)
+        claimed(tmp_path / "file" / "a" / "out")
     for target, message in ((tmp_path / "no" / "x", "there is no folder"), (tmp_path, "is a folder")):
         with pytest.raises(OutputError, match=message):
             check_target(target)
-    check_new_folder(tmp_path / "a" / "b" / "out", THING, force=False)
+    claimed(tmp_path / "a" / "b" / "out")
+    assert names(tmp_path) == ["file"]
 
     def fail() -> None:
         with new_folder(tmp_path / "a" / "b" / "out", THING, force=False) as folder:
@@ -483,7 +523,7 @@ mount('--bind', out / 'bound', out / 'bound')
 mount('--bind', out / 'open', out / 'open')
 for name in ('tmpfs', 'bound'):
     for force in (False, True):
-        try: check_new_folder(out / name, THING, force=force)
+        try: claimed(out / name, force=force)
         except LinertError as error: assert 'mount point' in str(error) and f'{name}/new' in str(error), error
         else: raise SystemExit('let in')
         assert 'mount point' in refused(new_folder(out / name, THING, force=force))
@@ -495,7 +535,7 @@ for name in ('tmpfs', 'bound'):
     make('new')
     out = out_
 mount('-o', 'remount,bind,ro', out / 'open')
-for attempt in (lambda: check_new_folder(out / 'open' / 'new', THING, force=False), lambda: check_target(out / 'open' / 'x')):
+for attempt in (lambda: claimed(out / 'open' / 'new'), lambda: check_target(out / 'open' / 'x')):
     try: attempt()
     except LinertError as error: assert 'Read-only file system' in str(error), error
     else: raise SystemExit('let in')
