@@ -103,6 +103,9 @@ class Comparison:
         folder: where everything is kept.
         resume: go on with what the folder holds.
         progress: called with a phase's name, units done and units in all.
+
+    Attributes:
+        cautions: what is to be said of the intervals, once it has run.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Comparison:
         self.generator, self.cells, self.request = generator, cells, request
         self.manifest = generator.manifest
         self.metrics, self.folder, self.resume, self.progress = metrics, folder, resume, progress
+        self.cautions: list[str] = []
         make_folder(folder / CELLS)
 
     def run(self, *, timing: bool) -> list[CellResult]:
@@ -128,6 +132,7 @@ class Comparison:
         full = self._drawn(self.cells[0])
         forced = self._forced(full)
         reference = self._scored(self.cells[0], full)
+        self.cautions = [images.caution for images in reference if images.caution]
         results = []
         for number, (cell, label) in enumerate(zip(self.cells, labels_of(self.cells), strict=True)):
             tokens = self._drawn(cell) if number else full
@@ -282,8 +287,7 @@ class Comparison:
         turns = list(itertools.product(range(TIMING_ROUNDS), budgets))
         for number, (_, budget) in enumerate(turns):
             self.progress("timing decode", number, len(turns))
-            backend = ResizedBackend(self.generator.bundle, stage, budget, self.generator.options.threads)
-            decode[budget] += step_times(backend, stage, self.manifest)
+            decode[budget] += self._step_times(stage, budget)
         line_ends = {}
         for cell in self.cells:
             policy = cell.cache.policy
@@ -293,6 +297,11 @@ class Comparison:
                 times = [milliseconds(lambda name=name: self.generator.backend.run(name)) for _ in range(12)]
                 line_ends[policy] = statistics.median(times[2:])
         return {budget: statistics.median(times) for budget, times in decode.items()}, line_ends
+
+    def _step_times(self, stage: str, budget: tuple[int, ...]) -> list[float]:
+        """Of one backend at a time, which is gone when the next one comes."""
+        backend = ResizedBackend(self.generator.bundle, stage, budget, self.generator.options.threads)
+        return step_times(backend, stage, self.manifest)
 
     def _any_batch(self, cell: Cell) -> Batch:
         return self._batch(self.request.samples[:1], cell)

@@ -8,7 +8,7 @@ resampled. ``tests/exporter/test_intervals.py`` draws experiments of known truth
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,6 +65,18 @@ class Interval:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
+def require_images(metrics: Sequence[Metric], images: int) -> None:
+    """Check before any work that so many images have a score.
+
+    Raises:
+        RequestError: a distance of a single image.
+    """
+    if names := [metric.name for metric in metrics if metric.distance and images < 2]:
+        raise RequestError(
+            f"{', '.join(names)} needs at least 2 images, and has {images}: draw more --samples"
+        )
+
+
 def of_value(value: float, low: float | None = None, high: float | None = None) -> Interval:
     """The interval of a score that has no bias. Rounding leaves ``value`` inside."""
     if low is None or high is None or not low < high:
@@ -102,6 +114,17 @@ class ScoredImages:
     def is_share(self) -> bool:
         """Whether it is the share of the images that are right."""
         return self.is_mean and bool(np.isin(self.rows, (0, 1)).all())
+
+    @property
+    def caution(self) -> str:
+        """What is to be said of the intervals of so few images; empty if nothing."""
+        images, features = self.rows.shape
+        if not self.metric.distance or not self._too_few(IMAGES_A_FEATURE):
+            return ""
+        return (
+            f"{self.metric.name}: {images:,} images are few for {features:,} features, so that its bias is not well known and its "
+            f"interval begins at 0; {IMAGES_A_FEATURE * features:,} or more tell it"
+        )
 
     def interval(self) -> Interval:
         """Of the score."""

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from exporter.compare import CellResult, CompareRequest, Comparison
 from exporter.compare_grid import Grid
+from exporter.intervals import require_images
 from exporter.report import render_page, tables
 from runtime.backends import BackendOptions
 from runtime.cache_request import PYRAMID, UNIFORM
@@ -145,6 +146,7 @@ def command(
     console = Console(stderr=True, highlight=False)
     for line in refused:
         console.print(f"left out: {line}")
+    require_images(metrics, len(planned))
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -183,10 +185,14 @@ def command(
         "by default": manifest.cache.text,
         "machine": f"{processor()}, {threads or os.cpu_count()} threads, ONNX Runtime {onnxruntime.__version__}",
     }
+    if comparison.cautions:
+        facts["caution"] = "; ".join(comparison.cautions)
     values = {"facts": facts, "cells": [result.to_json() for result in results]}
     _write(out / JSON_NAME, json.dumps(values, indent=1))
     _write(out / PAGE_NAME, render_page(results, metrics, strips, facts))
     _print(results, metrics)
+    for line in comparison.cautions:
+        click.echo(f"caution: {line}")
     click.echo(f"report: {out / PAGE_NAME}")
 
 

@@ -129,6 +129,12 @@ def command(
     if by_stages and options.name is BackendName.CPU:
         raise RequestError("--stages compares a backend with the CPU: say which with --backend")
     measures = load_metrics(metrics) if metrics else []
+    # What an option needs is missed before the work, not after.
+    comparing = None
+    if metrics:
+        comparing = _with_extra("exporter.quality", "--metrics", "compare")
+        _with_extra("exporter.intervals", "--metrics", "compare").require_images(measures, samples)
+    staging = _with_extra("exporter.stage_parity", "--stages", "stages") if by_stages else None
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
@@ -149,9 +155,9 @@ def command(
         )
         bar.update(task, completed=manifest.raster.lines)
         quality = []
-        if measures:
+        if comparing:
             drawn = plan_samples(asked or conditioner.usual(), samples, seed)
-            quality = _with_extra("exporter.quality", "--metrics", "compare").quality_cost(
+            quality = comparing.quality_cost(
                 opened,
                 conditioner,
                 transformer,
@@ -166,10 +172,9 @@ def command(
                 ),
             )
         differences = []
-        if by_stages:
+        if staging:
             on_cpu = BackendOptions(threads=options.threads)
-            compare = _with_extra("exporter.stage_parity", "--stages", "stages").compare_stages
-            differences = compare(
+            differences = staging.compare_stages(
                 *(chosen.open(opened, manifest.stages) for chosen in (on_cpu, options)),
                 batch,
                 lambda stage: bar.update(task, description=stage),

@@ -111,7 +111,10 @@ def test_every_cell_is_measured(compared: tuple[Path, str], many_bundle: Path) -
 def test_the_tables_fit_a_terminal(compared: tuple[Path, str]) -> None:
     out, printed = compared
     lines = printed.splitlines()
-    assert max(map(len, lines[:-1])) <= 100
+    tables = [line for line in lines if not line.startswith(("caution", "report"))]
+    assert max(map(len, tables)) <= 100
+    # Seven images of three features.
+    assert "caution: Fréchet distance: 7 images are few for 3 features" in printed
     for title in ("agreement with the full cache", "class accuracy (higher", "Fréchet distance (lower"):
         assert title in printed
     for cell in cells_of(out):
@@ -360,12 +363,19 @@ def test_another_request_is_refused(
         (("--metrics", "missing.py"), "no file missing.py"),
         (("--forced-images", 0), "at least 1"),
         (("--samples", 0), "0 images asked for"),
+        (("--samples", 1, "--metrics", "{metrics}"), "Fréchet distance needs at least 2 images"),
     ],
 )
 def test_bad_grids_are_refused_and_write_nothing(
-    options: tuple[object, ...], message: str, linert: Linert, many_bundle: Path, tmp_path: Path
+    options: tuple[object, ...],
+    message: str,
+    linert: Linert,
+    many_bundle: Path,
+    metric_file: Path,
+    tmp_path: Path,
 ) -> None:
-    result = linert("compare", many_bundle, "--out", tmp_path / "out", *options)
+    given = [str(option).format(metrics=metric_file) for option in options]
+    result = linert("compare", many_bundle, "--out", tmp_path / "out", *given)
     assert result.code == 2
     assert message in " ".join(result.err.split())
     assert not (tmp_path / "out").exists()

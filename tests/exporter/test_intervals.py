@@ -155,6 +155,11 @@ def test_a_distance_of_fewer_images_than_features_says_little() -> None:
     low, high = bounds(interval)
     assert low == 0
     assert high >= interval.measured
+    caution = scored(metric, RNG.normal(size=(40, 64))).caution
+    assert "40 images are few for 64 features" in caution
+    assert "320 or more" in caution
+    assert not scored(metric, RNG.normal(size=(320, 64))).caution
+    assert not scored(Mean(), RNG.normal(size=4)).caution
     assert scored(metric, RNG.normal(size=(3, 64))).interval().low is None
     with pytest.raises(RequestError, match="at least 2 images"):
         scored(metric, RNG.normal(size=(1, 64))).interval()

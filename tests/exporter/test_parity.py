@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 
 from graphs.families.llamagen import LlamaGen
 from graphs.families.vq import VQModel
+from runtime import metrics
 from runtime.bundle import open_bundle
 from runtime.loop import Batch, begin, run_step, uniform_row
 from runtime.manifest import SamplingSettings
@@ -231,6 +233,34 @@ def test_logits_that_are_not_finite_are_reported(
     told = " ".join(result.err.split())
     assert f"{whose} are not finite" in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "package", "extra"),
+    [
+        (("--metrics", "runtime.metrics:some_metrics"), "scipy", "compare"),
+        (("--stages", "--backend", "cuda"), "polygraphy", "stages"),
+    ],
+)
+def test_what_an_option_needs_is_missed_before_the_work(
+    options: tuple[object, ...],
+    package: str,
+    extra: str,
+    linert: Linert,
+    lazy_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("exporter.quality", "exporter.intervals", "exporter.stage_parity"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(metrics, "some_metrics", lambda: [metrics.ClassAccuracy(len)], raising=False)
+    result = linert("validate", lazy_bundle, *options)
+    assert result.code == 2
+    assert f"needs {package}" in result.err
+    assert f"linert[{extra}]" in result.err
+    assert "teacher-forced" not in result.out
 
 
 def test_pixels_that_are_not_finite_are_reported(
