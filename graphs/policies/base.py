@@ -17,7 +17,6 @@ from torch import Tensor
 
 from graphs.line_evict import Importance
 
-
 EMPTY_STEP = 1e30
 """Between the keys of empty slots, and from them to every importance."""
 
