@@ -103,17 +103,22 @@ def find_source(bundle: Bundle, source: Source, given: Path | None, option: str)
 
 
 def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
-    """The plan that a bundle of this precision was exported with, but for what a calibration found."""
-    parts = {part: Precision(name) for part, name in spec.parts.items()}
-    method = Method.RTN if spec.method == "none" else Method(spec.method)
-    return PrecisionPlan(
-        Precision(spec.weights),
-        Precision(spec.activations),
-        parts,
-        spec.block,
-        method,
-        Precision(spec.image_decoder),
-    )
+    """The plan that a bundle of this precision was exported with, but for what a calibration found.
+
+    Raises:
+        BundleError: it names formats that there are not.
+    """
+    try:
+        return PrecisionPlan(
+            Precision(spec.weights),
+            Precision(spec.activations),
+            {part: Precision(name) for part, name in spec.parts.items()},
+            spec.block,
+            Method.RTN if spec.method == "none" else Method(spec.method),
+            Precision(spec.image_decoder),
+        )
+    except ValueError as error:
+        raise BundleError(f"the bundle's manifest tells of a precision that there is not: {error}") from error
 
 
 def plan_like(

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoint import TOKENIZER_NAME, Checkpoint
+from exporter.checkpoint import TOKENIZER_NAME, Checkpoint, snapshot_of
 from runtime.conditions import USUAL_PROMPTS
 from runtime.errors import CheckpointError
 from runtime.text_encoder import t5_tokens
@@ -32,7 +32,8 @@ class TokenizerFile:
         if given is None:
             listed = [checkpoint.tokenizer] if checkpoint.tokenizer else []
         else:
-            listed = [path for path in (given, *(given / name for name in NAMES)) if path.is_file()]
+            folder = snapshot_of(given)
+            listed = [path for path in (given, *(folder / name for name in NAMES)) if path.is_file()]
         if listed or given is None:
             return TokenizerFile(listed[0]) if listed else None
         raise CheckpointError(

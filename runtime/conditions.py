@@ -258,14 +258,16 @@ class CaptionConditioner(Conditioner):
             raise RequestError(
                 f"{name}: features must be real numbers of shape [length, {width}], not {features.dtype} {features.shape}"
             )
-        [held] = np.nonzero(features.any(axis=1))
-        if not len(held):
-            raise RequestError(f"{name}: features that are nothing but zeros")
-        if held[-1] + 1 - held[0] > capacity:
-            raise RequestError(
-                f"{name}: features of {held[-1] + 1 - held[0]} tokens; the bundle's prefix has room for {capacity}"
-            )
-        with np.errstate(over="ignore"):
+        # What is too large for float32 becomes infinite, which is looked for.
+        with np.errstate(all="ignore"):
+            [held] = np.nonzero(features.any(axis=1))
+            if not len(held):
+                raise RequestError(f"{name}: features that are nothing but zeros")
+            length = int(held[-1] + 1 - held[0])
+            if length > capacity:
+                raise RequestError(
+                    f"{name}: features of {length} tokens; the bundle's prefix has room for {capacity}"
+                )
             kept = np.ascontiguousarray(features[held[0] : held[-1] + 1], np.float32)
         if not np.isfinite(kept).all():
             raise RequestError(f"{name}: features that are not finite, or not in float32")

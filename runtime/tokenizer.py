@@ -46,7 +46,7 @@ class TextTokenizer:
             self._tokenizer: Any = Tokenizer.from_str(text)
         except Exception as error:
             # The library raises bare exceptions for whatever is wrong with a file.
-            raise BundleError(f"{path} is no tokenizer.json: {error}") from error
+            raise BundleError(f"{path} is no tokenizer.json: {shortened(str(error), 200)}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.post_processor = None
@@ -112,7 +112,7 @@ class TextTokenizer:
             return self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:
             raise RequestError(
-                f"the tokenizer {self.path} cannot read {shortened(text)!r}: {error}"
+                f"the tokenizer {self.path} cannot read {shortened(text)!r}: {shortened(str(error), 200)}"
             ) from error
 
 

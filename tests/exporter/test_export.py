@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 import onnx
 import pytest
 import torch
@@ -23,12 +25,13 @@ from exporter import bundle_export
 from exporter.bundle_folder import foreign_to_bundle
 from exporter.commands.export import cache_plan
 from exporter.models import ModelRequest, load_models
+from exporter.sources import family_config, precision_plan
 from exporter.weights_file import WeightsFile
 from graphs.families import llamagen
 from graphs.line_attention import DOMAIN, OP_TYPE
 from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
-from runtime.errors import ExportError, GeometryError, OutputError
+from runtime.errors import BundleError, ExportError, GeometryError, OutputError
 from runtime.geometry import Raster
 from runtime.locks import Lock, lock_path
 from runtime.manifest import SamplingSettings
@@ -362,3 +365,30 @@ def test_a_budget_is_accepted_exactly_when_a_line_can_always_be_evicted(
     else:
         with pytest.raises(GeometryError):
             cache.check(Raster(1, width, lines), (lines,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "diffusion"}, "holds a diffusion, and there are llamagen"),
+        ({"config": {}}, "is no llamagen's"),
+        ({"config": {"layers": "two"}}, "is no llamagen's"),
+        ({"config": {**asdict(TINY), "heads": 0}}, "heads is 0, must be at least 1"),
+        ({"config": {**asdict(TINY), "grid": 10**9}}, "must be 1 to 512 of each"),
+    ],
+)
+def test_a_manifest_of_no_model_is_refused(
+    change: dict[str, object], message: str, tiny_bundle: Path
+) -> None:
+    bundle = open_bundle(tiny_bundle)
+    model = msgspec.structs.replace(bundle.manifest.model, **change)
+    forged = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, model=model))
+    with pytest.raises(BundleError, match=message):
+        family_config(forged)
+
+
+def test_a_manifest_of_no_precision_is_refused(tiny_bundle: Path) -> None:
+    spec = open_bundle(tiny_bundle).manifest.precision
+    for change in ({"weights": "fp8"}, {"activations": ""}, {"method": "magic"}, {"parts": {"0": "int3"}}):
+        with pytest.raises(BundleError, match="a precision that there is not"):
+            precision_plan(msgspec.structs.replace(spec, **change))

@@ -14,6 +14,7 @@ import torch
 
 from exporter.checkpoint import find_weights, names_of, open_checkpoint
 from exporter.models import ModelRequest, load_models, named_side
+from exporter.vocabulary import TokenizerFile
 from runtime.errors import CheckpointError
 from tests.conftest import Result
 from tests.text_models import parts, write_shards, write_tiny_janus
@@ -99,6 +100,9 @@ def test_a_cache_s_repository_is_its_main_revision(janus: Path, tmp_path: Path) 
     assert transformer.checkpoint.files == (snapshot / "model.safetensors",)
     # The manifest remembers what can be read again, with the files beside it.
     assert load_models(Path(transformer.source.path), None, ModelRequest())
+    named = TokenizerFile.find(transformer.checkpoint, root)
+    assert named is not None
+    assert named.path == snapshot / "tokenizer.json"
     (root / "snapshots" / "def").mkdir()
     with pytest.raises(CheckpointError, match="holds 2 revisions and no refs/main"):
         find_weights(root)
