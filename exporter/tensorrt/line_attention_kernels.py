@@ -93,7 +93,9 @@ def attend(
     ).to(tl.float32)
     new_key = tl.load(k + row * D + d, mask=d < D, other=0.0)
     new_value = tl.load(v + row * D + d, mask=d < D, other=0.0)
-    new_slot = tl.load(write_slot + row).to(tl.int32)
+    new_slot = tl.load(write_slot + row)
+    # What TensorRT times plugins on may hold anything: a token for no slot is not written.
+    new_slot = tl.where((new_slot >= 0) & (new_slot < slots), new_slot, -1).to(tl.int32)
     now = tl.load(position + row)
     largest = tl.full([G_PAD], float("-inf"), tl.float32)
     weight = tl.zeros([G_PAD], tl.float32)

@@ -80,7 +80,7 @@ def line_evict(
         table: ``[L, 5]`` int64: a layer's slots, and the addresses of its scores, positions, new scores and new positions.
         capacity ... position: the stage's inputs (:class:`graphs.policies.LineEndParams`).
         write_slots: ``[L, R, W]`` int64, the result.
-        keys, ranks: ``[L, R, most_slots]`` float32 and int32 scratch.
+        keys, ranks: ``[L, R, most_slots]`` int32 scratch.
         rows, most_slots: R, and the C of the largest layer.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -96,9 +96,10 @@ def line_evict(
     ranks += (layer * rows + row) * most_slots
     write_slots += (layer * rows + row) * W
     now = tl.load(position + row // HEADS).to(tl.int32)
-    usable = tl.load(capacity + layer).to(tl.int32)
-    recent_from = tl.maximum(now - tl.load(recent_tokens).to(tl.int32), 0)
-    anchors = tl.load(anchor_tokens).to(tl.int32)
+    # Compared as 64 bits: what does not fit in 32 is no other number.
+    usable = tl.load(capacity + layer)
+    recent_from = tl.maximum(now - tl.load(recent_tokens), 0)
+    anchors = tl.load(anchor_tokens)
     empties = tl.load(strict) != 0
     largest = tl.load(score_max) != 0
     # The rows that choose alike: all heads of a sequence, both branches of an image.
@@ -127,20 +128,20 @@ def line_evict(
         anchored = (image >= 0) & (image < anchors)
         protected = (slot < PREFIX) | (slot >= usable) | anchored | (held >= recent_from)
         key = tl.where(held < 0, float("-inf"), key)
-        tl.store(keys + slot, tl.where(protected, float("inf"), key), mask=inside)
+        tl.store(keys + slot, _ordered(tl.where(protected, float("inf"), key)), mask=inside)
     # Other threads of this program read what was stored.
     tl.debug_barrier()
     for start in range(0, slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < slots
         held = tl.load(slot_pos + at + slot, mask=inside, other=-1)
-        key = tl.load(keys + slot, mask=inside, other=float("inf"))
+        key = tl.load(keys + slot, mask=inside, other=0)
         rank = tl.zeros([BLOCK], tl.int32)
         for other_start in range(0, slots, BLOCK):
             other = other_start + tl.arange(0, BLOCK)
             there = other < slots
             other_held = tl.load(slot_pos + at + other, mask=there, other=-1)
-            other_key = tl.load(keys + other, mask=there, other=float("inf"))
+            other_key = tl.load(keys + other, mask=there, other=0)
             less = (other_key[None, :] < key[:, None]) | (
                 (other_key[None, :] == key[:, None]) & _earlier(other_held, other, held, slot)
             )
@@ -165,6 +166,17 @@ def line_evict(
             before = _earlier(other_held, other, held, slot) & other_chosen[None, :]
             place += tl.sum(before.to(tl.int32), axis=1)
         tl.store(write_slots + place, slot.to(tl.int64), mask=chosen)
+
+
+@triton.jit
+def _ordered(key):
+    """Whole numbers in the order of ``key`` float32: -0 is 0, and all that is not a number is equal and behind infinity.
+
+    That is where :func:`torch.sort` and ONNX Runtime's TopK have it.
+    """
+    bits = tl.where(key == 0.0, 0.0, key).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return tl.where(key != key, 0x7FFFFFFF, bits)
 
 
 @triton.jit

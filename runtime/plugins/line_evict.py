@@ -82,7 +82,7 @@ class LineEvictLaunch:
 
     @property
     def scratch_bytes(self) -> int:
-        """The table, then a float32 and an int32 for every entry."""
+        """The table, then two int32 for every entry."""
         return self.table_bytes + 8 * self.entries
 
     @property

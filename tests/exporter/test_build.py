@@ -204,6 +204,15 @@ def test_launches_follow_the_state(half: Path) -> None:
     assert plan.launches() == [LineAttentionLaunch(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
 
 
+def run_compiler(script: str, *arguments: object) -> str:
+    """Run a Python script in a process of its own: in this one kernels are interpreted. Returns what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+
+
 def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
     compiled = tmp_path / "kernels"
     script = (
@@ -215,9 +224,7 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
         "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90, 120]).kernels\n"
         "Path(sys.argv[1]).write_bytes(msgspec.msgpack.encode(found))\n"
     )
-    # A process of its own: in this one kernels are interpreted.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", script, compiled], env=environment, cwd=ROOT, check=True)
+    run_compiler(script, compiled)
     kernels = msgspec.msgpack.decode(compiled.read_bytes(), type=dict[str, CompiledKernel])
     assert set(kernels) == {"attend", "combine", "line_evict"}
     for kernel in kernels.values():
@@ -227,3 +234,24 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
         assert kernel.image(86) == kernel.cubins[80]
         assert kernel.image(90) == kernel.cubins[90]
         assert kernel.image(100) == kernel.ptx
+
+
+def test_a_kernel_that_needs_memory_of_triton_s_own_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "described.py"
+    # The description of a tensor lies in such memory.
+    file.write_text(
+        "import triton, triton.language as tl\n"
+        "from exporter.tensorrt.compile import compile_kernel\n"
+        "@triton.jit\n"
+        "def described(source, target, BLOCK: tl.constexpr):\n"
+        "    tensor = tl.make_tensor_descriptor(source, [BLOCK], [1], [BLOCK])\n"
+        "    tl.store(target + tl.arange(0, BLOCK), tensor.load([0]))\n"
+        "try:\n"
+        "    compile_kernel(described, dict.fromkeys(('source', 'target'), '*fp32'), {'BLOCK': 32}, [90], 1)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    said = run_compiler("import runpy, sys; runpy.run_path(sys.argv[1])", file)
+    assert "ExportError" in said
+    assert "compiled described to need memory of its own (global_scratch_size 128, " in said
+    assert "--no-plugin" in said

@@ -1,0 +1,66 @@
+"""Every address that interpreted kernels load from or store to, checked and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from triton.runtime import interpreter
+
+
+class WatchedMemory:
+    """What kernels may touch, and how often they did.
+
+    ``loaded`` and ``stored``: numbers moved so far, those that are masked out left aside.
+    """
+
+    def __init__(self) -> None:
+        self.loaded = self.stored = 0
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+
+    def allow(self, address: int, size: int) -> None:
+        """Let kernels touch ``size`` bytes at ``address``."""
+        self._begins.append(address)
+        self._ends.append(address + size)
+
+    def touch(self, pointers: Any, mask: Any) -> int:
+        """How many numbers an access moves.
+
+        Raises:
+            AssertionError: some lie in none of the allowed ranges.
+        """
+        addresses = pointers.data[mask.data.astype(bool)].astype(np.uint64).ravel()
+        size = pointers.get_element_ty().primitive_bitwidth // 8 or 1
+        begins, ends = np.array(self._begins, np.uint64), np.array(self._ends, np.uint64)
+        order = np.argsort(begins)
+        begins, ends = begins[order], ends[order]
+        # The range that begins last before an address; the first where there is none, which the address is not in either.
+        number = np.maximum(np.searchsorted(begins, addresses, side="right") - 1, 0)
+        inside = (addresses >= begins[number]) & (addresses + np.uint64(size) <= ends[number])
+        if not inside.all():
+            raise AssertionError(f"{(~inside).sum()} of {len(addresses)} addresses lie in no buffer")
+        return len(addresses)
+
+
+@contextmanager
+def watched() -> Iterator[WatchedMemory]:
+    """Watch what interpreted kernels do in this block."""
+    memory, builder = WatchedMemory(), interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        memory.loaded += memory.touch(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        memory.stored += memory.touch(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "create_masked_load", watched_load)
+        patch.setattr(builder, "create_masked_store", watched_store)
+        yield memory
