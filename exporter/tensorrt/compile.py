@@ -49,9 +49,8 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
 
 
 def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelSet:
-    inputs = ("table", *SETTINGS, "position", "write_slots")
-    scratch = {"keys": "*i32", "ranks": "*i32", "rows": "i32", "most_slots": "i32"}
-    signature = {**dict.fromkeys(inputs, "*i64"), **scratch}
+    numbers = ("table", *SETTINGS, "position", "write_slots")
+    signature = dict.fromkeys(numbers, "*i64") | {"scratch": "*i32", "rows": "i32", "layers": "i32"}
     kernel = compile_kernel(
         line_evict_kernels.line_evict, signature, launch.constants, capabilities, line_evict.WARPS
     )

@@ -120,10 +120,9 @@ def line_evict(
         for tensors in (scores, slot_pos, scores_after or scores, after)
     ]
     table = settings[0].new_tensor(launch.table(*addresses))
-    keys = torch.empty(launch.entries, dtype=torch.int32, device=table.device)
+    scratch = torch.empty(launch.scratch_words, dtype=torch.int32, device=table.device)
     line_evict_kernel[launch.grid](
-        *(table, *settings, write_slots, keys, torch.empty_like(keys)),
-        *(launch.rows, launch.most_slots),
+        *(table, *settings, write_slots, scratch, launch.rows, launch.layers),
         **launch.constants,
         num_warps=EVICT_WARPS,
     )

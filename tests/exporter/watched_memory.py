@@ -1,4 +1,4 @@
-"""Every address that interpreted kernels load from or store to, checked and counted."""
+"""What interpreted kernels load, store and reckon: every address checked, every number counted."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from triton.runtime import interpreter
 
 
 class WatchedMemory:
-    """What kernels may touch, and how often they did.
+    """What kernels may touch, and how much they did.
 
-    ``loaded`` and ``stored``: numbers moved so far, those that are masked out left aside.
+    ``moved``: numbers loaded and stored so far, those that are masked out left aside. ``reckoned``: results of additions, comparisons
+    and the like.
     """
 
     def __init__(self) -> None:
-        self.loaded = self.stored = 0
+        self.moved = self.reckoned = 0
         self._begins: list[int] = []
         self._ends: list[int] = []
 
@@ -27,8 +28,8 @@ class WatchedMemory:
         self._begins.append(address)
         self._ends.append(address + size)
 
-    def touch(self, pointers: Any, mask: Any) -> int:
-        """How many numbers an access moves.
+    def touch(self, pointers: Any, mask: Any) -> None:
+        """Count an access.
 
         Raises:
             AssertionError: some lie in none of the allowed ranges.
@@ -43,24 +44,30 @@ class WatchedMemory:
         inside = (addresses >= begins[number]) & (addresses + np.uint64(size) <= ends[number])
         if not inside.all():
             raise AssertionError(f"{(~inside).sum()} of {len(addresses)} addresses lie in no buffer")
-        return len(addresses)
+        self.moved += len(addresses)
 
 
 @contextmanager
 def watched() -> Iterator[WatchedMemory]:
     """Watch what interpreted kernels do in this block."""
     memory, builder = WatchedMemory(), interpreter.interpreter_builder
-    load, store = builder.create_masked_load, builder.create_masked_store
+    load, store, reckon = builder.create_masked_load, builder.create_masked_store, builder.binary_op
 
     def watched_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        memory.loaded += memory.touch(pointers, mask)
+        memory.touch(pointers, mask)
         return load(pointers, mask, *rest)
 
     def watched_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        memory.stored += memory.touch(pointers, mask)
+        memory.touch(pointers, mask)
         return store(pointers, value, mask, *rest)
+
+    def watched_reckoning(left: Any, right: Any, operation: Any) -> Any:
+        result = reckon(left, right, operation)
+        memory.reckoned += result.data.size
+        return result
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_masked_load", watched_load)
         patch.setattr(builder, "create_masked_store", watched_store)
+        patch.setattr(builder, "binary_op", watched_reckoning)
         yield memory
