@@ -12,7 +12,7 @@ from triton.compiler import ASTSource
 
 from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
 from runtime.errors import ExportError
-from runtime.plugins import line_attention, line_evict, spatial_decay_step
+from runtime.plugins import line_evict, spatial_decay_step
 from runtime.plugins.base import Launch
 from runtime.plugins.kernels import CompiledKernel, KernelSet
 from runtime.plugins.line_attention import LineAttentionLaunch
@@ -97,7 +97,7 @@ def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) ->
                 signatures[name],
                 launch.constants(name),
                 capabilities,
-                line_attention.WARPS,
+                launch.warps,
             )
             for name in names
         }

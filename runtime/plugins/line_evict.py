@@ -166,7 +166,7 @@ class LineEvict(Operation):
         scores = [] if self.carries_scores else layers
         return [(self.layers, rows, self.line_width), *scores, *layers]
 
-    def launch(self, inputs: Sequence[TensorKind]) -> LineEvictLaunch:
+    def launch(self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()) -> LineEvictLaunch:
         layers = self._layers([kind.shape for kind in inputs])
         return LineEvictLaunch(
             tuple(slots for _, slots in layers),

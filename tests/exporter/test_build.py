@@ -201,7 +201,7 @@ def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> 
 def test_launches_follow_the_state(half: Path) -> None:
     plan = BuildPlan(open_bundle(half), FLAVOURS["rtx"], (80,), True)
     rows, head = 4 * TINY.heads, TINY.head_dim
-    assert plan.launches() == [LineAttentionLaunch(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
+    assert plan.launches() == [LineAttentionLaunch.tuned(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
 
 
 def run_compiler(script: str, *arguments: object) -> str:
@@ -220,7 +220,7 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
         "from exporter.tensorrt.compile import kernels_of\n"
         "from runtime.plugins.line_attention import LineAttentionLaunch\n"
         "from runtime.plugins.line_evict import LineEvictLaunch\n"
-        "found = kernels_of(LineAttentionLaunch(24, 1, 97, 100, 'bfloat16'), [80, 90, 120]).kernels\n"
+        "found = kernels_of(LineAttentionLaunch.tuned(24, 1, 97, 100, 'bfloat16'), [80, 90, 120]).kernels\n"
         "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90, 120]).kernels\n"
         "Path(sys.argv[1]).write_bytes(msgspec.msgpack.encode(found))\n"
     )

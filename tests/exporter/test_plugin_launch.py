@@ -137,7 +137,7 @@ def attention_kernels(launch: LineAttentionLaunch, inputs: Mapping[str, torch.Te
 @pytest.mark.parametrize("group", [1, 3])
 def test_line_attention(slots: int, group: int) -> None:
     inputs = inputs_of(2, group, slots, 16, torch.float32)
-    launch = LineAttentionLaunch(2, group, slots, 16, "float32")
+    launch = LineAttentionLaunch.tuned(2, group, slots, 16, "float32")
     assert launch.split == (slots > 100)
     (attended, *state), used = enqueue(
         LineAttention(), attention_kernels(launch, inputs), list(inputs.values())
@@ -153,7 +153,7 @@ def test_line_attention(slots: int, group: int) -> None:
 @pytest.mark.parametrize("slots", [9, 200])
 def test_line_attention_on_memory_that_holds_anything(slots: int) -> None:
     like = inputs_of(2, 1, slots, 8, torch.float32)
-    kernels = attention_kernels(LineAttentionLaunch(2, 1, slots, 8, "float32"), like)
+    kernels = attention_kernels(LineAttentionLaunch.tuned(2, 1, slots, 8, "float32"), like)
     for seed in range(20):
         enqueue(LineAttention(), kernels, garbage_like(list(like.values()), seed))
 
@@ -162,7 +162,7 @@ def test_line_attention_on_memory_that_holds_anything(slots: int) -> None:
 def test_a_token_for_no_slot_is_attended_to_by_nobody(write_slot: int) -> None:
     inputs = inputs_of(2, 1, 9, 8, torch.float32)
     inputs["write_slot"] = torch.tensor([write_slot, 4])
-    kernels = attention_kernels(LineAttentionLaunch(2, 1, 9, 8, "float32"), inputs)
+    kernels = attention_kernels(LineAttentionLaunch.tuned(2, 1, 9, 8, "float32"), inputs)
     (attended, *state), _ = enqueue(LineAttention(), kernels, list(inputs.values()))
     # The reference has no such slot: an empty one takes its place, and is left as it was.
     more = inputs | {"write_slot": torch.tensor([9, 4])}
