@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
-from runtime.plugins import line_attention, line_evict, spatial_decay_step
+from runtime.errors import ExportError
+from runtime.plugins import line_evict, spatial_decay_step
 from runtime.plugins.base import Launch
 from runtime.plugins.kernels import CompiledKernel, KernelSet
 from runtime.plugins.line_attention import LineAttentionLaunch
@@ -23,6 +25,9 @@ PTX_CAPABILITY = 80
 ALIGNMENT = 16
 """Of every buffer's address. Without the promise kernels load number by number."""
 
+HIDDEN_MEMORY = ("global_scratch_size", "profile_scratch_size")
+"""Bytes a program, in the metadata of a compiled kernel."""
+
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 ENTRY = re.compile(rb"\.entry\s+\w+\s*\((.*?)\)", re.DOTALL)
 
@@ -32,6 +37,7 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
 
     Raises:
         TypeError: an operation that has no kernels.
+        ExportError: they need memory that plans do not give them.
     """
     if isinstance(launch, LineAttentionLaunch):
         return _line_attention(launch, capabilities)
@@ -43,10 +49,9 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
 
 
 def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelSet:
-    inputs = ("table", *SETTINGS, "position", "write_slots")
-    scratch = {"keys": "*fp32", "ranks": "*i32", "rows": "i32", "most_slots": "i32"}
-    signature = {**dict.fromkeys(inputs, "*i64"), **scratch}
-    kernel = _compile(
+    numbers = ("table", *SETTINGS, "position", "write_slots")
+    signature = dict.fromkeys(numbers, "*i64") | {"scratch": "*i32", "rows": "i32", "layers": "i32"}
+    kernel = compile_kernel(
         line_evict_kernels.line_evict, signature, launch.constants, capabilities, line_evict.WARPS
     )
     return KernelSet({"line_evict": kernel})
@@ -56,7 +61,7 @@ def _spatial_decay_step(launch: SpatialDecayStepLaunch, capabilities: Sequence[i
     kinds = {"held": f"*{TYPES[launch.dtype]}", "float32": "*fp32", "int64": "*i64"}
     inputs = {name: kinds[kind] for name, kind in spatial_decay_step.INPUTS.items()}
     signature = {**inputs, "attended": kinds["held"], "slots": "i32", "matrices": "i32"}
-    kernel = _compile(
+    kernel = compile_kernel(
         spatial_decay_step_kernels.spatial_decay_step,
         signature,
         launch.constants,
@@ -87,25 +92,34 @@ def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) ->
     names = ["attend", "combine"] if launch.split else ["attend"]
     return KernelSet(
         {
-            name: _compile(
+            name: compile_kernel(
                 getattr(line_attention_kernels, name),
                 signatures[name],
                 launch.constants(name),
                 capabilities,
-                line_attention.WARPS,
+                launch.warps,
             )
             for name in names
         }
     )
 
 
-def _compile(
+def compile_kernel(
     function: triton.JITFunction,
     signature: Mapping[str, str],
     constants: Mapping[str, int],
     capabilities: Sequence[int],
     warps: int,
 ) -> CompiledKernel:
+    """Compile a kernel for GPUs of ``capabilities``, and as text for later ones.
+
+    Args:
+        signature: Triton's type of each parameter, in their order, without ``constants``.
+        constants: compile-time parameters.
+
+    Raises:
+        ExportError: the kernel needs memory that plans do not give it.
+    """
     found = {}
     with triton.knobs.compilation.scope():
         # Half of the machine code's size.
@@ -116,6 +130,7 @@ def _compile(
                 target=GPUTarget("cuda", capability, 32),
                 options={"num_warps": warps, "enable_fp_fusion": True},
             )
+            refuse_hidden_memory(function.__name__, found[capability].metadata)
     oldest = found[PTX_CAPABILITY]
     ptx = oldest.asm["ptx"].encode()
     parameters = ENTRY.search(ptx)
@@ -129,6 +144,22 @@ def _compile(
         cubins={capability: found[capability].asm["cubin"] for capability in sorted(set(capabilities))},
         ptx=ptx,
     )
+
+
+def refuse_hidden_memory(kernel: str, metadata: Any) -> None:
+    """Compare what a compiled kernel needs with what its launch gives: pointers to memory of Triton's own are null.
+
+    Raises:
+        ExportError: the kernel needs such memory.
+    """
+    # Older versions of Triton have no such memory, or say None where they have.
+    sizes = {name: getattr(metadata, name, None) or 0 for name in HIDDEN_MEMORY}
+    if any(sizes.values()):
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ExportError(
+            f"Triton {triton.__version__} compiled {kernel} to need memory of its own ({told}), which plans do not give it; "
+            "install another version of Triton, or build with --no-plugin"
+        )
 
 
 def _source(

@@ -12,7 +12,7 @@ from exporter.tensorrt.line_evict_kernels import line_evict as line_evict_kernel
 from exporter.tensorrt.spatial_decay_step_kernels import spatial_decay_step as spatial_decay_step_kernel
 from graphs.line_attention import LineAttentionInputs
 from graphs.spatial_decay_step import StepInputs
-from runtime.plugins.line_attention import INPUTS, WARPS, LineAttentionLaunch
+from runtime.plugins.line_attention import INPUTS, LineAttentionLaunch
 from runtime.plugins.line_evict import WARPS as EVICT_WARPS
 from runtime.plugins.line_evict import LineEvictLaunch
 from runtime.plugins.spatial_decay_step import WARPS as STEP_WARPS
@@ -25,7 +25,7 @@ def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | No
     Needs ``TRITON_INTERPRET=1`` set before the first import of triton where the tensors are on the CPU.
 
     Args:
-        launch: other parts or blocks than the shape's own.
+        launch: other parts or blocks than :meth:`LineAttentionLaunch.tuned` finds.
 
     Raises:
         ValueError: a shape or type that the kernels do not know.
@@ -33,7 +33,7 @@ def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | No
     rows, _, group, head_dim = inputs.q.shape
     slots = inputs.state.scores.shape[1]
     dtype = str(inputs.state.k_cache.dtype).removeprefix("torch.")
-    launch = launch or LineAttentionLaunch(rows, group, slots, head_dim, dtype)
+    launch = launch or LineAttentionLaunch.tuned(rows, group, slots, head_dim, dtype)
     check(inputs, launch)
     attended = torch.empty_like(inputs.q)
     logits = inputs.q.new_empty(launch.logits_floats, dtype=torch.float32)
@@ -42,14 +42,14 @@ def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | No
         *(*inputs.flat(), attended, logits, partial),
         *(launch.slots, launch.part_slots),
         **launch.constants("attend"),
-        num_warps=WARPS,
+        num_warps=launch.warps,
     )
     if launch.split:
         kernels.combine[launch.combine_grid](
             *(inputs.state.scores, inputs.state.slot_pos, *inputs.accounting, attended, logits, partial),
             *(launch.slots, launch.parts),
             **launch.constants("combine"),
-            num_warps=WARPS,
+            num_warps=launch.warps,
         )
     return attended
 
@@ -120,10 +120,9 @@ def line_evict(
         for tensors in (scores, slot_pos, scores_after or scores, after)
     ]
     table = settings[0].new_tensor(launch.table(*addresses))
-    keys = torch.empty(launch.entries, dtype=torch.float32, device=table.device)
+    scratch = torch.empty(launch.scratch_words, dtype=torch.int32, device=table.device)
     line_evict_kernel[launch.grid](
-        *(table, *settings, write_slots, keys, torch.empty_like(keys, dtype=torch.int32)),
-        *(launch.rows, launch.most_slots),
+        *(table, *settings, write_slots, scratch, launch.rows, launch.layers),
         **launch.constants,
         num_warps=EVICT_WARPS,
     )

@@ -2,7 +2,8 @@
 
 A program reads one row's keys and a part of its values: the new token's are put in registers over what their slot held, and
 are stored by the programs that own them, so that nothing is read that the same launch writes. Slots that weigh nothing are not
-read. All sums are float32.
+read. A token for no slot is not written, and no matrix is zero: what TensorRT times plugins on may hold anything. All sums
+are float32.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def spatial_decay_step(
     query = tl.load(q + row * D + d, mask=d < D, other=0.0).to(tl.float32)
     new_key = tl.load(k + row * D + d, mask=d < D, other=0.0)
     new_value = tl.load(v + row * E + e, mask=e < E, other=0.0)
-    new_slot = tl.load(write_slot + row).to(tl.int32)
+    new_slot = tl.load(write_slot + row)
+    written = (new_slot >= 0) & (new_slot < slots)
+    new_slot = tl.where(written, new_slot, -1).to(tl.int32)
     total = tl.zeros([E_PART], tl.float32)
     for start in range(0, slots, SLOTS_BLOCK):
         slot = start + tl.arange(0, SLOTS_BLOCK)
@@ -62,17 +65,21 @@ def spatial_decay_step(
         values = tl.where(fresh[:, None], new_value[None, :], values)
         product = tl.sum(query[None, :] * keys.to(tl.float32), axis=1) * share
         total += tl.sum(product[:, None] * values.to(tl.float32), axis=0)
-    base = above + (row * matrices + tl.load(matrix + row)) * D * E
+    number = tl.load(matrix + row)
+    there = (number >= 0) & (number < matrices)
+    base = above + (row * matrices + tl.where(there, number, 0)) * D * E
+    keys_above = tl.where(there, D, 0)
     far = tl.zeros([E_PART], tl.float32)
     for first in range(0, D, D_BLOCK):
         some = first + tl.arange(0, D_BLOCK)
-        inside = (some[:, None] < D) & (e[None, :] < E)
+        inside = (some[:, None] < keys_above) & (e[None, :] < E)
         held = tl.load(base + some[:, None] * E + e[None, :], mask=inside, other=0.0)
         asked = tl.load(q + row * D + some, mask=some < D, other=0.0).to(tl.float32)
         far += tl.sum(asked[:, None] * held, axis=0)
     total += far * tl.load(above_weighed + row)
     tl.store(attended + row * E + e, total.to(attended.dtype.element_ty), mask=e < E)
     target = row * slots + new_slot
-    tl.store(v_line + target * E + e, new_value, mask=e < E)
-    if part == 0:
+    if written:
+        tl.store(v_line + target * E + e, new_value, mask=e < E)
+    if written & (part == 0):
         tl.store(k_line + target * D + d, new_key, mask=d < D)

@@ -13,7 +13,8 @@ HELD = "held"
 
 ALIGNED = 256
 
-HELD_TYPES = ("float32", "float16", "bfloat16")
+HELD_TYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number of each."""
 
 
 def aligned(count: int) -> int:
@@ -87,8 +88,8 @@ class Operation(ABC):
         return -1
 
     @abstractmethod
-    def launch(self, inputs: Sequence[TensorKind]) -> Launch:
-        """How it is launched on these inputs.
+    def launch(self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()) -> Launch:
+        """How it is launched on these inputs, on GPUs of ``capabilities`` (80 means 8.0) where these are known.
 
         Raises:
             ValueError: the kernels cannot do that; the message says what they can.

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from runtime.plugins.base import (
     HELD,
+    HELD_TYPES,
     Call,
     Launch,
     StepOperation,
@@ -23,6 +24,7 @@ from runtime.plugins.base import (
     refuse,
 )
 from runtime.plugins.kernels import DeviceKernels
+from runtime.plugins.tuning import tuning_of
 
 INPUTS = {
     "q": HELD,
@@ -46,21 +48,40 @@ MAX_SLOTS = 8192
 MAX_GROUP = 16
 MAX_HEAD = 256
 
-TILE = 4096
-"""Numbers of K that a program works on at a time."""
+VECTOR_BYTES = 16
+"""What a thread reads at once at most."""
 
-PROGRAMS = 264
-"""Programs that fill a large GPU: two a multiprocessor. Fewer rows are split."""
+LEAST_VECTOR = 2
+HEADS_OF_THREAD = 16
+"""Numbers of a key, times query heads, that a thread reads at once: every query head needs registers of its own."""
+
+WARPS_OF_GPU = 1056
+"""Warps that fill a large GPU, eight a multiprocessor. Slots of fewer rows are shared by programs."""
 
 LEAST_PART = 64
 """Slots below which a part is not worth a program."""
 
-WARPS = 4
+SCORED_BY_WARP = 512
+"""Slots times query heads that a warp accounts for at a time."""
+
+MAX_SCORED = 1024
+
+COMBINED_BY_WARP = 128
+"""Slots that a warp accounts for where they were shared by programs."""
+
+SUMS_OF_THREAD = 32
+"""Numbers of the programs' sums that a thread reads at once."""
+
+WARP = 32
+MAX_WARPS = 16
 
 
 @dataclass(frozen=True)
 class LineAttentionLaunch:
     """Launch parameters of one shape.
+
+    ``warps``: of a program. ``tile``: numbers of K, times query heads, that a warp reads at most before it reckons. :meth:`tuned` knows
+    good ones.
 
     Raises:
         ValueError: the kernels cannot do the shape; the message says which side of it, and what they can.
@@ -71,17 +92,37 @@ class LineAttentionLaunch:
     slots: int
     head_dim: int
     dtype: str
+    warps: int
+    tile: int
+
+    @classmethod
+    def tuned(
+        cls,
+        rows: int,
+        group: int,
+        slots: int,
+        head_dim: int,
+        dtype: str,
+        capabilities: Sequence[int] = (),
+    ) -> LineAttentionLaunch:
+        """The launch of a shape on GPUs of ``capabilities`` (80 means 8.0), by what was measured there.
+
+        Raises:
+            ValueError: as the class.
+        """
+        refuse("LineAttention", _shape_faults(rows, group, slots, head_dim, dtype))
+        found = tuning_of(capabilities, power_of_two(head_dim), dtype)
+        warps = max(found.warps, _least_warps(group, head_dim, dtype))
+        return cls(rows, group, slots, head_dim, dtype, warps, found.tile)
 
     def __post_init__(self) -> None:
-        faults = dtype_faults(self.dtype)
-        if not 1 <= self.slots <= MAX_SLOTS:
-            faults.append(f"{self.slots} slots; can be 1 to {MAX_SLOTS}")
-        if not 1 <= self.group <= MAX_GROUP:
-            faults.append(f"{self.group} query heads a KV head; can be 1 to {MAX_GROUP}")
-        if not 4 <= self.head_dim <= MAX_HEAD or self.head_dim % 4:
-            faults.append(f"heads of {self.head_dim}; can be a multiple of 4 up to {MAX_HEAD}")
-        if self.rows < 1:
-            faults.append(f"{self.rows} rows; must be at least 1")
+        faults = _shape_faults(self.rows, self.group, self.slots, self.head_dim, self.dtype)
+        if not faults:
+            least = _least_warps(self.group, self.head_dim, self.dtype)
+            if self.warps not in (1, 2, 4, 8, MAX_WARPS) or self.warps < least:
+                faults.append(f"{self.warps} warps; can be a power of two from {least} to {MAX_WARPS}")
+            if self.tile < 1:
+                faults.append(f"a tile of {self.tile}; must be at least 1")
         refuse("LineAttention", faults)
 
     @property
@@ -93,14 +134,35 @@ class LineAttentionLaunch:
         return power_of_two(self.head_dim)
 
     @property
+    def vector(self) -> int:
+        """Numbers of a key that a thread reads at once."""
+        return _vector(self.group, self.head_dim, self.dtype)
+
+    @property
+    def lanes(self) -> int:
+        """Slots that a program reads at once."""
+        return WARP * self.warps * self.vector // self.head_pad
+
+    @property
+    def repeats(self) -> int:
+        """How often it does so before it reckons.
+
+        Triton keeps the positions of slots beside their keys while these are fewer than threads.
+        """
+        most = min(self.head_pad // self.vector // 2, -(-self.slots // self.lanes))
+        wanted = self.tile // (WARP * self.vector * self.group_pad)
+        return 1 << max(0, min(most, wanted).bit_length() - 1)
+
+    @property
     def block(self) -> int:
         """Slots that a program works on at a time."""
-        return max(16, min(128, TILE // (self.group_pad * self.head_pad)))
+        return self.lanes * self.repeats
 
     @property
     def part_slots(self) -> int:
         """Slots of a part; a multiple of the block where there are several parts."""
-        wanted = min(-(-PROGRAMS // self.rows), -(-self.slots // LEAST_PART))
+        programs = WARPS_OF_GPU // self.warps
+        wanted = min(-(-programs // self.rows), -(-self.slots // LEAST_PART))
         if wanted <= 1:
             return self.slots
         return min(self.slots, -(-self.slots // (wanted * self.block)) * self.block)
@@ -113,6 +175,17 @@ class LineAttentionLaunch:
     @property
     def split(self) -> bool:
         return self.parts > 1
+
+    @property
+    def scored(self) -> int:
+        """Slots that :func:`attend` accounts for at a time."""
+        most = min(MAX_SCORED, self.warps * SCORED_BY_WARP // self.group_pad)
+        return min(most, power_of_two(self.slots))
+
+    @property
+    def combined(self) -> int:
+        """Slots that a program of :func:`combine` accounts for."""
+        return min(self.scored, self.warps * COMBINED_BY_WARP)
 
     @property
     def logits_floats(self) -> int:
@@ -134,18 +207,50 @@ class LineAttentionLaunch:
 
     @property
     def combine_grid(self) -> tuple[int, int, int]:
-        return self.rows, -(-self.slots // self.block), 1
+        return self.rows, -(-self.slots // self.combined), 1
 
     def constants(self, kernel: str) -> dict[str, int]:
         """Compile-time parameters of ``kernel`` (``attend`` or ``combine``)."""
-        found = {
-            "G": self.group,
-            "G_PAD": self.group_pad,
-            "D": self.head_dim,
-            "D_PAD": self.head_pad,
-            "BLOCK": self.block,
+        shape = {"G": self.group, "G_PAD": self.group_pad, "D": self.head_dim, "D_PAD": self.head_pad}
+        if kernel == "attend":
+            return shape | {
+                "VECTOR": self.vector,
+                "LANES": self.lanes,
+                "REPEATS": self.repeats,
+                "SCORED": self.scored,
+                "SPLIT": int(self.split),
+            }
+        parts_pad = power_of_two(self.parts)
+        at_once = self.warps * WARP * SUMS_OF_THREAD // (self.group_pad * self.head_pad)
+        return shape | {
+            "PARTS_PAD": parts_pad,
+            "PARTS_AT_ONCE": max(1, min(parts_pad, at_once)),
+            "SCORED": self.combined,
         }
-        return found | {"SPLIT": int(self.split)} if kernel == "attend" else found
+
+
+def _shape_faults(rows: int, group: int, slots: int, head_dim: int, dtype: str) -> list[str]:
+    faults = dtype_faults(dtype)
+    if not 1 <= slots <= MAX_SLOTS:
+        faults.append(f"{slots} slots; can be 1 to {MAX_SLOTS}")
+    if not 1 <= group <= MAX_GROUP:
+        faults.append(f"{group} query heads a KV head; can be 1 to {MAX_GROUP}")
+    if not 4 <= head_dim <= MAX_HEAD or head_dim % 4:
+        faults.append(f"heads of {head_dim}; can be a multiple of 4 up to {MAX_HEAD}")
+    if rows < 1:
+        faults.append(f"{rows} rows; must be at least 1")
+    return faults
+
+
+def _vector(group: int, head_dim: int, dtype: str) -> int:
+    """Numbers of a key that a thread reads at once: a divisor of the head size."""
+    fewer = max(LEAST_VECTOR, HEADS_OF_THREAD // power_of_two(group))
+    return min(VECTOR_BYTES // HELD_TYPES[dtype], fewer, head_dim & -head_dim)
+
+
+def _least_warps(group: int, head_dim: int, dtype: str) -> int:
+    """Warps that read a whole key at once."""
+    return max(1, power_of_two(head_dim) // (WARP * _vector(group, head_dim, dtype)))
 
 
 @dataclass(frozen=True)
@@ -159,10 +264,11 @@ class LineAttention(StepOperation):
     like: ClassVar[str] = "q"
     aliased: ClassVar[tuple[str, ...]] = ALIASED
 
-    def launch(self, inputs: Sequence[TensorKind]) -> LineAttentionLaunch:
+    def launch(self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()) -> LineAttentionLaunch:
         kinds = dict(zip(INPUTS, inputs, strict=True))
         rows, _, group, head_dim = kinds["q"].shape
-        return LineAttentionLaunch(rows, group, kinds["scores"].shape[1], head_dim, kinds["q"].dtype)
+        slots, dtype = kinds["scores"].shape[1], kinds["q"].dtype
+        return LineAttentionLaunch.tuned(rows, group, slots, head_dim, dtype, capabilities)
 
     def enqueue(self, launch: LineAttentionLaunch, kernels: DeviceKernels, call: Call) -> None:
         at = {name: ctypes.c_void_p(address) for name, address in zip(INPUTS, call.inputs, strict=True)}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned, refuse
+from runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned, power_of_two, refuse
 from runtime.plugins.kernels import DeviceKernels
 
 SETTINGS = (
@@ -24,10 +24,21 @@ SETTINGS = (
 )
 """Inputs in front of the state, int64; ``capacity`` ``[L]``, the others scalars."""
 
-BLOCK = 64
-"""Slots that a program compares with as many others at a time."""
+BLOCK = 128
+"""Slots that a program looks at together, four a thread."""
 
-WARPS = 4
+WARPS = 1
+"""Of a program: nobody waits for another warp."""
+
+PROGRAMS = 4096
+"""Programs that fill a large GPU: more rows and layers are taken by the same ones, one after another."""
+
+LEAST_NEIGHBOURS = 1024
+"""Positions that pooled attention looks at in a round where slots are few."""
+
+POOLED = 4
+"""The importance for which neighbours are looked for (:class:`graphs.line_evict.Importance`)."""
+
 ADDRESSES = 5
 """Numbers a layer in the table: its slots, and where its scores, its positions and the new ones of both lie."""
 
@@ -68,13 +79,24 @@ class LineEvictLaunch:
         return max(self.slots)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        return self.rows, self.layers, 1
+    def slots_pad(self) -> int:
+        return -(-self.most_slots // BLOCK) * BLOCK
 
     @property
-    def entries(self) -> int:
-        """Slots of all rows and layers, each layer taken as large as the largest, with what aligns the scratch behind them."""
-        return aligned(self.layers * self.rows * self.most_slots)
+    def grid(self) -> tuple[int, int, int]:
+        return min(self.rows * self.layers, PROGRAMS), 1, 1
+
+    @property
+    def neighbours(self) -> int:
+        """Positions that pooled attention looks at in a round: more where there are more slots, so that the work of a round grows
+        as these do."""
+        return max(LEAST_NEIGHBOURS, self.slots_pad)
+
+    @property
+    def scratch_words(self) -> int:
+        """32-bit numbers that all programs need."""
+        of_pooling = self.slots_pad + self.neighbours if self.importance == POOLED else 0
+        return self.grid[0] * (self.slots_pad + of_pooling)
 
     @property
     def table_bytes(self) -> int:
@@ -82,8 +104,8 @@ class LineEvictLaunch:
 
     @property
     def scratch_bytes(self) -> int:
-        """The table, then a float32 and an int32 for every entry."""
-        return self.table_bytes + 8 * self.entries
+        """The table, and what programs lay out."""
+        return self.table_bytes + 4 * self.scratch_words
 
     @property
     def constants(self) -> dict[str, int]:
@@ -93,8 +115,11 @@ class LineEvictLaunch:
             "BRANCHES": self.branches,
             "PREFIX": self.prefix_len,
             "W": self.line_width,
+            "W_PAD": power_of_two(self.line_width),
             "KIND": self.importance,
             "CARRIES": self.carries_scores,
+            "SLOTS_PAD": self.slots_pad,
+            "NEIGHBOURS": self.neighbours,
             "BLOCK": BLOCK,
         }
 
@@ -141,7 +166,7 @@ class LineEvict(Operation):
         scores = [] if self.carries_scores else layers
         return [(self.layers, rows, self.line_width), *scores, *layers]
 
-    def launch(self, inputs: Sequence[TensorKind]) -> LineEvictLaunch:
+    def launch(self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()) -> LineEvictLaunch:
         layers = self._layers([kind.shape for kind in inputs])
         return LineEvictLaunch(
             tuple(slots for _, slots in layers),
@@ -165,9 +190,8 @@ class LineEvict(Operation):
         scores_after = [0] * layers if self.carries_scores else after[:layers]
         table = launch.table(state[:layers], state[layers:], scores_after, after[-layers:])
         kernels.table(table, scratch, call.stream)
-        keys = scratch + launch.table_bytes
-        pointers = (scratch, *settings, write_slots, keys, keys + 4 * launch.entries)
-        numbers = (launch.rows, launch.most_slots)
+        pointers = (scratch, *settings, write_slots, scratch + launch.table_bytes)
+        numbers = (launch.rows, launch.layers)
         kernels["line_evict"](
             launch.grid,
             call.stream,

@@ -236,7 +236,16 @@ def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> 
 def test_launches_follow_the_state(half: Path) -> None:
     plan = BuildPlan(open_bundle(half), FLAVOURS["rtx"], (80,), True)
     rows, head = 4 * TINY.heads, TINY.head_dim
-    assert plan.launches() == [LineAttentionLaunch(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
+    assert plan.launches() == [LineAttentionLaunch.tuned(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
+
+
+def run_compiler(script: str, *arguments: object) -> str:
+    """Run a Python script in a process of its own: in this one kernels are interpreted. Returns what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
@@ -246,13 +255,11 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
         "from exporter.tensorrt.compile import kernels_of\n"
         "from runtime.plugins.line_attention import LineAttentionLaunch\n"
         "from runtime.plugins.line_evict import LineEvictLaunch\n"
-        "found = kernels_of(LineAttentionLaunch(24, 1, 97, 100, 'bfloat16'), [80, 90, 120]).kernels\n"
+        "found = kernels_of(LineAttentionLaunch.tuned(24, 1, 97, 100, 'bfloat16'), [80, 90, 120]).kernels\n"
         "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90, 120]).kernels\n"
         "Path(sys.argv[1]).write_bytes(msgspec.msgpack.encode(found))\n"
     )
-    # A process of its own: in this one kernels are interpreted.
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", script, compiled], env=environment, cwd=ROOT, check=True)
+    run_compiler(script, compiled)
     kernels = msgspec.msgpack.decode(compiled.read_bytes(), type=dict[str, CompiledKernel])
     assert set(kernels) == {"attend", "combine", "line_evict"}
     for kernel in kernels.values():
@@ -262,3 +269,24 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
         assert kernel.image(86) == kernel.cubins[80]
         assert kernel.image(90) == kernel.cubins[90]
         assert kernel.image(100) == kernel.ptx
+
+
+def test_a_kernel_that_needs_memory_of_triton_s_own_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "described.py"
+    # The description of a tensor lies in such memory.
+    file.write_text(
+        "import triton, triton.language as tl\n"
+        "from exporter.tensorrt.compile import compile_kernel\n"
+        "@triton.jit\n"
+        "def described(source, target, BLOCK: tl.constexpr):\n"
+        "    tensor = tl.make_tensor_descriptor(source, [BLOCK], [1], [BLOCK])\n"
+        "    tl.store(target + tl.arange(0, BLOCK), tensor.load([0]))\n"
+        "try:\n"
+        "    compile_kernel(described, dict.fromkeys(('source', 'target'), '*fp32'), {'BLOCK': 32}, [90], 1)\n"
+        "except Exception as error:\n"
+        "    print(type(error).__name__, error)\n"
+    )
+    said = run_compiler("import runpy, sys; runpy.run_path(sys.argv[1])", file)
+    assert "ExportError" in said
+    assert "compiled described to need memory of its own (global_scratch_size 128, " in said
+    assert "--no-plugin" in said

@@ -16,6 +16,7 @@ from graphs.line_attention import reference
 from runtime.plugins.line_attention import LineAttentionLaunch
 from tests.graphs.test_line_attention import Inputs, bundled, random_inputs
 
+Shape = tuple[int, int, int, int, str]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Of what is attended: one rounding to the type of the values, about 3."""
@@ -30,6 +31,15 @@ class InParts(LineAttentionLaunch):
     @property
     def part_slots(self) -> int:
         return self.wanted
+
+    @classmethod
+    def of(cls, launch: LineAttentionLaunch, wanted: int) -> InParts:
+        return cls(*dataclasses.astuple(launch), wanted)
+
+
+def laid_out(shape: Shape, warps: int, tile: int) -> LineAttentionLaunch:
+    """A launch of so many times the warps that the shape needs, and of programs that read so much at once."""
+    return LineAttentionLaunch(*shape, warps * LineAttentionLaunch.tuned(*shape).warps, tile)
 
 
 def inputs_of(rows: int, group: int, slots: int, head_dim: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
@@ -68,7 +78,10 @@ def check(inputs: Inputs, launch: LineAttentionLaunch | None = None) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize(
     ("rows", "group", "slots", "head_dim"),
-    [(4, 1, 97, 64), (3, 1, 97, 100), (2, 4, 145, 128), (2, 3, 33, 48), (2, 1, 1, 4), (300, 1, 17, 12)],
+    [
+        *[(4, 1, 97, 64), (3, 1, 97, 100), (2, 4, 145, 128), (2, 3, 33, 48), (2, 1, 1, 4), (20, 1, 5, 4)],
+        *[(2, 8, 33, 128), (1, 16, 9, 256)],
+    ],
 )
 def test_kernels_do_what_the_reference_does(
     rows: int, group: int, slots: int, head_dim: int, dtype: torch.dtype
@@ -78,16 +91,16 @@ def test_kernels_do_what_the_reference_does(
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_many_slots_are_shared_by_programs(dtype: torch.dtype) -> None:
-    launch = LineAttentionLaunch(2, 1, 601, 64, str(dtype).removeprefix("torch."))
+    launch = LineAttentionLaunch.tuned(2, 1, 601, 64, str(dtype).removeprefix("torch."))
     assert launch.split
     assert launch.parts > 4
     check(inputs_of(2, 1, 601, 64, dtype))
 
 
 def test_rows_enough_are_not_shared() -> None:
-    assert not LineAttentionLaunch(2560, 1, 601, 64, "float16").split
-    assert LineAttentionLaunch(40, 1, 601, 64, "float16").split
-    assert not LineAttentionLaunch(40, 1, 64, 64, "float16").split
+    assert not LineAttentionLaunch.tuned(2560, 1, 601, 64, "float16").split
+    assert LineAttentionLaunch.tuned(40, 1, 601, 64, "float16").split
+    assert not LineAttentionLaunch.tuned(40, 1, 64, 64, "float16").split
 
 
 @given(
@@ -96,6 +109,8 @@ def test_rows_enough_are_not_shared() -> None:
     slots=st.integers(1, 80),
     head_dim=st.integers(1, 10).map(lambda quarter: 4 * quarter),
     part_slots=st.integers(1, 80),
+    warps=st.sampled_from([1, 2, 4]),
+    tile=st.sampled_from([1, 256, 1024]),
     seed=st.integers(0, 1000),
     score_max=st.booleans(),
     restart=st.booleans(),
@@ -107,6 +122,8 @@ def test_any_shape_in_any_parts(
     slots: int,
     head_dim: int,
     part_slots: int,
+    warps: int,
+    tile: int,
     seed: int,
     score_max: bool,
     restart: bool,
@@ -115,14 +132,15 @@ def test_any_shape_in_any_parts(
     inputs["score_max"] = torch.tensor(score_max)
     if restart:
         inputs["fresh_from"] = torch.full_like(inputs["fresh_from"], -1)
-    check(inputs, InParts(rows, group, slots, head_dim, "float32", min(part_slots, slots)))
+    launch = laid_out((rows, group, slots, head_dim, "float32"), warps, tile)
+    check(inputs, InParts.of(launch, min(part_slots, slots)))
 
 
 def test_a_buffer_with_nothing_but_the_new_token() -> None:
     inputs = inputs_of(3, 2, 70, 16, torch.float32)
     inputs["slot_pos"] = torch.full_like(inputs["slot_pos"], -1)
     check(inputs)
-    check(inputs, InParts(3, 2, 70, 16, "float32", 20))
+    check(inputs, InParts.of(LineAttentionLaunch.tuned(3, 2, 70, 16, "float32"), 20))
 
 
 @pytest.mark.parametrize(
@@ -135,11 +153,9 @@ def test_a_buffer_with_nothing_but_the_new_token() -> None:
         ((0, 1, 9, 64, "float32"), "0 rows"),
     ],
 )
-def test_shapes_that_the_kernels_cannot_do_are_refused(
-    shape: tuple[int, int, int, int, str], words: str
-) -> None:
+def test_shapes_that_the_kernels_cannot_do_are_refused(shape: Shape, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        LineAttentionLaunch(*shape)
+        LineAttentionLaunch.tuned(*shape)
 
 
 def test_a_tensor_of_another_shape_is_refused() -> None:

@@ -1,4 +1,7 @@
-"""What the plugins' enqueue asks of the driver, done by the interpreted kernels: arguments, scratch memory, tables."""
+"""What the plugins' enqueue asks of the driver, done by the interpreted kernels: arguments, scratch memory, tables.
+
+Kernels may touch what they were given and nothing else, whatever that holds.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ pytest.importorskip("cuda.bindings")
 from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
 from exporter.tensorrt.compile import ALIGNMENT
 from graphs.line_attention import reference
+from graphs.line_buffer import LineEnd
 from graphs.spatial_decay_step import reference as decay_reference
 from runtime.cuda import Device
 from runtime.plugins.base import Call, Launch, Operation, TensorKind
@@ -27,12 +31,15 @@ from tests.emulated_gpu import CAPABILITY, EmulatedDriver, Kernel
 from tests.exporter.test_line_attention_kernels import inputs_of
 from tests.exporter.test_line_evict_kernels import NAMES, Case, tensors_of
 from tests.exporter.test_spatial_decay_step_kernels import inputs_of as decay_inputs_of
+from tests.exporter.watched_memory import watched
 from tests.graphs.test_line_attention import bundled
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
 
 TYPES = {torch.float32: "float32", torch.int64: "int64", torch.int32: "int32", torch.bool: "bool"}
 TORCH_TYPES = {name: kind for kind, name in TYPES.items()}
+BEYOND = (-1, -(2**31), -(2**63), 9, 10, 1000, 2**31 - 1, 2**31, 2**32, 2**32 + 1, 2**63 - 1)
+"""Numbers that no slot, matrix or position has; in less than 64 bits what is left of them."""
 
 
 def interpreted(function: Any, types: Mapping[str, torch.dtype], constants: Mapping[str, int]) -> Kernel:
@@ -59,7 +66,11 @@ def interpreted(function: Any, types: Mapping[str, torch.dtype], constants: Mapp
 def enqueue(
     operation: Operation, kernels: Mapping[str, Kernel], inputs: Sequence[torch.Tensor]
 ) -> tuple[list[torch.Tensor], Launch]:
-    """Run an operation as a plugin does, on a copy of ``inputs``; returns its outputs, aliased ones as they are afterwards."""
+    """Run an operation as a plugin does, on a copy of ``inputs``; returns its outputs, aliased ones as they are afterwards.
+
+    Raises:
+        AssertionError: a kernel touches what it was not given.
+    """
     driver = EmulatedDriver(kernels)
     device = Device(driver)
     kinds = [TensorKind(TYPES[tensor.dtype], tuple(tensor.shape)) for tensor in inputs]
@@ -80,31 +91,97 @@ def enqueue(
     }
     scratch = device.allocate(launch.scratch_bytes)
     call = Call(addresses, places, scratch, device.stream)
-    operation.enqueue(launch, DeviceKernels(loaded, driver), call)
+    with watched() as memory:
+        for address, tensor in (*zip(addresses, inputs, strict=True), *zip(places, outputs, strict=True)):
+            memory.allow(address, tensor.nbytes)
+        memory.allow(scratch, launch.scratch_bytes)
+        operation.enqueue(launch, DeviceKernels(loaded, driver), call)
+        device.synchronize()
     for place, output in zip(places, outputs, strict=True):
         device.download(place, output.numpy())
     return outputs, launch
+
+
+LOUD = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton", "ignore::RuntimeWarning:numpy")
+"""Of a kernel that reckons with anything NumPy says that it overflows."""
+
+
+def garbage_like(tensors: Sequence[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Tensors of the same types and shapes that hold any bits, and in places numbers that lie beyond everything."""
+    generator = torch.Generator().manual_seed(seed)
+    return [_garbage(tensor, generator) for tensor in tensors]
+
+
+def _garbage(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    bits = torch.randint(256, (max(1, like.nbytes),), generator=generator, dtype=torch.uint8)
+    numbers = bits.view(like.dtype).reshape(like.shape)
+    if like.dtype is torch.bool:
+        return bits.view(torch.int8).ne(0).reshape(like.shape)
+    whole = like.dtype in (torch.int32, torch.int64)
+    some = torch.tensor(BEYOND if whole else (float("nan"), float("inf"), -float("inf"), -0.0))
+    drawn = some[torch.randint(len(some), like.shape, generator=generator)].to(like.dtype)
+    return torch.where(torch.rand(like.shape, generator=generator) < 0.5, drawn, numbers)
+
+
+def attention_kernels(launch: LineAttentionLaunch, inputs: Mapping[str, torch.Tensor]) -> dict[str, Kernel]:
+    pointers = {name: tensor.dtype for name, tensor in inputs.items()} | dict.fromkeys(
+        ("attended", "logits", "partial"), torch.float32
+    )
+    return {
+        name: interpreted(getattr(line_attention_kernels, name), pointers, launch.constants(name))
+        for name in ("attend", "combine")
+    }
 
 
 @pytest.mark.parametrize("slots", [33, 603])
 @pytest.mark.parametrize("group", [1, 3])
 def test_line_attention(slots: int, group: int) -> None:
     inputs = inputs_of(2, group, slots, 16, torch.float32)
-    launch = LineAttentionLaunch(2, group, slots, 16, "float32")
+    launch = LineAttentionLaunch.tuned(2, group, slots, 16, "float32")
     assert launch.split == (slots > 100)
-    pointers = {name: tensor.dtype for name, tensor in inputs.items()} | dict.fromkeys(
-        ("attended", "logits", "partial"), torch.float32
+    (attended, *state), used = enqueue(
+        LineAttention(), attention_kernels(launch, inputs), list(inputs.values())
     )
-    kernels = {
-        name: interpreted(getattr(line_attention_kernels, name), pointers, launch.constants(name))
-        for name in ("attend", "combine")
-    }
-    (attended, *state), used = enqueue(LineAttention(), kernels, list(inputs.values()))
     assert used == launch
     wanted, after = reference(bundled(inputs))
     torch.testing.assert_close(attended, wanted, atol=3e-6, rtol=0)
     for ours, theirs in zip(state, after, strict=True):
         torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=0)
+
+
+@LOUD
+@pytest.mark.parametrize("slots", [9, 200])
+def test_line_attention_on_memory_that_holds_anything(slots: int) -> None:
+    like = inputs_of(2, 1, slots, 8, torch.float32)
+    kernels = attention_kernels(LineAttentionLaunch.tuned(2, 1, slots, 8, "float32"), like)
+    for seed in range(20):
+        enqueue(LineAttention(), kernels, garbage_like(list(like.values()), seed))
+
+
+@pytest.mark.parametrize("write_slot", BEYOND)
+def test_a_token_for_no_slot_is_attended_to_by_nobody(write_slot: int) -> None:
+    inputs = inputs_of(2, 1, 9, 8, torch.float32)
+    inputs["write_slot"] = torch.tensor([write_slot, 4])
+    kernels = attention_kernels(LineAttentionLaunch.tuned(2, 1, 9, 8, "float32"), inputs)
+    (attended, *state), _ = enqueue(LineAttention(), kernels, list(inputs.values()))
+    # The reference has no such slot: an empty one takes its place, and is left as it was.
+    more = inputs | {"write_slot": torch.tensor([9, 4])}
+    for name in ("k_cache", "v_cache"):
+        more[name] = torch.cat([inputs[name], torch.zeros(2, 1, 1, 8)], 2)
+    more["scores"] = torch.cat([inputs["scores"], torch.zeros(2, 1)], 1)
+    more["slot_pos"] = torch.cat([inputs["slot_pos"], torch.full((2, 1), -1, dtype=torch.int32)], 1)
+    more["position"] = torch.tensor([[-1], [16]], dtype=torch.int32)
+    wanted, after = reference(bundled(more))
+    torch.testing.assert_close(attended, wanted, atol=3e-6, rtol=0)
+    for ours, theirs, slots in zip(state, after, (2, 2, 1, 1), strict=True):
+        torch.testing.assert_close(ours, theirs.narrow(slots, 0, 9), atol=3e-6, rtol=0)
+
+
+def decay_kernels(launch: SpatialDecayStepLaunch, tensors: Sequence[torch.Tensor]) -> dict[str, Kernel]:
+    kinds = [tensor.dtype for tensor in (*tensors, tensors[0])]
+    pointers = dict(zip((*INPUTS, "attended"), kinds, strict=True))
+    kernel = interpreted(spatial_decay_step_kernels.spatial_decay_step, pointers, launch.constants)
+    return {"spatial_decay_step": kernel}
 
 
 @pytest.mark.parametrize("rows", [2, 300])
@@ -113,16 +190,74 @@ def test_spatial_decay_step(rows: int) -> None:
     launch = SpatialDecayStepLaunch(rows, 9, 5, 20, 36, "float32")
     assert (launch.parts > 1) == (rows == 2)
     tensors = inputs.flat()
-    names = (*INPUTS, "attended")
-    pointers = dict(zip(names, [tensor.dtype for tensor in (*tensors, inputs.v)], strict=True))
-    kernel = interpreted(spatial_decay_step_kernels.spatial_decay_step, pointers, launch.constants)
-    (attended, *line), used = enqueue(SpatialDecayStep(), {"spatial_decay_step": kernel}, tensors)
+    (attended, *line), used = enqueue(SpatialDecayStep(), decay_kernels(launch, tensors), tensors)
     assert used == launch
     clean = inputs._replace(state=type(inputs.state)(*(part.nan_to_num() for part in inputs.state)))
     wanted, *after = decay_reference(clean)
     torch.testing.assert_close(attended, wanted, atol=3e-6 * wanted.abs().max().item(), rtol=0)
     for ours, theirs in zip(line, after, strict=True):
         assert torch.equal(ours.nan_to_num(), theirs)
+
+
+@LOUD
+def test_a_spatial_decay_step_on_memory_that_holds_anything() -> None:
+    like = decay_inputs_of(2, 9, 5, 20, 36, torch.float32).flat()
+    kernels = decay_kernels(SpatialDecayStepLaunch(2, 9, 5, 20, 36, "float32"), like)
+    for seed in range(20):
+        enqueue(SpatialDecayStep(), kernels, garbage_like(like, seed))
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_a_spatial_decay_step_of_no_slot_and_no_matrix(beyond: int) -> None:
+    inputs = decay_inputs_of(2, 9, 5, 20, 36, torch.float32)
+    inputs = inputs._replace(state=type(inputs.state)(*(part.nan_to_num() for part in inputs.state)))
+    launch = SpatialDecayStepLaunch(2, 9, 5, 20, 36, "float32")
+    kernels = decay_kernels(launch, inputs.flat())
+    slot, matrix = (
+        torch.stack([torch.tensor(beyond), held[1]]) for held in (inputs.write_slot, inputs.matrix)
+    )
+    (attended, *line), _ = enqueue(
+        SpatialDecayStep(), kernels, inputs._replace(write_slot=slot, matrix=matrix).flat()
+    )
+    # A row that writes nothing is one that writes what is there; one that reads no matrix, one that gives it no weight.
+    there = [part[0, :, :1] for part in inputs.state[:2]]
+    k, v = (torch.stack([old, new[1]]) for old, new in zip(there, (inputs.k, inputs.v), strict=True))
+    share = inputs.above_weighed * torch.tensor([0.0, 1.0])[:, None, None, None]
+    first = torch.stack([torch.tensor(0), inputs.write_slot[1]])
+    wanted, *after = decay_reference(inputs._replace(k=k, v=v, write_slot=first, above_weighed=share))
+    torch.testing.assert_close(attended, wanted, atol=3e-6 * wanted.abs().max().item(), rtol=0)
+    for ours, theirs in zip(line, after, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def evict_kernels(operation: LineEvict, stage: LineEnd, inputs: Sequence[torch.Tensor]) -> dict[str, Kernel]:
+    kinds = [TensorKind(TYPES[tensor.dtype], tuple(tensor.shape)) for tensor in inputs]
+    names = ("table", *(spec.name for spec in stage.inputs[:8]), "write_slots")
+    pointers = dict.fromkeys(names, torch.int64) | {"scratch": torch.int32}
+    constants = operation.launch(kinds).constants
+    return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, constants)}
+
+
+@LOUD
+@pytest.mark.parametrize("valid_settings", [False, True])
+@pytest.mark.parametrize("policy", NAMES)
+def test_a_line_end_on_memory_that_holds_anything(policy: str, valid_settings: bool) -> None:
+    case = Case(policy, (3, 4), False, 2, 1, (True, False, False, False), 4, heads=1)
+    stage = case.stage
+    attributes = stage.plugin_attributes()
+    assert attributes is not None
+    operation = LineEvict(**attributes)
+    like = [tensor for part in tensors_of(case, stage) for tensor in part]
+    kernels = evict_kernels(operation, stage, like)
+    for seed in range(4):
+        given = garbage_like(like, seed)
+        if valid_settings:
+            given[:8] = like[:8]
+        (write_slots, *_), _ = enqueue(operation, kernels, given)
+        for layer, slots in zip(write_slots, stage.geometry.capacities, strict=True):
+            for row in layer.tolist():
+                assert len(set(row)) == len(row)
+                assert all(0 <= slot < slots for slot in row)
 
 
 @pytest.mark.parametrize("policy", NAMES)
@@ -134,11 +269,7 @@ def test_line_evict(policy: str) -> None:
     assert attributes is not None
     operation = LineEvict(**attributes)
     inputs = [tensor for part in tensors_of(case, stage) for tensor in part]
-    kinds = [TensorKind(TYPES[tensor.dtype], tuple(tensor.shape)) for tensor in inputs]
-    names = ("table", *(spec.name for spec in stage.inputs[:8]), "write_slots")
-    pointers = dict.fromkeys(names, torch.int64) | {"keys": torch.float32, "ranks": torch.int32}
-    kernel = interpreted(line_evict_kernels.line_evict, pointers, operation.launch(kinds).constants)
-    found, _ = enqueue(operation, {"line_evict": kernel}, inputs)
+    found, _ = enqueue(operation, evict_kernels(operation, stage, inputs), inputs)
     for spec, ours, theirs in zip(stage.outputs, found, stage(*inputs), strict=True):
         assert torch.equal(ours, theirs), spec.name
 
