@@ -61,7 +61,7 @@ def interpreted_kernels(
         return {"spatial_decay_step": interpreted(kernel, pointers, launch.constants)}
     assert isinstance(launch, LineEvictLaunch)
     names = ("table", *line_evict.SETTINGS, "position", "write_slots")
-    pointers = dict.fromkeys(names, torch.int64) | {"keys": torch.float32, "ranks": torch.int32}
+    pointers = dict.fromkeys(names, torch.int64) | {"scratch": torch.int32}
     return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, launch.constants)}
 
 

@@ -49,7 +49,10 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(NOT_INSTALLED)
     done = subprocess.run(
-        [sys.executable, "-c", "import runtime"], env={"PYTHONPATH": str(folder)}, cwd="/", capture_output=True
+        [sys.executable, "-c", "import runtime"],
+        env={"PYTHONPATH": str(folder)},
+        cwd="/",
+        capture_output=True,
     )
     assert b"No module named 'runtime'" in done.stderr
     return folder

@@ -172,7 +172,9 @@ def _received(logits, slot, slots, held, largest, weight, G: tl.constexpr, G_PAD
     """Attention that the slots ``slot`` of a row received, averaged over the query heads; those that hold nothing received none."""
     g = tl.arange(0, G_PAD)
     head = (g < G)[:, None]
-    logit = tl.load(logits + g[:, None] * slots + slot[None, :], mask=head & (slot < slots)[None, :], other=0.0)
+    logit = tl.load(
+        logits + g[:, None] * slots + slot[None, :], mask=head & (slot < slots)[None, :], other=0.0
+    )
     logit = tl.where(head & (held >= 0)[None, :], logit, float("-inf"))
     return tl.sum(tl.exp(logit - largest[:, None]) / weight[:, None], axis=0) / G
 
@@ -238,7 +240,9 @@ def combine(
             at = (row * parts + some)[None, :] * G_PAD + g[:, None]
             there = (some < parts)[None, :]
             share = tl.exp(tl.load(extremes + at * 2, mask=there, other=LOWEST) - highest[:, None])
-            sums = tl.load(partial + at[:, :, None] * D_PAD + d[None, None, :], mask=there[:, :, None], other=0.0)
+            sums = tl.load(
+                partial + at[:, :, None] * D_PAD + d[None, None, :], mask=there[:, :, None], other=0.0
+            )
             total += tl.sum(sums * share[:, :, None], axis=1)
         _store_attended(attended, row, total, weight, G, G_PAD, D, D_PAD)
     received = _received(logits + row * G * slots, slot, slots, held, highest, weight, G, G_PAD)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
-from runtime.plugins.tuning import Tuning, write_tunings
 
 from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
 from gpu_phases.place import Place
@@ -19,6 +18,7 @@ from runtime.plugins import OPERATIONS
 from runtime.plugins.base import Call, Launch, Operation, TensorKind
 from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel
 from runtime.plugins.line_attention import LineAttentionLaunch
+from runtime.plugins.tuning import Tuning, write_tunings
 
 FILE = "speeds.msgpack"
 TABLE = "tuning.json"

@@ -236,7 +236,10 @@ def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> 
 def test_launches_follow_the_state(half: Path) -> None:
     plan = BuildPlan(open_bundle(half), FLAVOURS["rtx"], (80,), True)
     rows, head = 4 * TINY.heads, TINY.head_dim
-    assert plan.launches() == [LineAttentionLaunch.tuned(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
+    assert (
+        plan.launches()
+        == [LineAttentionLaunch.tuned(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
+    )
 
 
 def run_compiler(script: str, *arguments: object) -> str:
