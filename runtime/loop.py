@@ -143,6 +143,8 @@ def generate(
     batch: Batch,
     on_line: Callable[[int], None] | None = None,
     on_line_end: Callable[[int], None] | None = None,
+    *,
+    finite: bool = True,
 ) -> NDArray[np.int64]:
     """Draw a batch's tokens.
 
@@ -151,6 +153,7 @@ def generate(
         batch: conditions, uniforms and settings.
         on_line: called with the number of lines whose tokens are all drawn, after each line.
         on_line_end: called with a line's number after its end: write slots are chosen, nothing is overwritten yet.
+        finite: False leaves it to the caller to look at the logits.
 
     Returns:
         ``[I, N]`` int64 tokens in raster order.
@@ -164,7 +167,8 @@ def generate(
         run_step(backend, batch, step)
         # The token drawn by a line's last but one step is the line's last.
         if step.stage == "decode" and step.column == raster.line_width - 2:
-            require_finite(backend)
+            if finite:
+                require_finite(backend)
             if on_line:
                 on_line(step.line + 1)
         if on_line_end and step.stage == "line_end":

@@ -120,9 +120,9 @@ def command(
         and record_trace.resolve() == save_tokens.resolve()
     ):
         raise RequestError(f"--record-trace and --save-tokens both name {save_tokens}; give two files")
-    check_run_folder(out, resume=resume, force=force)
     if record_trace is not None and resume:
         raise RequestError("--record-trace cannot record what an earlier run drew: leave --resume out")
+    check_run_folder(out, resume=resume, force=force)
     given = {
         "guidance": guidance,
         "guidance_interval": guidance_interval,

@@ -355,8 +355,8 @@ def test_another_request_is_refused(
     ("options", "message"),
     [
         (("--policies", "nonsense"), "holds no policy nonsense"),
-        (("--budgets", "0"), "budget 0"),
-        (("--budgets", "3/2"), "budget 3/2"),
+        (("--budgets", "0"), "budget '0'"),
+        (("--budgets", "3/2"), "budget '3/2'"),
         (("--budgets", "many"), "budget 'many'"),
         (("--budgets", "7"), "no cell of the grid fits"),
         (("--mode", "eager"), "give some of strict, lazy"),
@@ -426,7 +426,9 @@ def test_a_resized_decode_graph_is_that_of_a_smaller_bundle(
     small = Generator(export(*tiny_files, *options))
     backend = small.backend
     samples = [Sample(ClassLabel(1), 2), Sample(ClassLabel(3), 4)]
-    batch = make_batch(small.bundle, samples, small.manifest.sampling, small.manifest.cache)
+    batch = make_batch(
+        small.manifest, small.conditioner, samples, small.manifest.sampling, small.manifest.cache
+    )
     tokens = small.draw(samples)
     for _ in zip(range(20), forced_logits(backend, batch, tokens), strict=False):
         pass

@@ -203,9 +203,9 @@ def test_another_variant_is_another_checkpoint(
 
 
 def test_bench_over_grids(bundle: Path, linert: Linert) -> None:
-    result = linert("bench", bundle, "--sweep", "grid=6,8", "--rounds", 1, "--images", 0)
+    result = linert("bench", bundle, "--sweep", "grid=6,8", "--rounds", 1, "--images", 0, "--json")
     assert result.code == 0, result.err
-    small, large = json.loads(result.out.splitlines()[-1])["cells"]
+    small, large = json.loads(result.out)["cells"]
     assert small["state_bytes"] < large["state_bytes"]
 
 

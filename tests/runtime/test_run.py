@@ -146,6 +146,9 @@ import signal, sys, time
 # A shell may have started the tests with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from runtime.generator import Generator
+# A shell may have started the tests with these ignored.
+for kind in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(kind, signal.SIG_DFL)
 draw = Generator.draw
 def slow(*arguments, **named):
     time.sleep(0.4)
