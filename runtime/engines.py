@@ -13,7 +13,7 @@ from runtime.plugins import CONTENTS
 
 ENGINES_FOLDER = "engines"
 RECORD_NAME = "engine.json"
-SCHEMA = 2
+SCHEMA = 3
 
 
 class Layer(msgspec.Struct, frozen=True):

@@ -60,7 +60,7 @@ def attend(
         VECTOR: numbers of a key that a thread reads at once.
         SCORED: slots that are accounted for at a time.
     """
-    BLOCK: tl.constexpr = REPEATS * LANES
+    block: tl.constexpr = REPEATS * LANES
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     first = part * part_slots
@@ -101,12 +101,12 @@ def attend(
     total = tl.where(counts, new_value.to(tl.float32) * new_weight, 0.0)
 
     keys, values = _read(k_cache, v_cache, slot, held, last, new_slot, d, D, VECTOR)
-    held_ahead = tl.load(slot_pos + slot + BLOCK, mask=slot + BLOCK < last, other=-1)
-    for start in range(first, last, BLOCK):
+    held_ahead = tl.load(slot_pos + slot + block, mask=slot + block < last, other=-1)
+    for start in range(first, last, block):
         slot = start + within
-        ahead = slot + BLOCK
+        ahead = slot + block
         keys_ahead, values_ahead = _read(k_cache, v_cache, ahead, held_ahead, last, new_slot, d, D, VECTOR)
-        held_behind = tl.load(slot_pos + ahead + BLOCK, mask=ahead + BLOCK < last, other=-1)
+        held_behind = tl.load(slot_pos + ahead + block, mask=ahead + block < last, other=-1)
         logit = tl.sum(query * keys.to(tl.float32), axis=3, keep_dims=True)
         tl.store(logits + g * slots + slot, logit, mask=(g < G) & (slot < last) & (slot != new_slot))
         logit = tl.where((held >= 0) & (slot != new_slot), logit, float("-inf"))
@@ -172,7 +172,9 @@ def _received(logits, slot, slots, held, largest, weight, G: tl.constexpr, G_PAD
     """Attention that the slots ``slot`` of a row received, averaged over the query heads; those that hold nothing received none."""
     g = tl.arange(0, G_PAD)
     head = (g < G)[:, None]
-    logit = tl.load(logits + g[:, None] * slots + slot[None, :], mask=head & (slot < slots)[None, :], other=0.0)
+    logit = tl.load(
+        logits + g[:, None] * slots + slot[None, :], mask=head & (slot < slots)[None, :], other=0.0
+    )
     logit = tl.where(head & (held >= 0)[None, :], logit, float("-inf"))
     return tl.sum(tl.exp(logit - largest[:, None]) / weight[:, None], axis=0) / G
 
@@ -238,7 +240,9 @@ def combine(
             at = (row * parts + some)[None, :] * G_PAD + g[:, None]
             there = (some < parts)[None, :]
             share = tl.exp(tl.load(extremes + at * 2, mask=there, other=LOWEST) - highest[:, None])
-            sums = tl.load(partial + at[:, :, None] * D_PAD + d[None, None, :], mask=there[:, :, None], other=0.0)
+            sums = tl.load(
+                partial + at[:, :, None] * D_PAD + d[None, None, :], mask=there[:, :, None], other=0.0
+            )
             total += tl.sum(sums * share[:, :, None], axis=1)
         _store_attended(attended, row, total, weight, G, G_PAD, D, D_PAD)
     received = _received(logits + row * G * slots, slot, slots, held, highest, weight, G, G_PAD)

@@ -128,7 +128,9 @@ class SpatialDecayStep(StepOperation):
     like: ClassVar[str] = "v"
     aliased: ClassVar[tuple[str, ...]] = ALIASED
 
-    def launch(self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()) -> SpatialDecayStepLaunch:
+    def launch(
+        self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()
+    ) -> SpatialDecayStepLaunch:
         kinds = dict(zip(INPUTS, inputs, strict=True))
         rows, matrices, key_dim, value_dim = kinds["above"].shape
         slots = kinds["k_line"].shape[2]
