@@ -23,7 +23,7 @@ from runtime import plugins
 from runtime.bundle import Bundle, file_sha256
 from runtime.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, read_engines
 from runtime.errors import BundleError, ExportError
-from runtime.plugins import OPERATIONS
+from runtime.plugins import OPERATIONS, tuning
 from runtime.plugins.base import Launch, TensorKind
 from runtime.replacement import new_folder, scratch_folder
 from runtime.trt_flavour import Flavour
@@ -31,6 +31,7 @@ from runtime.trt_flavour import Flavour
 PLUGIN_SOURCES = (
     *sorted(Path(__file__).parent.glob("*_kernels.py")),
     *sorted(Path(plugins.__file__).parent.glob("*.py")),
+    tuning.FILE,
 )
 """What decides how the plugins in a plan run."""
 
@@ -81,7 +82,7 @@ class BuildPlan:
         graph = onnx.load(self.bundle.stage_path("decode"), load_external_data=False).graph
         kinds = {value.name: _kind(value) for value in (*graph.input, *graph.value_info)}
         return [
-            OPERATIONS[node.op_type]().launch([kinds[name] for name in node.input])
+            OPERATIONS[node.op_type]().launch([kinds[name] for name in node.input], self.capabilities)
             for node in graph.node
             if node.domain == plugins.NAMESPACE
         ]

@@ -21,7 +21,10 @@ import msgspec
 
 from exporter.tensorrt.callbacks import make_monitor, make_writer
 from runtime.engines import Layer
+from runtime.errors import ExportError
 from runtime.plugins import NAMESPACE
+from runtime.plugins.base import Launch, Operation
+from runtime.plugins.kernels import KernelSet
 from runtime.plugins.trt import register
 from runtime.replacement import output_error
 from runtime.trt_flavour import FLAVOURS, make_logger
@@ -83,10 +86,18 @@ def build(job: Job) -> Event:
     if job.plugin:
         from exporter.tensorrt.compile import kernels_of
 
-        kernels = functools.cache(
-            lambda _, launch: kernels_of(launch, job.capabilities or (capability_at_hand(),))
-        )
-        register(trt, kernels)
+        capabilities = job.capabilities or (capability_at_hand(),)
+
+        @functools.cache
+        def compiled(_: Operation, launch: Launch) -> KernelSet:
+            try:
+                return kernels_of(launch, capabilities)
+            except ExportError as error:
+                # TensorRT says only that a plugin failed.
+                messages.insert(0, str(error))
+                raise
+
+        register(trt, compiled, capabilities)
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(job.onnx):
         faults = [parser.get_error(index) for index in range(parser.num_errors)]

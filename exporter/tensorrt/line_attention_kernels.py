@@ -60,7 +60,7 @@ def attend(
         VECTOR: numbers of a key that a thread reads at once.
         SCORED: slots that are accounted for at a time.
     """
-    BLOCK: tl.constexpr = REPEATS * LANES
+    block: tl.constexpr = REPEATS * LANES
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     first = part * part_slots
@@ -101,12 +101,12 @@ def attend(
     total = tl.where(counts, new_value.to(tl.float32) * new_weight, 0.0)
 
     keys, values = _read(k_cache, v_cache, slot, held, last, new_slot, d, D, VECTOR)
-    held_ahead = tl.load(slot_pos + slot + BLOCK, mask=slot + BLOCK < last, other=-1)
-    for start in range(first, last, BLOCK):
+    held_ahead = tl.load(slot_pos + slot + block, mask=slot + block < last, other=-1)
+    for start in range(first, last, block):
         slot = start + within
-        ahead = slot + BLOCK
+        ahead = slot + block
         keys_ahead, values_ahead = _read(k_cache, v_cache, ahead, held_ahead, last, new_slot, d, D, VECTOR)
-        held_behind = tl.load(slot_pos + ahead + BLOCK, mask=ahead + BLOCK < last, other=-1)
+        held_behind = tl.load(slot_pos + ahead + block, mask=ahead + block < last, other=-1)
         logit = tl.sum(query * keys.to(tl.float32), axis=3, keep_dims=True)
         tl.store(logits + g * slots + slot, logit, mask=(g < G) & (slot < last) & (slot != new_slot))
         logit = tl.where((held >= 0) & (slot != new_slot), logit, float("-inf"))

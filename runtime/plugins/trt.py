@@ -62,20 +62,26 @@ class Contexts:
         return DeviceKernels(loaded, driver)
 
 
-def register(trt: Any, compile_kernels: Compile | None = None) -> None:
+def register(trt: Any, compile_kernels: Compile | None = None, capabilities: Sequence[int] = ()) -> None:
     """Register every operation with ``trt`` (the module ``tensorrt`` or ``tensorrt_rtx``), where it was not yet.
 
     Args:
         compile_kernels: what makes kernels while a plan is built; plans can be run without.
+        capabilities: of the GPUs that plans are built for (80 means 8.0).
     """
     registry = trt.get_plugin_registry()
     known = {(creator.name, creator.plugin_namespace) for creator in registry.all_creators}
     for operation in OPERATIONS.values():
         if (operation.name, NAMESPACE) not in known:
-            registry.register_creator(make_creator(trt, operation, compile_kernels), NAMESPACE)
+            registry.register_creator(make_creator(trt, operation, compile_kernels, capabilities), NAMESPACE)
 
 
-def make_creator(trt: Any, kind: type[Operation], compile_kernels: Compile | None = None) -> Any:
+def make_creator(
+    trt: Any,
+    kind: type[Operation],
+    compile_kernels: Compile | None = None,
+    capabilities: Sequence[int] = (),
+) -> Any:
     """A plugin creator for one operation; see :func:`register`."""
     contexts = Contexts()
     types = {name: getattr(trt, name) for name in (*HELD_TYPES, "int32", "int64", "bool")}
@@ -133,7 +139,7 @@ def make_creator(trt: Any, kind: type[Operation], compile_kernels: Compile | Non
             if compile_kernels is None:
                 raise RuntimeError(f"a plan with {kind.name} can only be built by linert build")
             kinds = [TensorKind(names[held.desc.type], tuple(held.desc.dims)) for held in inputs]
-            self.launch = self.operation.launch(kinds)
+            self.launch = self.operation.launch(kinds, capabilities)
             self.kernels = compile_kernels(self.operation, self.launch)
 
         def on_shape_change(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:

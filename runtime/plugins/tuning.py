@@ -11,13 +11,14 @@ from pathlib import Path
 
 import msgspec
 
+from runtime.errors import ExportError
 from runtime.plugins.base import HELD_TYPES
 
 FILE = Path(__file__).with_name("tuning.json")
 
 WARP = 32
 BYTES_OF_THREAD = 64
-"""Of keys that a thread reads before it reckons, where nothing was measured; and as many of values."""
+"""Of keys that a thread reads before it reckons where nothing was measured, and as many of values."""
 
 
 class Tuning(msgspec.Struct, frozen=True, order=True):
@@ -38,29 +39,40 @@ def read_tunings(path: Path = FILE) -> tuple[Tuning, ...]:
     """What was measured.
 
     Raises:
-        OSError: the file cannot be read.
-        msgspec.DecodeError: it holds something else.
+        ExportError: the file cannot be read, or holds something else.
     """
-    return msgspec.json.decode(path.read_bytes(), type=tuple[Tuning, ...])
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=tuple[Tuning, ...])
+    except (OSError, msgspec.DecodeError) as error:
+        raise ExportError(
+            f"what was measured of GPUs, {path}, cannot be read ({error}); it is a list of warps and tiles as JSON, []"
+            " where nothing was measured"
+        ) from error
 
 
 def write_tunings(found: Iterable[Tuning], path: Path = FILE) -> None:
     """Put what was measured into the file, over what it says of the same GPUs, head sizes and types.
 
     Raises:
-        OSError: the file cannot be written.
+        ExportError: the file that is there cannot be read.
+        OSError: the file cannot be written; what is there is left.
     """
     known = read_tunings(path) if path.exists() else ()
     entries = {(entry.capability, entry.head_pad, entry.dtype): entry for entry in (*known, *found)}
     data = msgspec.json.format(msgspec.json.encode(sorted(entries.values())), indent=1)
-    path.write_bytes(data + b"\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data + b"\n")
+    partial.replace(path)
 
 
 def tuning_of(capabilities: Sequence[int], head_pad: int, dtype: str, path: Path = FILE) -> Tuning:
     """What to use on GPUs of ``capabilities``.
 
     Kernels of one plan are laid out alike on all of its GPUs: the newest of them that something is known of decides. Where
-    nothing is known, one warp, which waits for no other, reads as much as registers allow many programs beside it.
+    nothing is known, one warp, which waits for no other, reads as much as leaves registers for sixteen of them on a multiprocessor.
+
+    Raises:
+        ExportError: the file cannot be read.
     """
     known = [
         entry

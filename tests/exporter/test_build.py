@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -14,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
+import onnx
 import pytest
 
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("triton")
 
 from exporter.bundle_folder import PLANS
-from exporter.tensorrt.build import BuildPlan, parse_capabilities
+from exporter.tensorrt.build import BuildPlan, environment_of, parse_capabilities
 from runtime.bundle import open_bundle
 from runtime.engines import engines_folder, missing_plugins, read_engines
 from runtime.errors import BundleError, ExportError
@@ -31,6 +31,8 @@ from runtime.plugins.line_attention import LineAttentionLaunch
 from runtime.replacement import claim_folder
 from runtime.trt_flavour import FLAVOURS
 from tests.conftest import ROOT, TINY, Result
+from tests.exporter.compiler import run_compiler
+from tests.graphs.test_line_attention import function_model, random_inputs
 from tests.runtime.test_backends import emulated
 from tests.runtime.test_ort import STAGES, tiny_batch
 
@@ -242,15 +244,6 @@ def test_launches_follow_the_state(half: Path) -> None:
     )
 
 
-def run_compiler(script: str, *arguments: object) -> str:
-    """Run a Python script in a process of its own: in this one kernels are interpreted. Returns what it prints."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
-
-
 def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
     compiled = tmp_path / "kernels"
     script = (
@@ -292,4 +285,22 @@ def test_a_kernel_that_needs_memory_of_triton_s_own_is_refused(tmp_path: Path) -
     said = run_compiler("import runpy, sys; runpy.run_path(sys.argv[1])", file)
     assert "ExportError" in said
     assert "compiled described to need memory of its own (global_scratch_size 128, " in said
+    assert "--no-plugin" in said
+
+
+def test_what_triton_cannot_do_is_said_by_the_build(tmp_path: Path) -> None:
+    file = tmp_path / "one_node.onnx"
+    onnx.save(function_model(random_inputs(4, 1, 9, 8)), file)
+    # In the place of a Triton whose kernels need memory of its own.
+    script = (
+        "import sys; from types import SimpleNamespace\n"
+        "from exporter.tensorrt import compile\n"
+        "from exporter.tensorrt.build_stage import Job, build\n"
+        "refuse = compile.refuse_hidden_memory\n"
+        "compile.refuse_hidden_memory = lambda name, _: refuse(name, SimpleNamespace(global_scratch_size=1))\n"
+        "print(build(Job('rtx', sys.argv[1], sys.argv[2], (89,), True)).error)\n"
+    )
+    with environment_of(FLAVOURS["rtx"]) as environment:
+        said = run_compiler(script, file, tmp_path / "plan", environment=environment)
+    assert "compiled attend to need memory of its own (global_scratch_size 1" in said
     assert "--no-plugin" in said

@@ -1,0 +1,51 @@
+"""What a plan needs beside weights and state, with plugins and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+pytest.importorskip("tensorrt_rtx")
+pytest.importorskip("triton")
+
+from exporter.onnx_export import export_stage
+from exporter.precision import Precision, PrecisionPlan, Weight
+from exporter.tensorrt.build import environment_of, run_job
+from exporter.tensorrt.build_stage import Job
+from exporter.weights_file import WeightsFile
+from graphs.families.llamagen import LlamaGen, LlamaGenConfig
+from graphs.stage import Geometry
+from graphs.stages import Decode
+from runtime.trt_flavour import FLAVOURS
+from tests.conftest import random_state
+
+
+def activation_bytes(onnx_file: Path, *, plugin: bool) -> int:
+    """Of a plan for one GPU."""
+    plan = onnx_file.with_suffix(".plan")
+    with environment_of(FLAVOURS["rtx"]) as environment:
+        job = Job("rtx", str(onnx_file), str(plan), (89,), plugin)
+        found = run_job(job, environment, lambda event: None).activation_bytes
+    assert found is not None
+    return found
+
+
+def test_activations_of_a_decode_step_are_smaller_than_the_keys_of_a_layer(tmp_path: Path) -> None:
+    # TensorRT takes 8 MB for products whatever their size: a layer's keys are twice that.
+    config = LlamaGenConfig(layers=1, dim=256, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=16)
+    model = LlamaGen(config)
+    stage = Decode(model, Geometry(config, 32, True, (257,)), filtered=False)
+    precision = PrecisionPlan()
+    tensors = {
+        f"model.{name}": Weight(name, tensor, Precision.FP32, precision)
+        for name, tensor in random_state(model).items()
+    }
+    file = tmp_path / "decode.onnx"
+    with WeightsFile(tmp_path / "weights.bin") as weights:
+        onnx.save(export_stage(stage, weights, tensors), file)
+    keys = next(spec.nbytes for spec in stage.inputs if spec.name == "k_cache.0")
+    assert activation_bytes(file, plugin=True) < keys
+    # Standard operators turn the keys around in memory of their own.
+    assert activation_bytes(file, plugin=False) > keys
