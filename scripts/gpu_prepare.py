@@ -16,7 +16,6 @@ from pathlib import Path
 os.environ.pop("TRITON_INTERPRET", None)
 
 import click
-import msgspec
 from gpu_phases import cases, speeds
 from gpu_phases.bundles import make_demo, make_stand_in, make_xl
 from gpu_phases.making import all_cases, all_speeds
@@ -38,9 +37,9 @@ def main(out: Path, sm: str, parts: Sequence[str], few: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for part in parts or PARTS:
         if part == "cases":
-            cases.write_cases(out / cases.FILE, list(all_cases(capabilities, few=few)))
+            cases.write_carried(out / cases.FILE, list(all_cases(capabilities, few=few)))
         elif part == "speeds":
-            (out / speeds.FILE).write_bytes(msgspec.msgpack.encode(list(all_speeds(capabilities, few=few))))
+            cases.write_carried(out / speeds.FILE, list(all_speeds(capabilities, few=few)))
         elif part == "demos":
             for name in DEMOS[:1] if few else DEMOS:
                 make_demo(out, name)

@@ -197,9 +197,9 @@ def test_a_wrong_kernel_is_found(carried: Path, tmp_path: Path) -> None:
     """Every output of every case is compared: a case with another result wanted fails."""
     import msgspec
     from gpu_phases import kernels
-    from gpu_phases.cases import FILE, read_cases
+    from gpu_phases.cases import FILE, Case, read_carried
 
-    for case in read_cases(carried / FILE):
+    for case in read_carried(carried / FILE, Case):
         for number, output in enumerate(case.outputs):
             if case.made()[0].aliased_input(number) >= 0:
                 continue

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from gpu_phases.cases import FILE, Case, Prepared, read_cases
+from gpu_phases.cases import FILE, Case, Prepared, read_carried
 from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
 from gpu_phases.place import ROOT, Place
 
@@ -17,7 +17,7 @@ TOOLS = ("memcheck", "racecheck")
 
 def checks(place: Place) -> Iterator[tuple[str, Check]]:
     """Every case in both forms."""
-    for case in read_cases(place.prepared(FILE)):
+    for case in read_carried(place.prepared(FILE), Case):
         for form in FORMS:
             yield f"{case.name}, {form}", lambda case=case, form=form: run_case(place, case, form)
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from gpu_phases.cases import read_carried
 from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
 from gpu_phases.place import Place
 from runtime.cuda import Device
@@ -20,7 +21,7 @@ from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel
 from runtime.plugins.line_attention import LineAttentionLaunch
 from runtime.plugins.tuning import Tuning, write_tunings
 
-FILE = "speeds.msgpack"
+FILE = "speeds.msgpack.z"
 TABLE = "tuning.json"
 
 SHARE_OF_COPY = 0.70
@@ -83,7 +84,7 @@ class Speed(msgspec.Struct, frozen=True):
 
 def checks(place: Place, recorder: Recorder) -> Iterator[tuple[str, Check]]:
     """Every shape, then the table of what was best."""
-    speeds = msgspec.msgpack.decode(place.prepared(FILE).read_bytes(), type=list[Speed])
+    speeds = read_carried(place.prepared(FILE), Speed)
     times: dict[str, dict[Layout, float]] = {}
     bandwidth = cache(lambda: place.device.copy_bandwidth(1 << (20 if place.rehearsal else 28)))
     for speed in speeds:
