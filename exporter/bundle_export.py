@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import msgspec
 import onnx
+import torch
+from onnx import helper
 
-from exporter.models import LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
+from exporter.bundle_folder import BUNDLE
+from exporter.finiteness import check_numbers
+from exporter.models import Loaded, LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
 from exporter.onnx_export import export_stage
 from exporter.precision import Precision, PrecisionPlan, Weight
 from exporter.vocabulary import TokenizerFile
@@ -31,6 +32,7 @@ from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import ExportError, OutputError
 from runtime.geometry import CacheSettings, Raster
 from runtime.manifest import (
+    CONTRACT_KEY,
     SCHEMA,
     CaptionInput,
     ClassInput,
@@ -44,12 +46,16 @@ from runtime.manifest import (
     StageSpec,
     TensorSpec,
     Work,
-    encode,
-    seal,
 )
+from runtime.manifest_file import check, contract, encode, seal
+from runtime.replacement import new_folder
+from runtime.tokenizer import TextTokenizer
 
 WEIGHTS_NAME = "weights.bin"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
+MOST_IMAGES = 4096
+"""Images of a batch: a bound of what is taken for meant."""
+
 GRAPH_BYTES = 64 << 20
 """Room to ask for beside the weights: graphs and manifest."""
 
@@ -75,8 +81,8 @@ class ExportPlan:
     def __post_init__(self) -> None:
         config, decoder = self.transformer.config, self.image_decoder.config
         faults = []
-        if self.images < 1:
-            faults.append(f"a batch of {self.images} images; must be at least 1")
+        if not 1 <= self.images <= MOST_IMAGES:
+            faults.append(f"a batch of {self.images} images; must be 1 to {MOST_IMAGES}")
         if min(config.lines, config.line_width) < 2:
             faults.append(f"{config.lines} lines of {config.line_width} tokens; must be at least 2 of each")
         if config.vocab_size != decoder.codebook_size:
@@ -148,10 +154,16 @@ class ExportPlan:
     def conditioner(self) -> Conditioner:
         """What turns requests into inputs of the prefill stage, before there is a bundle."""
         spec, tokenizer = self.condition, self.transformer.tokenizer
-        if isinstance(spec, PromptInput) and tokenizer is not None:
-            # An absolute path stands for itself in any folder.
-            spec = msgspec.structs.replace(spec, tokenizer=str(tokenizer.path.resolve()))
-        return conditioner_of(spec, self.raster.prefix_len, Path(), guided=self.guided)
+
+        def open_tokenizer() -> TextTokenizer:
+            if tokenizer is None:
+                raise ExportError(f"{self.transformer.path} has no tokenizer: give one with --tokenizer")
+            return TextTokenizer(tokenizer.path)
+
+        rows = getattr(self.transformer.config, "text_vocab_size", None)
+        return conditioner_of(
+            spec, self.raster.prefix_len, open_tokenizer, guided=self.guided, vocabulary=rows
+        )
 
     @property
     def guided(self) -> bool:
@@ -189,12 +201,23 @@ class ExportPlan:
             # What is not among the quantised convolutions is stored in halves.
             stored = precision.decoder_precision
             stored = Precision.FP16 if stored.bits else stored
-            found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision)
+            found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision, "image_decoder")
         if self.text_encoder is not None:
             stored = Precision.FP32 if precision.weights is Precision.FP32 else Precision.FP16
             for name, tensor in self.text_encoder.tensors.items():
-                found[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision)
+                found[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision, "text_encoder")
         return found
+
+    def check_numbers(self) -> None:
+        """:func:`exporter.finiteness.check_numbers` of all models; images of other sizes have the same."""
+        weights = self.weights()
+        models: dict[str, Loaded[Any, Any]] = {"model": self.transformer, "image_decoder": self.image_decoder}
+        if self.text_encoder is not None:
+            models["text_encoder"] = self.text_encoder
+        for prefix, model in models.items():
+            computed = self.precision.activations.dtype if prefix == "model" else torch.float32
+            held = {name: weights[f"{prefix}.{name}"] for name in model.tensors}
+            check_numbers(model, held, computed)
 
     @property
     def weight_bytes(self) -> int:
@@ -221,21 +244,25 @@ def export_bundle(
 ) -> Path:
     """Write the bundle of ``plan`` to folder ``out``.
 
-    It is written to a temporary neighbour and renamed when complete: on any failure or interruption
-    ``out`` is what it was before.
+    It is written to a temporary neighbour that takes the name when it is complete and on the disk: on any failure,
+    interruption or power cut ``out`` is what it was before.
 
     Args:
         others: the same model for images of other sizes, which share its weights.
-        force: replace ``out`` if it exists.
+        force: replace ``out`` if it is a bundle and nothing else.
         report: called with a line before each piece of work.
 
     Raises:
         OutputError: ``out`` exists, cannot be written, or the disk is full.
-        ExportError: a stage cannot be traced, or the plan's precision needs a calibration that it has not had.
+        ExportError: a stage cannot be traced, the plan's precision needs a calibration that it has not had, or does not hold the
+            numbers of a weight.
+        CheckpointError: a weight is not finite.
     """
     if missing := plan.precision.uncalibrated:
         raise ExportError(f"{' and '.join(missing)} must be calibrated before the export")
-    with new_folder(out, force=force) as folder:
+    report("reading the weights")
+    plan.check_numbers()
+    with new_folder(out, BUNDLE, force=force) as folder:
         free = shutil.disk_usage(folder).free
         needed = plan.weight_bytes + GRAPH_BYTES
         if free < needed:
@@ -244,37 +271,6 @@ def export_bundle(
             )
         _write(plan, others, folder, report)
     return out
-
-
-@contextlib.contextmanager
-def new_folder(out: Path, *, force: bool) -> Iterator[Path]:
-    """Yield a temporary neighbour of ``out`` that becomes ``out`` when the block succeeds and is removed when not.
-
-    Raises:
-        OutputError: ``out`` exists and ``force`` is not set, or the file system refuses.
-    """
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file, not a folder; give another --out")
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    replaced = out.parent / f".{out.name}.{os.getpid()}.replaced"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-        yield partial
-        if out.exists():
-            out.rename(replaced)
-        partial.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(f"the disk is full: {out} was not written") from error
-        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        if replaced.exists() and not out.exists():
-            replaced.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass
@@ -298,6 +294,7 @@ def _write(
     held = {spec.name for spec in plan.geometry.state()}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for size in sizes:
+            bound_to = contract(_manifest(size, {}))
             for stage in size.stages:
                 report(f"tracing {stage.name}{size.suffix}")
                 try:
@@ -305,6 +302,7 @@ def _write(
                 except RuntimeError as error:
                     raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
                 size.work[stage.name] = work_of(proto, held)
+                helper.set_model_props(proto, {CONTRACT_KEY: bound_to})
                 onnx.save(proto, folder / size.file(stage))
     shared = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
     if plan.tokenizer is not None:
@@ -320,7 +318,7 @@ def _write(
             onnx.checker.check_model(str(path))
             files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
         manifest = seal(_manifest(size, files))
-        manifest.check()
+        check(manifest)
         (folder / manifest_name(size.suffix.removeprefix("."))).write_bytes(encode(manifest))
 
 
@@ -382,7 +380,8 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
         sampling=plan.sampling,
         state=tuple(_spec(spec) for spec in plan.geometry.state()),
         stages={
-            stage.name: _stage_spec(stage, size.file(stage), size.work[stage.name]) for stage in size.stages
+            stage.name: _stage_spec(stage, size.file(stage), size.work.get(stage.name, Work(0, 0, 0)))
+            for stage in size.stages
         },
         files=files,
     )

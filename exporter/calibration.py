@@ -7,6 +7,7 @@ the layer really sees allow. Layers are quantised in order, each on what the qua
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -46,6 +47,9 @@ from runtime.text import size_text
 DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it."""
 
+MOST_BIAS = 2.0**30
+"""Largest bias as an integer of 32 bits, with room for what it is added to."""
+
 COLUMNS = 128
 """Inputs between two updates of all the weights that are left."""
 
@@ -80,7 +84,9 @@ def calibrated(
         conditioner: knows the features of the conditions, if they are captions; the plan's own if None.
 
     Raises:
-        ExportError: conditions must be given and are not, or there is too little memory.
+        ExportError: conditions must be given and are not, there is too little memory, a weight is larger than its precision holds,
+            or what the model computes is not finite.
+        CheckpointError: a weight is not finite.
     """
     precision, transformer = plan.precision, plan.transformer
     if not precision.uncalibrated:
@@ -96,6 +102,7 @@ def calibrated(
             f"calibration draws images in PyTorch, with float32 weights of {size_text(needed)}, and {size_text(free)} of memory are "
             "available: give --quantization rtn and --image-decoder-precision fp16, which need none"
         )
+    plan.check_numbers()
     conditioner = conditioner or plan.conditioner()
     model = transformer.eager()
     inputs = conditioner.inputs(calibration.chosen(calibration.conditions or conditioner.usual()))
@@ -130,6 +137,11 @@ def with_integer_decoder(
 
     def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         now = [(float(part.min()), float(part.max())) for part in (args[0], output)]
+        if not all(math.isfinite(bound) for span in now for bound in span):
+            raise ExportError(
+                f"the image decoder computes numbers that are not finite at {name}: give --image-decoder-precision fp32, and look at "
+                "what linert validate says of its images"
+            )
         known = spans.get(name, now)
         spans[name] = [(min(a, c), max(b, d)) for (a, b), (c, d) in zip(known, now, strict=True)]
 
@@ -143,7 +155,9 @@ def with_integer_decoder(
         if layer.bias is None:
             raise TypeError(f"{name}: a convolution without bias")
         read, written = (Range.of(*span) for span in spans[name])
-        weight = round_to_nearest(layer.weight.flatten(1), 8)
+        # A bias is added as an integer of both scales, which must hold it where a channel's weights are next to nothing.
+        least = layer.bias.abs() / (read.scale * MOST_BIAS)
+        weight = round_to_nearest(layer.weight.flatten(1), 8, least_scales=least)
         convolutions[name] = QuantizedConvolution(weight, layer.bias, read, written)
     return replace(precision, convolutions=convolutions)
 
@@ -180,7 +194,13 @@ def gptq_weights(
             precision = plan.of(part_of(name))
             if precision.bits:
                 bits, block = plan.integer_format(module.in_features, precision)
-                quantized[name] = gptq(module.weight, hessian, bits, block)
+                try:
+                    quantized[name] = gptq(module.weight, hessian, bits, block)
+                except torch.linalg.LinAlgError as error:
+                    raise ExportError(
+                        f"GPTQ finds no integers for {name}: what the layer sees of the images that the model draws is not finite, or all "
+                        "the same; give --quantization rtn"
+                    ) from error
                 module.weight = nn.Parameter(quantized[name].dequantized(), requires_grad=False)
 
     x = torch.cat([found.embeddings, model.embed(fed[:, :-1])], dim=1)
@@ -225,6 +245,11 @@ def draw_images(
             report(f"drawing calibration images: line {line + 1} of {config.lines}")
             if line:
                 history.end_line()
+        if not logits.isfinite().all():
+            raise ExportError(
+                f"the model computes numbers that are not finite, first at token {index} of the images that it draws to be calibrated: "
+                "its checkpoint is damaged, or belongs to another model"
+            )
         guided = guide(logits, params, torch.full((images,), index)) if geometry.guided else logits
         drawn = draw(filtered_mass(guided, params), uniforms[:, index])
         tokens[:, index] = with_newlines(config, drawn, torch.tensor(index))

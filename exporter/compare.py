@@ -1,7 +1,8 @@
 """Compare cache policies and budgets on one bundle: quality, agreement with the full cache, memory, speed.
 
 Every cell draws the same images (conditions and seeds) as the full cache. Tokens and measurements are kept in the
-comparison's folder as they come, so that an interrupted comparison goes on where it stopped.
+comparison's folder as they come, so that an interrupted comparison goes on where it stopped. In memory are the images'
+tokens and measurements of two cells at most, the full cache's and another's, and log-probabilities of one step.
 """
 
 from __future__ import annotations
@@ -18,23 +19,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exporter.compare_grid import Cell, labels_of
+from exporter.finite import require_finite
+from exporter.intervals import Interval, ScoredImages
 from exporter.quality import measure_rows
-from exporter.timing import decode_backend, step_times
+from exporter.step_file import StepFile
+from exporter.timing import ResizedBackend, step_times
 from runtime.backend import Backend
 from runtime.bench import milliseconds
+from runtime.errors import BundleError, RequestError
 from runtime.generator import Generator, make_batch
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, begin, run_step
 from runtime.manifest import Record, SamplingSettings
-from runtime.metrics import Bootstrap, Interval, Metric
-from runtime.output import RUN_NAME, RunFolder, RunRequest, Sample, make_folder, read_arrays, write_arrays
+from runtime.metrics import Metric
+from runtime.output import read_arrays, read_tokens, write_arrays
+from runtime.replacement import make_folder
+from runtime.run_folder import TOKENS_NAME, RunRequest, run_folder
+from runtime.samples import Sample
 
 CELLS = "cells"
+CODE = "metrics_sha256"
 TIMING_ROUNDS = 3
 
 
 class CompareRequest(Record, frozen=True):
-    """What a comparison's folder holds."""
+    """What a comparison's folder holds. ``metrics_sha256``: of the metrics' code, as of :func:`runtime.source_digest.source_digest`."""
 
     bundle_sha256: str
     caches: tuple[CacheSettings, ...]
@@ -68,6 +77,17 @@ class CellResult:
     decode_ms: float | None = None
     line_end_ms: float | None = None
 
+    @property
+    def mean_lines(self) -> float:
+        """Of the layers."""
+        return sum(self.cache.budget_lines) / len(self.cache.budget_lines)
+
+    @property
+    def lines_text(self) -> str:
+        """Lines, and how they were asked for where that is something else."""
+        shown = f"{self.mean_lines:.3g}"
+        return shown if self.budget in (shown, "1") else f"{shown} ({self.budget})"
+
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "cache": msgspec.to_builtins(self.cache)}
 
@@ -83,6 +103,9 @@ class Comparison:
         folder: where everything is kept.
         resume: go on with what the folder holds.
         progress: called with a phase's name, units done and units in all.
+
+    Attributes:
+        cautions: what is to be said of the intervals, once it has run.
     """
 
     def __init__(
@@ -99,21 +122,23 @@ class Comparison:
         self.generator, self.cells, self.request = generator, cells, request
         self.manifest = generator.manifest
         self.metrics, self.folder, self.resume, self.progress = metrics, folder, resume, progress
+        self.cautions: list[str] = []
         make_folder(folder / CELLS)
 
     def run(self, *, timing: bool) -> list[CellResult]:
         """Draw, measure and time every cell."""
-        tokens = {cell.key: self._tokens(cell, number) for number, cell in enumerate(self.cells)}
-        rows = {cell.key: self._metric_rows(cell, tokens[cell.key]) for cell in self.cells}
-        forced = self._forced(tokens[self.cells[0].key])
-        quality = {}
         for number, cell in enumerate(self.cells):
-            self.progress("resampling", number, len(self.cells))
-            quality[cell.key] = {m.name: Bootstrap.of(m.score, rows[cell.key][m.name]) for m in self.metrics}
-        results = [
-            self._result(cell, label, tokens, quality, forced[cell.key])
-            for cell, label in zip(self.cells, labels_of(self.cells), strict=True)
-        ]
+            self._tokens(cell, number)
+        full = self._drawn(self.cells[0])
+        forced = self._forced(full)
+        reference = self._scored(self.cells[0], full)
+        self.cautions = [images.caution for images in reference if images.caution]
+        results = []
+        for number, (cell, label) in enumerate(zip(self.cells, labels_of(self.cells), strict=True)):
+            tokens = self._drawn(cell) if number else full
+            scored = self._scored(cell, tokens) if number else reference
+            self.progress("intervals", number, len(self.cells))
+            results.append(self._result(cell, label, tokens != full, scored, reference, forced[cell.key]))
         if timing:
             decode_ms, line_end_ms = self._timings()
             for cell, result in zip(self.cells, results, strict=True):
@@ -123,34 +148,40 @@ class Comparison:
 
     def pictures(self, cell: Cell, count: int) -> NDArray[np.float32]:
         """Pixels of the first ``count`` images of ``cell``."""
-        arrays = read_arrays(self.folder / CELLS / cell.key / "tokens.npz")
-        return self.generator.decoder(arrays["tokens"][:count])
+        return self.generator.decoder(self._drawn(cell)[:count])
 
-    def _tokens(self, cell: Cell, number: int) -> NDArray[np.int64]:
-        """Draw what the cell's folder does not hold yet: ``[n, N]``."""
+    def _drawn(self, cell: Cell) -> NDArray[np.int64]:
+        """The tokens ``[n, N]`` of a cell that is drawn."""
+        return read_tokens(self.folder / CELLS / cell.key / TOKENS_NAME)["tokens"].astype(np.int64)
+
+    def _tokens(self, cell: Cell, number: int) -> None:
+        """Draw what the cell's folder does not hold yet."""
         path = self.folder / CELLS / cell.key
         request = self.request
         run = RunRequest(request.samples, request.sampling, cell.cache, request.bundle_sha256)
-        begun = self.resume and (path / RUN_NAME).exists()
-        store = RunFolder(path, run, resume=begun, force=not begun)
         groups = list(self.generator.batches(request.samples))
         first = 0
-        for index, group in enumerate(groups):
-            self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
-            if any(image not in store.done for image in range(first, first + len(group))):
-                store.record(first, self.generator.draw(group, request.sampling, cell.cache))
-            first += len(group)
-        return np.stack([store.done[image] for image in range(first)])
+        with run_folder(path, run, resume=self.resume and path.exists(), force=False) as store:
+            for index, group in enumerate(groups):
+                self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
+                if any(image not in store.done for image in range(first, first + len(group))):
+                    store.record(first, self.generator.draw(group, request.sampling, cell.cache))
+                first += len(group)
+
+    def _scored(self, cell: Cell, tokens: NDArray[np.int64]) -> list[ScoredImages]:
+        """The cell's images under each metric."""
+        rows = self._metric_rows(cell, tokens)
+        return [ScoredImages(metric, rows[metric.name]) for metric in self.metrics]
 
     def _metric_rows(self, cell: Cell, tokens: NDArray[np.int64]) -> dict[str, NDArray[np.float64]]:
         """Each metric's rows ``[n, k]``."""
         if not self.metrics:
             return {}
         path = self.folder / CELLS / cell.key / "metrics.npz"
-        if self.resume and path.exists():
-            kept = read_arrays(path)
-            if all(metric.name in kept for metric in self.metrics):
-                return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
+        code = np.frombuffer(self.request.metrics_sha256.encode(), np.uint8)
+        kept = self._kept(path, [CODE, *(metric.name for metric in self.metrics)])
+        if np.array_equal(kept.get(CODE, ()), code):
+            return {metric.name: kept[metric.name].astype(np.float64) for metric in self.metrics}
         rows = measure_rows(
             self.metrics,
             self.generator.decoder,
@@ -158,8 +189,16 @@ class Comparison:
             self.request.samples,
             lambda done, total: self.progress(f"measuring {cell.cache.policy}", done, total),
         )
-        write_arrays(path, rows)
+        write_arrays(path, {**rows, CODE: code})
         return rows
+
+    def _kept(self, path: Path, names: Sequence[str]) -> dict[str, NDArray[np.generic]]:
+        """The arrays of a file of an earlier start; none if it lacks one of ``names``, was damaged, or is to be made anew."""
+        try:
+            arrays = read_arrays(path) if self.resume else {}
+        except RequestError:
+            return {}
+        return arrays if all(name in arrays for name in names) else {}
 
     def _forced(self, tokens: NDArray[np.int64]) -> dict[str, dict[str, NDArray[np.float64]]]:
         """KL and top-1 agreement of every cell's logits with the full cache's, both fed the full cache's ``tokens``.
@@ -173,15 +212,18 @@ class Comparison:
             first = index * self.manifest.images
             fed = tokens[first : first + len(group)]
             files = [self.folder / CELLS / cell.key / f"forced_{index:04d}.npz" for cell in self.cells]
-            missing = [not (self.resume and file.exists()) for file in files]
-            reference = list(self._log_probs(self.cells[0], group, fed)) if any(missing) else []
-            for number, (cell, file) in enumerate(zip(self.cells, files, strict=True)):
-                done = index * len(files) + number
-                self.progress("feeding all the same tokens", done, len(groups) * len(files))
-                if missing[number]:
-                    found = self._log_probs(cell, group, fed)
-                    write_arrays(file, distances(reference, found))
-                parts[cell.key].append(read_arrays(file))  # type: ignore[arg-type]
+            kept = [self._kept(file, ("kl", "top1")) for file in files]
+            # On disk: of 50 guided images of 24 x 24 tokens out of 16,384 they are 3.8 GB.
+            with StepFile(self.folder) as reference:
+                if not all(kept):
+                    for log_probs in self._log_probs(self.cells[0], group, fed):
+                        reference.append(log_probs)
+                for number, (cell, file) in enumerate(zip(self.cells, files, strict=True)):
+                    done = index * len(files) + number
+                    self.progress("feeding all the same tokens", done, len(groups) * len(files))
+                    if not kept[number]:
+                        write_arrays(file, distances(reference, self._log_probs(cell, group, fed)))
+                    parts[cell.key].append(kept[number] or read_arrays(file))  # type: ignore[arg-type]
         weights = [len(group) for group in groups]
         return {
             key: {
@@ -196,31 +238,36 @@ class Comparison:
     ) -> Iterator[NDArray[np.float32]]:
         """Log-probabilities ``[branches * n, V]`` before each of the tokens ``fed [n, N]``."""
         manifest = self.manifest
-        batch = make_batch(self.generator.bundle, group, self.request.sampling, cell.cache)
+        batch = self._batch(group, cell)
         rows = [b * manifest.images + i for b in range(manifest.branches) for i in range(len(group))]
-        for logits in forced_logits(self.generator.backend, batch, fed):
+        for index, logits in enumerate(forced_logits(self.generator.backend, batch, fed)):
+            require_finite(logits[rows], f"logits of {cell.cache.policy} before token {index}", BundleError)
             yield log_softmax(logits[rows])
 
     def _result(
         self,
         cell: Cell,
         label: str,
-        tokens: dict[str, NDArray[np.int64]],
-        quality: dict[str, dict[str, Bootstrap]],
+        differs: NDArray[np.bool_],
+        scored: Sequence[ScoredImages],
+        reference: Sequence[ScoredImages],
         forced: dict[str, NDArray[np.float64]],
     ) -> CellResult:
-        full = self.cells[0].key
-        differs = tokens[cell.key] != tokens[full]
+        """``differs [n, N]``: which tokens are not the full cache's. ``reference``: the full cache's images."""
         diverging = differs.any(1)
         first = float(np.median(differs[diverging].argmax(1))) if diverging.any() else None
         by_line = forced["kl"].reshape(self.manifest.raster.lines, -1).mean(1)
+        itself = cell is self.cells[0]
         return CellResult(
             label,
             cell.budget,
             cell.cache,
             self.manifest.state_bytes_at(cell.cache.budget_lines),
-            {name: found.interval() for name, found in quality[cell.key].items()},
-            {name: (found - quality[full][name]).interval() for name, found in quality[cell.key].items()},
+            {images.metric.name: images.interval() for images in scored},
+            {
+                images.metric.name: Interval(0.0, 0.0, 0.0, 0.0) if itself else images.minus(full)
+                for images, full in zip(scored, reference, strict=True)
+            },
             float(1 - differs.mean()),
             first,
             float(forced["kl"].mean()),
@@ -240,10 +287,7 @@ class Comparison:
         turns = list(itertools.product(range(TIMING_ROUNDS), budgets))
         for number, (_, budget) in enumerate(turns):
             self.progress("timing decode", number, len(turns))
-            with decode_backend(
-                self.generator.bundle, stage, budget, self.generator.options.threads
-            ) as backend:
-                decode[budget] += step_times(backend, stage, self.manifest)
+            decode[budget] += self._step_times(stage, budget)
         line_ends = {}
         for cell in self.cells:
             policy = cell.cache.policy
@@ -254,8 +298,18 @@ class Comparison:
                 line_ends[policy] = statistics.median(times[2:])
         return {budget: statistics.median(times) for budget, times in decode.items()}, line_ends
 
+    def _step_times(self, stage: str, budget: tuple[int, ...]) -> list[float]:
+        """Of one backend at a time, which is gone when the next one comes."""
+        backend = ResizedBackend(self.generator.bundle, stage, budget, self.generator.options.threads)
+        return step_times(backend, stage, self.manifest)
+
     def _any_batch(self, cell: Cell) -> Batch:
-        return make_batch(self.generator.bundle, self.request.samples[:1], self.request.sampling, cell.cache)
+        return self._batch(self.request.samples[:1], cell)
+
+    def _batch(self, samples: Sequence[Sample], cell: Cell) -> Batch:
+        return make_batch(
+            self.manifest, self.generator.conditioner, samples, self.request.sampling, cell.cache
+        )
 
 
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float32]:

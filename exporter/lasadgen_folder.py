@@ -10,15 +10,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from graphs.families.lasadgen import LASADGenConfig
+from runtime.replacement import atomic_file, make_folder
 
 
 def write_lasadgen(tensors: Mapping[str, Tensor], config: LASADGenConfig, folder: Path) -> None:
-    """Write a checkpoint; what is in ``folder`` under its names is replaced.
+    """Write a checkpoint; what is in ``folder`` under its names is replaced, each file in one step.
 
     Args:
         tensors: a ``state_dict``, of any float dtype.
         config: of the model that it belongs to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config.settings(), indent=1) + "\n")
+    make_folder(folder)
+    with atomic_file(folder / "model.safetensors") as file:
+        # It is streamed to the file's name and never whole in memory.
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file.name)
+    with atomic_file(folder / "config.json") as file:
+        file.write(json.dumps(config.settings(), indent=1).encode() + b"\n")

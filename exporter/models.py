@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,13 +12,18 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from exporter.checkpoint import Checkpoint, check_tensors, open_checkpoint, shapes_of
+from exporter.checkpoint import Checkpoint, checked_tensors, names_of, open_checkpoint, shapes_of
+from exporter.model_options import check_options
+from exporter.precision import largest_of
+from exporter.state_dicts import check_stored, listed
 from exporter.vocabulary import TokenizerFile
 from graphs import text_encoder
 from graphs.families import FAMILIES, vq
-from graphs.families.base import Family, FamilyConfig, Given, Layout, PromptFormat, RasterTransformer
+from graphs.families.base import Family, FamilyConfig, PromptFormat, RasterTransformer
+from graphs.families.given import DERIVED, Given, Layout, ModelOption
+from graphs.families.settings import Settings
 from graphs.text_encoder import TextEncoder, TextEncoderConfig
-from runtime.errors import CheckpointError
+from runtime.errors import CheckpointError, RequestError
 from runtime.manifest import Source
 
 ConfigT = TypeVar("ConfigT")
@@ -26,19 +32,34 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 NAMED_SIDE = re.compile(r"[_-](256|384|512|768|1024)(?=[._-]|$)")
 """Pixels along the side of the images, in the name of a file or folder."""
 
+SHOWN = 6
+"""Tensors that a message names as what a file has."""
+
+MOST_TOKENS = 1 << 24
+"""Tokens of a vocabulary: a hundred times the largest published one's."""
+
 
 @dataclass(frozen=True)
 class Loaded(Generic[ConfigT, ModelT]):
-    """A checkpoint's model: ``tensors`` are exactly what the model needs, memory-mapped where possible."""
+    """A checkpoint's model: ``tensors`` are exactly what the model needs, memory-mapped where possible.
+
+    ``sources``: names of tensors of the checkpoint that they were made of.
+    """
 
     config: ConfigT
     tensors: Mapping[str, Tensor]
     checkpoint: Checkpoint
     build: Callable[[ConfigT], ModelT]
+    sources: tuple[str, ...]
 
     @property
     def path(self) -> Path:
         return self.checkpoint.path
+
+    @functools.cached_property
+    def largest(self) -> dict[str, float | None]:
+        """The largest absolute value of every tensor; None where one is not finite. Reads all of them, once."""
+        return {name: largest_of(tensor) for name, tensor in self.tensors.items()}
 
     @property
     def source(self) -> Source:
@@ -75,7 +96,8 @@ class LoadedTransformer(Loaded[Any, RasterTransformer]):
     """A family's transformer.
 
     ``layout``: how its files name the tensors. ``prompts``: how its prompts become tokens, by ``tokenizer``; None if it reads none.
-    ``code_order``: the codebook's row of every image token; None where they are numbered alike.
+    ``code_order``: the codebook's row of every image token; None where they are numbered alike. ``remarks``: what people should
+    know of how it was loaded.
     """
 
     family: Family
@@ -83,6 +105,7 @@ class LoadedTransformer(Loaded[Any, RasterTransformer]):
     prompts: PromptFormat | None = None
     tokenizer: TokenizerFile | None = None
     code_order: tuple[int, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +113,9 @@ class ModelRequest:
     """What a user says of a checkpoint that its tensors do not; None leaves it open.
 
     ``grid``: tokens in an image row. ``heads``: of attention. ``prompt_tokens``: longest prompt. ``size``: width and height in pixels.
-    ``tokenizer``: a file or a folder with one. ``template``: of prompts.
+    ``tokenizer``: a file or a folder with one. ``template``: of prompts. ``ema``: take the moving average that a training file holds;
+    ``vq_ema``: of the image decoder's own file, which must be said where ``ema`` is and that file has one too. ``text_encoder``: folder of
+    what makes features of captions; it is loaded apart.
     """
 
     grid: int | None = None
@@ -100,6 +125,12 @@ class ModelRequest:
     tokenizer: Path | None = None
     template: str | None = None
     ema: bool = False
+    vq_ema: bool | None = None
+    text_encoder: Path | None = None
+
+    def options(self) -> dict[ModelOption, object]:
+        """What it says of the model, by option."""
+        return {option: getattr(self, option) for option in ModelOption}
 
 
 def load_models(
@@ -116,13 +147,23 @@ def load_models(
         CheckpointError: unreadable, of no known family, or something that must be known is not.
     """
     checkpoint = open_checkpoint(path, ema=request.ema)
+    family, _ = recognise(checkpoint)
+    check_options(path, family, request.options())
     if vq_path is None and vq.naming(checkpoint.tensors) is None:
-        recognise(checkpoint)
         raise CheckpointError(
             f"{path} holds no image decoder: give one with --vq (vq_ds16_c2i.pt for LlamaGen; vqgan.ckpt of Meta's Chameleon "
             "release for Lumina-mGPT)"
         )
-    decoder = load_image_decoder(vq_path or path, checkpoint if vq_path is None else None)
+    if vq_path is None:
+        if request.vq_ema is not None:
+            raise RequestError(f"the image decoder is in {path}, which --ema is for: leave --vq-ema out")
+        decoder = load_image_decoder(path, checkpoint)
+    else:
+        decoder = load_image_decoder(vq_path, open_checkpoint(vq_path, ema=bool(request.vq_ema)))
+        if request.ema and request.vq_ema is None and decoder.checkpoint.averaged:
+            raise RequestError(
+                f"{vq_path} holds a moving average too: say with --vq-ema that it is to be taken, or with --no-vq-ema that it is not"
+            )
     transformer = load_transformer(checkpoint, request, patch=decoder.config.patch, config=config)
     if transformer.code_order is not None:
         decoder = _reordered(decoder, transformer)
@@ -139,13 +180,9 @@ def recognise(checkpoint: Checkpoint) -> tuple[Family, Layout]:
         for layout in family.layouts:
             if layout.landmark in checkpoint.tensors:
                 return family, layout
-    wanted = [
-        f"{layout.landmark} ({f.title}, {layout.who})" for f in FAMILIES.values() for layout in f.layouts
-    ]
-    names = sorted(checkpoint.tensors)
-    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    wanted = ", ".join(f"{layout.landmark} ({f.title})" for f in FAMILIES.values() for layout in f.layouts)
     raise CheckpointError(
-        f"{checkpoint.path} is of no family that is known: it has none of {', '.join(wanted)}; it has {shown}"
+        f"{checkpoint.path} is of no family that is known: it has none of {wanted}; it has {listed(checkpoint.tensors, SHOWN)}"
     )
 
 
@@ -163,27 +200,17 @@ def load_transformer(
     """
     family, layout = recognise(checkpoint)
     path = checkpoint.path
+    check_options(path, family, request.options())
     names, unknown = layout.rename(checkpoint.tensors)
     found = {ours: checkpoint.tensors[name] for name, ours in names.items()}
-    tokenizer = TokenizerFile.find(checkpoint, request.tokenizer)
+    check_stored(path, {name: checkpoint.tensors[name] for name in names})
+    tokenizer = TokenizerFile.find(checkpoint, request.tokenizer) if family.reads_prompts else None
     if family.reads_prompts and tokenizer is None:
         raise CheckpointError(f"{path} has no tokenizer.json beside it: give one with --tokenizer")
-    mapped = checkpoint.settings.get("vocabulary_map") or {}
-    side = NAMED_SIDE.search(path.resolve().name)
-    given = Given(
-        shapes_of(found),
-        checkpoint.settings,
-        checkpoint.processing,
-        {**mapped, **(tokenizer.vocabulary if tokenizer else {})},
-        request.grid,
-        request.heads,
-        request.prompt_tokens,
-        int(side[1]) if side else None,
-        request.size,
-        patch,
-    )
     try:
+        given = _given(checkpoint, request, found, tokenizer, patch)
         config = config or family.configure(given)
+        check_rotary_buffers(checkpoint, config)
         tensors = family.module_tensors(config, found)
         prompts = family.prompt_format(config, given)
         order = family.code_order(given)
@@ -192,27 +219,93 @@ def load_transformer(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     what = f"a {family.title} transformer of {config.layers} layers of width {config.dim}"
-    check_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=unknown)
-    if prompts is not None:
-        if request.template is not None:
-            if request.template.count("{prompt}") != 1:
-                raise CheckpointError(f"the template {request.template!r} must hold {{prompt}} once")
-            prompts = replace(prompts, template=request.template)
-    elif request.template is not None or request.tokenizer is not None:
-        raise CheckpointError(
-            f"{path} is a {family.title} that reads no prompts: leave template and tokenizer out"
-        )
+    others = {name: checkpoint.tensors[name] for name in unknown}
+    tensors = checked_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=others)
+    if prompts is not None and request.template is not None:
+        if request.template.count("{prompt}") != 1:
+            raise CheckpointError(f"the template {request.template!r} must hold {{prompt}} once")
+        prompts = replace(prompts, template=request.template)
     return LoadedTransformer(
         config,
         tensors,
         checkpoint,
         family.build,
+        tuple(names),
         family,
         layout,
         prompts,
         tokenizer if prompts else None,
         tuple(order) if order is not None else None,
+        tuple(family.remarks(config, given)),
     )
+
+
+def _given(
+    checkpoint: Checkpoint,
+    request: ModelRequest,
+    found: Mapping[str, Tensor],
+    tokenizer: TokenizerFile | None,
+    patch: int,
+) -> Given:
+    """What is known of a checkpoint whose parameters, by our names, are ``found``.
+
+    Raises:
+        ValueError: its files contradict each other.
+    """
+    mapped: dict[str, int] = {}
+    if tokenizer is not None:
+        mapped = Settings(checkpoint.settings).numbered("vocabulary_map", MOST_TOKENS)
+        vocabulary = tokenizer.vocabulary
+        if other := next(
+            (name for name in mapped if vocabulary.get(name, mapped[name]) != mapped[name]), None
+        ):
+            raise ValueError(
+                f"config.json numbers {other[:40]!r} {mapped[other]} in its vocabulary_map, and {tokenizer.path} numbers it "
+                f"{vocabulary[other]}: they do not belong together"
+            )
+        mapped |= vocabulary
+    buffers = {name: tensor for name, tensor in checkpoint.tensors.items() if DERIVED.fullmatch(name)}
+    return Given(
+        shapes_of(found),
+        checkpoint.settings,
+        checkpoint.processing,
+        mapped,
+        request.grid,
+        request.heads,
+        request.prompt_tokens,
+        named_side(names_of(checkpoint.path)),
+        request.size,
+        patch,
+        checkpoint.training,
+        shapes_of(buffers),
+    )
+
+
+def named_side(names: Iterable[str]) -> int | None:
+    """Pixels along the side of the images by the first of ``names`` that tells; None where none does, or one tells several."""
+    for name in names:
+        if sides := {int(side) for side in NAMED_SIDE.findall(name)}:
+            return sides.pop() if len(sides) == 1 else None
+    return None
+
+
+def check_rotary_buffers(checkpoint: Checkpoint, config: FamilyConfig) -> None:
+    """Raise :class:`ValueError` where a checkpoint carries frequencies of another rotary embedding than its configuration's.
+
+    Frequencies follow from the configuration and are not read. They say when it is another model's.
+    """
+    base, width = getattr(config, "rope_base", None), config.head_dim
+    if base is None:
+        return
+    wanted = torch.tensor([base ** (-2 * pair / width) for pair in range(width // 2)])
+    for name, tensor in checkpoint.tensors.items():
+        told = name.endswith("inv_freq") and tensor.shape == wanted.shape and tensor.is_floating_point()
+        # Halves keep three digits.
+        if told and not torch.allclose(tensor.float(), wanted, rtol=0.02, atol=1e-7):
+            raise ValueError(
+                f"{name} holds the frequencies of another rotary embedding than one of base {base:g}: config.json is missing, or "
+                "belongs to another model"
+            )
 
 
 def load_image_decoder(path: Path, checkpoint: Checkpoint | None = None) -> LoadedImageDecoder:
@@ -227,9 +320,10 @@ def load_image_decoder(path: Path, checkpoint: Checkpoint | None = None) -> Load
     checkpoint = checkpoint or open_checkpoint(path)
     naming = vq.naming(checkpoint.tensors)
     if naming is None:
-        wanted = ", ".join(f"{prefix}quantize.embedding.weight" for prefix in vq.PREFIXES)
+        wanted = ", ".join(f"{prefix}{vq.LANDMARK}" for prefix in vq.PREFIXES)
         raise _lacks(path, "a VQ tokenizer", KeyError(f"any of {wanted}"), checkpoint.tensors)
     tensors = {ours: checkpoint.tensors[name] for name, ours in naming.ours.items()}
+    check_stored(path, {name: checkpoint.tensors[name] for name in naming.ours})
     try:
         config = vq.infer_config(shapes_of(tensors), unit_codes=naming.unit_codes)
     except KeyError as error:
@@ -237,44 +331,56 @@ def load_image_decoder(path: Path, checkpoint: Checkpoint | None = None) -> Load
     except ValueError as error:
         raise CheckpointError(f"{path} is not a VQ tokenizer: {error}") from error
     what = f"a VQ tokenizer ({config})"
-    check_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=naming.unknown)
-    return Loaded(config, tensors, checkpoint, vq.VQModel)
+    others = {name: checkpoint.tensors[name] for name in naming.unknown}
+    tensors = checked_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=others)
+    return Loaded(config, tensors, checkpoint, vq.VQModel, tuple(naming.ours))
 
 
 def load_text_encoder(path: Path) -> LoadedTextEncoder:
     """Load the encoder of a T5 1.1 or Flan-T5 from its folder; the decoder is left there.
 
     Raises:
-        CheckpointError: unreadable, another model, or without a tokenizer.
+        CheckpointError: unreadable, another model, or without a tokenizer that belongs to it.
     """
     checkpoint = open_checkpoint(path)
     names, unknown = text_encoder.LAYOUT.rename(checkpoint.tensors)
     tensors = {ours: checkpoint.tensors[name] for name, ours in names.items()}
+    check_stored(path, {name: checkpoint.tensors[name] for name in names})
+    own = checkpoint.tensors.get(text_encoder.OWN_TABLE)
+    if own is not None and not torch.equal(tensors.setdefault("embed_tokens.weight", own), own):
+        raise CheckpointError(
+            f"{path}: shared.weight and {text_encoder.OWN_TABLE} differ, and a T5 has one table"
+        )
     try:
         config = text_encoder.infer_config(shapes_of(tensors), checkpoint.settings)
     except KeyError as error:
         raise _lacks(path, "a T5 encoder", error, checkpoint.tensors) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    check_tensors(path, tensors, config.tensor_shapes(), what="a T5 encoder", unknown=unknown)
+    others = {name: checkpoint.tensors[name] for name in unknown}
+    tensors = checked_tensors(path, tensors, config.tensor_shapes(), what="a T5 encoder", unknown=others)
     tokenizer = TokenizerFile.find(checkpoint, None)
     if tokenizer is None:
         raise CheckpointError(f"{path} has no tokenizer.json beside it")
-    return LoadedTextEncoder(config, tensors, checkpoint, TextEncoder, tokenizer)
+    tokenizer.check_t5(config.vocab_size)
+    return LoadedTextEncoder(config, tensors, checkpoint, TextEncoder, tuple(names), tokenizer)
 
 
 def _reordered(decoder: LoadedImageDecoder, transformer: LoadedTransformer) -> LoadedImageDecoder:
     """``decoder`` with the row of every image token of ``transformer`` at that token's number."""
-    order = torch.tensor(transformer.code_order)
+    order = list(transformer.code_order or ())
     codebook = decoder.tensors["quantize.embedding.weight"]
-    if sorted(order.tolist()) != list(range(len(codebook))):
+    if sorted(order) != list(range(len(codebook))):
         raise CheckpointError(
-            f"{transformer.path} has {len(order)} image tokens, for codes up to {int(order.max())}, and {decoder.path} has "
+            f"{transformer.path} has {len(order)} image tokens, for codes up to {max(order, default=-1)}, and {decoder.path} has "
             f"{len(codebook)} codes: they do not belong together"
         )
-    return replace(decoder, tensors={**decoder.tensors, "quantize.embedding.weight": codebook[order]})
+    return replace(
+        decoder, tensors={**decoder.tensors, "quantize.embedding.weight": codebook[torch.tensor(order)]}
+    )
 
 
 def _lacks(path: Path, what: str, error: KeyError, names: Mapping[str, object]) -> CheckpointError:
-    shown = ", ".join(sorted(names)[:6]) + (", ..." if len(names) > 6 else "")
-    return CheckpointError(f"{path} is not {what}: it has no tensor {error.args[0]} (it has {shown})")
+    return CheckpointError(
+        f"{path} is not {what}: it has no tensor {error.args[0]} (it has {listed(names, SHOWN)})"
+    )

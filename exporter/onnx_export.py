@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import onnx
 import onnx_ir as ir
@@ -35,7 +36,7 @@ FOLD_ELEMENTS = 1024
 def export_stage(
     stage: Stage, weights: WeightsFile, tensors: Mapping[str, Weight], size: str = ""
 ) -> onnx.ModelProto:
-    """Return ``stage`` as an opset-24 model that refers to ``weights``.
+    """Return ``stage`` as a model of its opset that refers to ``weights``.
 
     Args:
         stage: its parameters need shapes only; what they hold is not read.
@@ -46,21 +47,14 @@ def export_stage(
     Raises:
         RuntimeError: the tracer failed, or an input that is updated in place has more than one reader.
     """
-    model = _trace(stage)
-    operation = stage.plugin_attributes() if isinstance(stage, LineEnd) else None
-    # An operation's body has no tensors in files.
-    lifted = lift_weights(model, tensors, constants=operation is None)
-    with _quiet():
-        onnxscript.optimizer.optimize(
-            model,
-            onnx_shape_inference=False,
-            input_size_limit=FOLD_ELEMENTS,
-            output_size_limit=FOLD_ELEMENTS,
-        )
-    store_weights(model, lifted, weights, f"{stage.name}{size}")
+    traced = trace(stage)
+    model = traced.model
+    parameters = {value.name: tensors[value.name] for value in model.graph.inputs if value.name in tensors}
+    store_weights(model, {**parameters, **traced.constants}, weights, f"{stage.name}{size}")
     model.graph.name = stage.name
     model.producer_name, model.producer_version = PRODUCER, None
     _tidy(model)
+    operation = operation_of(stage)
     proto = ir.to_proto(model)
     if any(node.domain == line_attention.DOMAIN for node in proto.graph.node):
         proto.functions.append(stage.geometry.memory.function())
@@ -70,7 +64,43 @@ def export_stage(
     return proto
 
 
-def _trace(stage: Stage) -> ir.Model:
+class Traced(NamedTuple):
+    """A stage's graph before its weights are stored.
+
+    ``model``: behind the stage's own inputs its parameters are inputs, and the constants that are too large to stand in the file.
+    ``constants``: what the latter hold, by name.
+    """
+
+    model: ir.Model
+    constants: dict[str, torch.Tensor]
+
+
+def trace(stage: Stage) -> Traced:
+    """Trace and simplify a stage. The result depends on what the stage computes and on its shapes, not on any weight.
+
+    Raises:
+        RuntimeError: the tracer failed.
+    """
+    model = _program(stage)
+    parameters = [name for name, _ in stage.named_parameters()]
+    # An operation's body has no tensors in files.
+    constants = lift_weights(model, parameters, constants=operation_of(stage) is None)
+    with _quiet():
+        onnxscript.optimizer.optimize(
+            model,
+            onnx_shape_inference=False,
+            input_size_limit=FOLD_ELEMENTS,
+            output_size_limit=FOLD_ELEMENTS,
+        )
+    return Traced(model, constants)
+
+
+def operation_of(stage: Stage) -> dict[str, int] | None:
+    """The attributes by which the whole stage is one operation of ours; None if it is not."""
+    return stage.plugin_attributes() if isinstance(stage, LineEnd) else None
+
+
+def _program(stage: Stage) -> ir.Model:
     examples = tuple(torch.zeros(spec.shape, dtype=spec.dtype) for spec in stage.inputs)
     with _quiet():
         program = torch.onnx.export(
@@ -78,7 +108,7 @@ def _trace(stage: Stage) -> ir.Model:
             examples,
             dynamo=True,
             optimize=False,
-            opset_version=line_attention.OPSET,
+            opset_version=stage.opset,
             input_names=[spec.name for spec in stage.inputs],
             output_names=[spec.name for spec in stage.outputs],
             verbose=False,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from exporter.finite import require_finite
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.parity_report import (
     Bounds,
@@ -33,6 +34,7 @@ from graphs.sampling import SamplingParams, draw, filtered_mass, guide
 from graphs.stage import Geometry
 from graphs.stages import with_newlines
 from runtime.backend import Backend
+from runtime.errors import BundleError, CheckpointError
 from runtime.generator import PixelDecoder
 from runtime.geometry import Mode, Step
 from runtime.loop import Batch, begin, generate, run_step, settings_inputs
@@ -124,6 +126,8 @@ def validate(
             batch,
             lambda line: report_line("bundle draws", line),
             (lambda line: evicted.append(backend.read("write_slots"))) if batch.cache else None,
+            # Both sides' logits are looked at below, where it can be said whose are not finite.
+            finite=False,
         )
     )
     fed = drawn
@@ -150,7 +154,7 @@ def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
     backend, reference = both.backend, both.reference
     raster = backend.bundle.manifest.raster
     begin(backend, both.batch)
-    _compare(both.report, reference.begin(both.condition)[:, None], [backend.read("logits")])
+    _compare(both.report, reference.begin(both.condition)[:, None], [backend.read("logits")], 0)
     measured: list[np.ndarray] = []
     for step in raster.schedule():
         index = step.line * raster.line_width + step.column
@@ -160,7 +164,7 @@ def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
             measured.append(backend.read("logits"))
         if step.stage == "line_end" or index == raster.image_tokens - 2:
             line = tokens[:, step.line * raster.line_width :][:, : len(measured)]
-            _compare(both.report, reference.feed(line), measured)
+            _compare(both.report, reference.feed(line), measured, index + 2 - len(measured))
             measured = []
             both.report_line("same tokens on both sides", step.line + 1)
         if step.stage == "line_end":
@@ -170,7 +174,19 @@ def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
                 run_step(backend, both.batch, step)
 
 
-def _compare(report: Report, reference: Tensor, measured: list[np.ndarray]) -> None:
+def _compare(report: Report, reference: Tensor, measured: list[np.ndarray], first: int) -> None:
+    """Add the logits ``[B, T, V]`` before tokens ``first`` .. of both sides to the report.
+
+    Raises:
+        CheckpointError, BundleError: some are not finite, so that there is nothing to compare.
+    """
+    for step, logits in enumerate(measured):
+        require_finite(
+            reference[:, step].numpy(), f"PyTorch's logits before token {first + step}", CheckpointError
+        )
+        require_finite(
+            logits, f"the bundle's logits before token {first + step} (PyTorch's are)", BundleError
+        )
     other = torch.from_numpy(np.stack(measured, axis=1))
     report.logits.add(reference, other)
     report.steps_max_abs += (reference - other).abs().amax(dim=(0, 2)).tolist()
@@ -179,10 +195,12 @@ def _compare(report: Report, reference: Tensor, measured: list[np.ndarray]) -> N
 def _line_end(both: Comparison, reference: HistoryModel, step: Step) -> LineReport:
     backend = both.backend
     layers = range(len(reference.scores))
-    error = max(
-        float(np.abs(backend.read(f"scores.{layer}") - reference.scores[layer].numpy()).max())
-        for layer in layers
-    )
+    error = None
+    if both.batch.replay is None:
+        error = max(
+            float(np.abs(backend.read(f"scores.{layer}") - reference.scores[layer].numpy()).max())
+            for layer in layers
+        )
     run_step(backend, both.batch, step)
     chosen = torch.from_numpy(backend.read("write_slots"))
     follow = both.batch.replay is not None or both.report.choices is Choices.BUNDLE
@@ -316,8 +334,10 @@ def _pixels(decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Te
     errors = []
     for row in tokens:
         grid = row.reshape(1, raster.lines, raster.line_width)[:, :, : raster.columns]
-        ours = torch.from_numpy(decoder(row[None].numpy()))
-        wanted = model.decode(grid)
+        decoded, wanted = decoder(row[None].numpy(), finite=False), model.decode(grid)
+        require_finite(wanted.numpy(), "PyTorch's pixels", CheckpointError)
+        require_finite(decoded, "the bundle's pixels (PyTorch's are)", BundleError)
+        ours = torch.from_numpy(decoded)
         report.pixels_range = max(report.pixels_range, wanted.abs().max().item())
         errors.append((wanted - ours).abs().flatten())
     error = torch.cat(errors)

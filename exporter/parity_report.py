@@ -130,10 +130,13 @@ class Distance:
 
 @dataclass
 class LineReport:
-    """One line end: the largest score error and the share of equal write slots, over layers, sequences and heads."""
+    """One line end: the largest score error and the share of equal write slots, over layers, sequences and heads.
+
+    Under a replay scores decide nothing and are not kept alike on both sides: their error is None.
+    """
 
     line: int
-    scores_max_abs: float
+    scores_max_abs: float | None
     write_slots_agreement: float
 
 
@@ -185,7 +188,7 @@ def cost_checks(report: Report, cost: Cost) -> list[Check]:
 
 
 def parity_checks(report: Report, bounds: Bounds, *, replayed: bool) -> list[Check]:
-    """What a float32 bundle must hold. Where lines are ``replayed``, scores mean nothing and nothing is chosen."""
+    """What a float32 bundle must hold. Where lines are ``replayed``, scores decide nothing and nothing is chosen."""
     scale = max(1.0, report.logits.reference_std)
     checks = [
         Check("logits, max abs error", report.logits.max_abs, bounds.logits * scale),
@@ -193,7 +196,7 @@ def parity_checks(report: Report, bounds: Bounds, *, replayed: bool) -> list[Che
         Check("pixels, max abs error", report.pixels_max_abs, bounds.pixels * max(1.0, report.pixels_range)),
     ]
     if report.lines and not replayed:
-        worst = max(line.scores_max_abs for line in report.lines)
+        worst = max(line.scores_max_abs or 0.0 for line in report.lines)
         forced = float(np.mean([line.write_slots_agreement for line in report.lines]))
         free, least = report.evictions_agreement, bounds.write_slots
         checks += [

@@ -7,6 +7,7 @@ says everything and ONNX Runtime and TensorRT read the same file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,6 +20,7 @@ from runtime.manifest import PrecisionSpec
 
 DEFAULT_BLOCK = 128
 LEAST_BLOCK = 16
+MOST_BLOCK = 1 << 16
 CLIPPING_STEPS = 20
 CLIPPING_STEP = 0.02
 """Scales are tried from the one that fits a group's largest weight downwards, by this share of it."""
@@ -95,23 +97,13 @@ class Range:
 class QuantizedConvolution:
     """A convolution of 8-bit integers.
 
-    ``weight``: ``values [O, I * k * k]`` with a scale an output channel. ``bias [O]``: float32; it is added as a 32-bit integer of
-    scale ``input.scale * weight.scales``.
+    ``weight``: ``values [O, I * k * k]`` with a scale an output channel. ``bias [O]``: float32.
     """
 
     weight: Quantized
     bias: Tensor
     input: Range
     output: Range
-
-    @property
-    def bias_scales(self) -> Tensor:
-        return self.weight.scales * self.input.scale
-
-    @property
-    def bias_values(self) -> Tensor:
-        """``[O]`` int32."""
-        return (self.bias / self.bias_scales).round().to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -149,8 +141,10 @@ class PrecisionPlan:
             raise ExportError(f"activations in {self.activations}: only fp32, fp16 and bf16 are computed in")
         if self.image_decoder is Precision.INT4:
             raise ExportError("an image decoder in int4: convolutions come in fp32, fp16, bf16 and int8")
-        if self.block < LEAST_BLOCK or self.block & (self.block - 1):
-            raise ExportError(f"a block of {self.block} weights; must be a power of two from {LEAST_BLOCK}")
+        if not LEAST_BLOCK <= self.block <= MOST_BLOCK or self.block & (self.block - 1):
+            raise ExportError(
+                f"a block of {self.block} weights; must be a power of two from {LEAST_BLOCK} to {MOST_BLOCK}"
+            )
 
     @property
     def spec(self) -> PrecisionSpec:
@@ -208,15 +202,20 @@ class PrecisionPlan:
         return round_to_nearest(weight, *self.integer_format(weight.shape[1], precision))
 
 
-def round_to_nearest(weight: Tensor, bits: int, block: int = 0) -> Quantized:
+def round_to_nearest(
+    weight: Tensor, bits: int, block: int = 0, least_scales: Tensor | None = None
+) -> Quantized:
     """Quantise ``weight [N, K]`` group by group, each with the scale that leaves the least squared error.
 
     Args:
         bits: 8 or 4.
         block: inputs that share a scale; 0 for all of an output channel.
+        least_scales: ``[N]``, below which no scale of an output channel may be.
     """
     groups = weight.float().reshape(len(weight), -1, block or weight.shape[1])
     scales = best_scales(groups, bits)
+    if least_scales is not None:
+        scales = torch.maximum(scales, least_scales[:, None])
     values = to_integers(groups, scales, bits).reshape(weight.shape)
     return Quantized(values.to(torch.int8), scales if block else scales[:, 0], bits, block)
 
@@ -253,6 +252,16 @@ def to_integers(groups: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (groups / scales[..., None]).round().clamp(-limit, limit)
 
 
+def largest_of(tensor: Tensor) -> float | None:
+    """The largest absolute value of a tensor; None if a value is not finite."""
+    # Floats of 8 bits have no operators of their own.
+    values = tensor.float() if tensor.element_size() == 1 else tensor
+    # One pass over the memory; where a value is no number, both bounds are none.
+    least, most = (float(bound) for bound in torch.aminmax(values))
+    largest = max(-least, most)
+    return largest if math.isfinite(least) and math.isfinite(most) else None
+
+
 def pack_int4(values: Tensor) -> Tensor:
     """Two's-complement nibbles of ``values`` int8 in memory order, two a byte, the first in the low half: uint8 ``[n / 2]``."""
     flat = values.contiguous().flatten().view(torch.uint8) & 0xF
@@ -263,17 +272,25 @@ def pack_int4(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter on its way into a bundle: ``name`` is the model's, ``precision`` what its matrix is stored in."""
+    """A parameter on its way into a bundle: ``name`` is its model's, ``precision`` what its matrix is stored in.
+
+    ``model``: the module of the stages that it is in: ``model`` (the transformer), ``image_decoder`` or ``text_encoder``.
+    """
 
     name: str
     tensor: Tensor
     precision: Precision
     plan: PrecisionPlan
+    model: str = "model"
 
     @property
     def integer_format(self) -> tuple[int, int]:
         """Bits and block that it is quantised to."""
         return self.plan.integer_format(self.tensor.shape[1], self.precision)
+
+    def stored_as(self, computed: torch.dtype) -> torch.dtype:
+        """What it is stored in where it is stored in floats: vectors in what is ``computed`` in. Scales of integers are, too."""
+        return computed if self.tensor.ndim < 2 or self.precision.bits else self.precision.dtype
 
     def quantized(self) -> Quantized:
         return self.plan.quantize(self.name, self.tensor, self.precision)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exporter.bundle_export import export_bundle
+from exporter.finite import require_finite
+from exporter.intervals import Interval, ScoredImages
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from exporter.precision import PrecisionPlan
 from exporter.sources import plan_like
 from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
+from runtime.conditions import Conditioner
+from runtime.errors import BundleError, LinertError, RequestError
 from runtime.generator import Generator, PixelDecoder
 from runtime.geometry import CacheSettings
 from runtime.manifest import SamplingSettings
-from runtime.metrics import Bootstrap, Interval, Metric, Rows
+from runtime.metrics import Metric, Rows
+from runtime.replacement import scratch_folder
 from runtime.samples import Sample, asked_for
 
 METRIC_BATCH = 50
@@ -35,6 +38,8 @@ class QualityCost:
 
     metric: str
     higher_is_better: bool
+    digits: int
+    distance: bool
     bundle: Interval
     float32: Interval
     difference: Interval
@@ -42,7 +47,7 @@ class QualityCost:
     @property
     def worse(self) -> bool:
         """Whether the whole interval of the difference is on the worse side."""
-        return self.difference.high < 0 if self.higher_is_better else self.difference.low > 0
+        return self.difference.excludes_zero() and (self.difference.value < 0) is self.higher_is_better
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "worse": self.worse}
@@ -50,6 +55,7 @@ class QualityCost:
 
 def quality_cost(
     bundle: Bundle,
+    conditioner: Conditioner,
     transformer: LoadedTransformer,
     image_decoder: LoadedImageDecoder,
     samples: Sequence[Sample],
@@ -64,15 +70,15 @@ def quality_cost(
 
     Conditions and seeds are the same, so that the intervals of the difference are paired.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         progress("exporting float32", 0, 1)
         plan = plan_like(bundle, transformer, image_decoder, PrecisionPlan())
-        wide = export_bundle(plan, Path(folder) / "float32", report=lambda line: None)
-        found = []
+        wide = export_bundle(plan, folder / "float32", report=lambda line: None)
+        scored: list[list[ScoredImages]] = []
         on_cpu = BackendOptions(threads=options.threads)
         for name, path, chosen in (("bundle", bundle.path, options), ("float32", wide, on_cpu)):
             opened = open_bundle(path, digests=False)
-            generator = Generator(opened.sharing(bundle.conditioner), chosen)
+            generator = Generator(opened, chosen, conditioner)
             tokens = []
             for group in generator.batches(samples):
                 progress(f"{name} draws", sum(map(len, tokens)), len(samples))
@@ -84,17 +90,18 @@ def quality_cost(
                 samples,
                 lambda done, total, name=name: progress(f"{name} is measured", done, total),
             )
-            found.append({metric.name: Bootstrap.of(metric.score, rows[metric.name]) for metric in metrics})
-    ours, theirs = found
+            scored.append([ScoredImages(metric, rows[metric.name]) for metric in metrics])
     return [
         QualityCost(
-            metric.name,
-            metric.higher_is_better,
-            ours[metric.name].interval(),
-            theirs[metric.name].interval(),
-            (ours[metric.name] - theirs[metric.name]).interval(),
+            ours.metric.name,
+            ours.metric.higher_is_better,
+            ours.metric.digits,
+            ours.metric.distance,
+            ours.interval(),
+            float32.interval(),
+            ours.minus(float32),
         )
-        for metric in metrics
+        for ours, float32 in zip(*scored, strict=True)
     ]
 
 
@@ -105,12 +112,40 @@ def measure_rows(
     samples: Sequence[Sample],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Rows]:
-    """Each metric's rows ``[n, k]`` of the images of ``tokens [n, N]``."""
+    """Each metric's rows ``[n, k]`` of the images of ``tokens [n, N]``.
+
+    Raises:
+        BundleError: a pixel is not finite.
+        RequestError: a metric fails, or its rows are not one of finite numbers an image.
+    """
     asked = asked_for(samples)
     parts: dict[str, list[Rows]] = {metric.name: [] for metric in metrics}
     for start in range(0, len(tokens), METRIC_BATCH):
         progress(start, len(tokens))
         pixels = decoder(tokens[start : start + METRIC_BATCH])
+        require_finite(pixels, f"pixels of images from number {start}", BundleError)
         for metric in metrics:
-            parts[metric.name].append(metric.measure(pixels, asked[start : start + METRIC_BATCH]))
-    return {name: np.concatenate(values) for name, values in parts.items()}
+            parts[metric.name].append(_rows(metric, pixels, asked[start : start + METRIC_BATCH]))
+    for name, rows in parts.items():
+        if len(widths := {part.shape[1] for part in rows}) > 1:
+            raise RequestError(
+                f"{name} measured {sorted(widths)} numbers an image: they must be equally many"
+            )
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _rows(metric: Metric, pixels: NDArray[np.float32], asked: NDArray[Any]) -> Rows:
+    try:
+        rows = np.asarray(metric.measure(pixels, asked), np.float64)
+    except LinertError:
+        raise
+    except Exception as error:
+        # Whatever a metric of somebody's own raises.
+        raise RequestError(f"{metric.name} cannot measure images: {type(error).__name__}: {error}") from error
+    if rows.ndim != 2 or len(rows) != len(pixels) or not rows.size:
+        raise RequestError(
+            f"{metric.name} measured an array {list(rows.shape)} of {len(pixels)} images, not [{len(pixels)}, k]"
+        )
+    if not np.isfinite(rows).all():
+        raise RequestError(f"{metric.name} measured numbers that are not finite: mend its measure()")
+    return rows

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from exporter.bundle_export import ExportPlan
-from exporter.checkpoint import digest_of, weight_files
+from exporter.checkpoint import digest_of, find_weights, is_averaged
 from exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
 from exporter.precision import Method, Precision, PrecisionPlan
 from graphs.families import FAMILIES
 from runtime.bundle import Bundle
-from runtime.errors import CheckpointError, RequestError
+from runtime.errors import BundleError, CheckpointError, RequestError
 from runtime.manifest import PrecisionSpec, PromptInput, Source
 
 
@@ -43,7 +44,7 @@ class Checkpoints:
             grid: tokens in an image row, if another than the bundle's is wanted.
         """
         manifest = self.bundle.manifest
-        config = FAMILIES[manifest.model.family].config_type(**manifest.model.config)
+        config = family_config(self.bundle)
         if grid is not None and grid != manifest.raster.line_width:
             if not hasattr(config, "grid"):
                 raise RequestError(
@@ -54,10 +55,31 @@ class Checkpoints:
         request = ModelRequest(
             tokenizer=self.bundle.file(prompts.tokenizer) if isinstance(prompts, PromptInput) else None,
             template=prompts.template if isinstance(prompts, PromptInput) else None,
-            ema=manifest.model.source.weights == "ema",
+            ema=is_averaged(manifest.model.source.weights),
         )
         joined = manifest.image_decoder.source.sha256 == manifest.model.source.sha256
+        if not joined:
+            request = replace(request, vq_ema=is_averaged(manifest.image_decoder.source.weights))
         return load_models(self.transformer, None if joined else self.image_decoder, request, config=config)
+
+
+def family_config(bundle: Bundle) -> Any:
+    """The configuration that a bundle's model was exported with.
+
+    Raises:
+        BundleError: its family is not known here, or has no such configuration.
+    """
+    model = bundle.manifest.model
+    if model.family not in FAMILIES:
+        raise BundleError(
+            f"{bundle.path} holds a {model.family}, and there are {', '.join(FAMILIES)}: upgrade linert"
+        )
+    try:
+        return FAMILIES[model.family].config_type(**model.config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise BundleError(
+            f"{bundle.path}: the configuration in its manifest is no {model.family}'s: {error}; export the bundle again"
+        ) from error
 
 
 def load_sources(
@@ -72,7 +94,7 @@ def find_source(bundle: Bundle, source: Source, given: Path | None, option: str)
     path = given or Path(source.path)
     if not path.exists():
         raise CheckpointError(f"the checkpoint {path} is not there; say where it is with {option}")
-    if digest_of(weight_files(path)) != source.sha256:
+    if digest_of(find_weights(path).files) != source.sha256:
         raise CheckpointError(
             f"{path} is not the checkpoint that {bundle.path} was exported from (its sha256 differs); "
             f"give that one with {option}, or export the bundle again"
@@ -81,17 +103,22 @@ def find_source(bundle: Bundle, source: Source, given: Path | None, option: str)
 
 
 def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
-    """The plan that a bundle of this precision was exported with, but for what a calibration found."""
-    parts = {part: Precision(name) for part, name in spec.parts.items()}
-    method = Method.RTN if spec.method == "none" else Method(spec.method)
-    return PrecisionPlan(
-        Precision(spec.weights),
-        Precision(spec.activations),
-        parts,
-        spec.block,
-        method,
-        Precision(spec.image_decoder),
-    )
+    """The plan that a bundle of this precision was exported with, but for what a calibration found.
+
+    Raises:
+        BundleError: it names formats that there are not.
+    """
+    try:
+        return PrecisionPlan(
+            Precision(spec.weights),
+            Precision(spec.activations),
+            {part: Precision(name) for part, name in spec.parts.items()},
+            spec.block,
+            Method.RTN if spec.method == "none" else Method(spec.method),
+            Precision(spec.image_decoder),
+        )
+    except ValueError as error:
+        raise BundleError(f"the bundle's manifest tells of a precision that there is not: {error}") from error
 
 
 def plan_like(

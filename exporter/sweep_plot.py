@@ -8,11 +8,25 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from runtime.bench import Timings
+from runtime.errors import RequestError
+from runtime.replacement import atomic_file
+
+
+def check_format(path: Path) -> None:
+    """Raise :class:`RequestError` if the suffix of ``path`` names no format of pictures."""
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise RequestError(f"{path}: name a file that ends in one of .{', .'.join(sorted(known))}")
 
 
 def draw(labels: Sequence[Mapping[str, str]], timings: Sequence[Timings], path: Path) -> None:
     """Write the plot to ``path``, in the format of its suffix."""
-    figure = Figure(figsize=(7, 1.2 + 0.35 * len(timings)), layout="constrained")
+    with atomic_file(path) as file:
+        figure_of(labels, timings).savefig(file, format=path.suffix.removeprefix(".").lower())
+
+
+def figure_of(labels: Sequence[Mapping[str, str]], timings: Sequence[Timings]) -> Figure:
+    figure = Figure(figsize=(7, 1.5 + 0.35 * len(timings)), layout="constrained")
     axes = figure.add_subplot()
     names = [", ".join(cell.values()) for cell in labels]
     rows = range(len(timings))
@@ -22,5 +36,6 @@ def draw(labels: Sequence[Mapping[str, str]], timings: Sequence[Timings], path: 
     axes.invert_yaxis()
     axes.set_xlabel("ms")
     axes.set_title(" x ".join(labels[0]))
-    axes.legend()
-    figure.savefig(path)
+    # Beside the bars, which it would cover.
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure

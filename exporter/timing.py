@@ -2,62 +2,60 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 import onnx
+import onnxruntime as ort
+from onnx import helper
 
 from runtime.bench import milliseconds
 from runtime.bundle import Bundle
-from runtime.manifest import Manifest, TensorSpec
+from runtime.manifest import CONTRACT_KEY, Manifest, TensorSpec
+from runtime.manifest_file import contract
 from runtime.ort import OrtBackend
 
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+"""ONNX Runtime's setting: where the weights of a graph lie that comes without a file of its own."""
 
-@contextlib.contextmanager
-def decode_backend(bundle: Bundle, stage: str, lines: Sequence[int], threads: int) -> Iterator[OrtBackend]:
-    """A backend for the bundle's decode ``stage`` with buffers of so many ``lines`` a layer.
 
-    The decode graph does not depend on the number of slots but in the shapes that it declares.
+class ResizedBackend(OrtBackend):
+    """The bundle's decode ``stage`` with buffers of so many ``lines`` a layer.
+
+    The decode graph does not depend on the number of slots but in the shapes that it declares. Weights are read where they
+    are, and nothing is written.
     """
-    manifest = bundle.manifest
-    spec = manifest.stages[stage]
-    resized = {state.name: state for state in manifest.state_at(lines)}
 
-    def fit(tensor: TensorSpec) -> TensorSpec:
-        state = spec.updates.get(tensor.name, tensor.name)
-        return msgspec.structs.replace(tensor, shape=resized[state].shape) if state in resized else tensor
+    def __init__(self, bundle: Bundle, stage: str, lines: Sequence[int], threads: int) -> None:
+        manifest = bundle.manifest
+        spec = manifest.stages[stage]
+        resized = {state.name: state for state in manifest.state_at(lines)}
 
-    fitted = msgspec.structs.replace(
-        spec, inputs=tuple(map(fit, spec.inputs)), outputs=tuple(map(fit, spec.outputs))
-    )
-    model = onnx.load(bundle.stage_path(stage), load_external_data=False)
-    shapes = {tensor.name: tensor.shape for tensor in (*fitted.inputs, *fitted.outputs)}
-    for value in (*model.graph.input, *model.graph.output):
-        for dimension, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
-            dimension.dim_value = size
-    timed = msgspec.structs.replace(manifest, stages={stage: fitted}, state=tuple(resized.values()))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        onnx.save(model, folder / spec.file)
-        for file in manifest.files:
-            target = folder / file
-            if target.suffix != ".onnx":
-                target.parent.mkdir(exist_ok=True)
-                link(bundle.file(file), target)
-        yield OrtBackend(Bundle(folder, timed), [stage], threads=threads)
+        def fit(tensor: TensorSpec) -> TensorSpec:
+            state = spec.updates.get(tensor.name, tensor.name)
+            return msgspec.structs.replace(tensor, shape=resized[state].shape) if state in resized else tensor
 
+        fitted = msgspec.structs.replace(
+            spec, inputs=tuple(map(fit, spec.inputs)), outputs=tuple(map(fit, spec.outputs))
+        )
+        timed = msgspec.structs.replace(manifest, stages={stage: fitted}, state=tuple(resized.values()))
+        super().__init__(Bundle(bundle.path, timed, bundle.size), [stage], threads=threads)
 
-def link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy where the file system has none."""
-    try:
-        target.hardlink_to(source.resolve())
-    except OSError:
-        shutil.copyfile(source, target)
+    def _model(self, stage: str) -> bytes:
+        model = onnx.load(self.bundle.stage_path(stage), load_external_data=False)
+        spec = self.stages[stage]
+        shapes = {tensor.name: tensor.shape for tensor in (*spec.inputs, *spec.outputs)}
+        for value in (*model.graph.input, *model.graph.output):
+            for dimension, size in zip(value.type.tensor_type.shape.dim, shapes[value.name], strict=True):
+                dimension.dim_value = size
+        helper.set_model_props(model, {CONTRACT_KEY: contract(self.bundle.manifest)})
+        return model.SerializeToString()
+
+    def _options(self, stage: str) -> ort.SessionOptions:
+        options = super()._options(stage)
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(self.bundle.path.resolve()))
+        return options
 
 
 def step_times(backend: OrtBackend, stage: str, manifest: Manifest) -> list[float]:

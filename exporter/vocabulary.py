@@ -6,9 +6,11 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoint import TOKENIZER_NAME, Checkpoint
+from exporter.checkpoint import TOKENIZER_NAME, Checkpoint, snapshot_of
+from runtime.conditions import USUAL_PROMPTS
 from runtime.errors import CheckpointError
-from runtime.tokenizer import open_tokenizer
+from runtime.text_encoder import t5_tokens
+from runtime.tokenizer import TextTokenizer
 
 NAMES = (TOKENIZER_NAME, "text_tokenizer.json")
 """What folders call the file: those of the transformers library, and Chameleon's."""
@@ -28,16 +30,43 @@ class TokenizerFile:
             CheckpointError: the given one is not there.
         """
         if given is None:
-            return TokenizerFile(checkpoint.tokenizer) if checkpoint.tokenizer else None
-        for path in (given, *(given / name for name in NAMES)):
-            if path.is_file():
-                return TokenizerFile(path)
+            listed = [checkpoint.tokenizer] if checkpoint.tokenizer else []
+        else:
+            folder = snapshot_of(given)
+            listed = [path for path in (given, *(folder / name for name in NAMES)) if path.is_file()]
+        if listed or given is None:
+            return TokenizerFile(listed[0]) if listed else None
         raise CheckpointError(
             f"there is no tokenizer at {given}, neither a file nor {' or '.join(NAMES)} in a folder"
         )
 
     @functools.cached_property
+    def opened(self) -> TextTokenizer:
+        """The tokenizer.
+
+        Raises:
+            BundleError: the file is none.
+        """
+        return TextTokenizer(self.path)
+
+    @property
     def vocabulary(self) -> dict[str, int]:
         """Ids of all tokens by name."""
-        vocabulary: dict[str, int] = open_tokenizer(self.path).get_vocab(with_added_tokens=True)
-        return vocabulary
+        return self.opened.vocabulary
+
+    def check_t5(self, rows: int) -> None:
+        """Check that it is the tokenizer of a T5 whose embedding has so many ``rows``.
+
+        Raises:
+            CheckpointError: it has tokens beyond them.
+            BundleError: it has no token for the end of a text.
+            RequestError: it leaves usual words out.
+        """
+        name, largest = max(self.vocabulary.items(), key=lambda item: item[1], default=("", -1))
+        if largest >= rows:
+            raise CheckpointError(
+                f"{self.path} has a token {name!r} of number {largest}, and the text encoder has embeddings for {rows}: they do not "
+                "belong together"
+            )
+        for text in USUAL_PROMPTS:
+            t5_tokens(self.opened, text)

@@ -7,7 +7,7 @@ the weights file (:func:`store_weights`), transposed, joined and quantised as th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -24,23 +24,22 @@ COPY_BYTES = 64 << 20
 
 
 def lift_weights(
-    model: ir.Model, tensors: Mapping[str, Weight], *, constants: bool = True
-) -> dict[str, Weight | Tensor]:
-    """Turn parameters, and constants too large to be inlined, into graph inputs; return what they hold.
+    model: ir.Model, parameters: Collection[str], *, constants: bool = True
+) -> dict[str, Tensor]:
+    """Turn parameters, and constants too large to be inlined, into graph inputs; return what the constants hold.
 
     Args:
-        tensors: what the parameters hold and are stored in, by their name in the graph.
-        constants: False leaves them in the graph, however large.
+        parameters: their names in the graph.
+        constants: False leaves constants in the graph, however large.
     """
-    lifted: dict[str, Weight | Tensor] = {}
+    lifted: dict[str, Tensor] = {}
     graph = model.graph
     for name, value in list(graph.initializers.items()):
-        if name in tensors:
-            lifted[name] = tensors[name]
-        elif constants and value.const_value is not None and value.const_value.nbytes > INLINE_BYTES:
-            lifted[name] = torch.from_numpy(value.const_value.numpy())
-        else:
-            continue
+        if name not in parameters:
+            held = value.const_value
+            if not constants or held is None or held.nbytes <= INLINE_BYTES:
+                continue
+            lifted[name] = torch.from_numpy(held.numpy())
         graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
@@ -96,20 +95,16 @@ def _quantize_convolutions(
             ir.DataType.INT8,
             lambda found=found: [found.weight.values],
         )
-        bias_values, bias_scales = found.bias_values, found.bias_scales
-        bias = _initializer(graph, weights, f"{name}.bias.int32", bias_values, torch.int32)
+        # ONNX Runtime makes 32-bit integers of it on the CPU; elsewhere nothing widens those.
+        bias = _initializer(graph, weights, f"{name}.bias", found.bias, torch.float32)
         scales = _initializer(graph, weights, f"{name}.scale", found.weight.scales, torch.float32)
-        bias_scale = _initializer(graph, weights, f"{name}.bias.scale", bias_scales, torch.float32)
-        widened = [
-            ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 0}),
-            ir.node("DequantizeLinear", [bias, bias_scale], attributes={"axis": 0}),
-        ]
+        widened = ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 0})
         graph.insert_before(node, widened)
         source = node.inputs[0]
         if source is None:
             raise RuntimeError(f"{node.name} has no input")
         rounded = _round_trip(graph, node, source, found.input, f"{name}.in", weights, before=True)
-        for index, value in enumerate((rounded, widened[0].outputs[0], widened[1].outputs[0])):
+        for index, value in enumerate((rounded, widened.outputs[0], bias)):
             node.replace_input_with(index, value)
         readers = [(usage.node, usage.idx) for usage in result.uses()]
         after = _round_trip(graph, node, result, found.output, f"{name}.out", weights, before=False)
@@ -150,7 +145,7 @@ def _store_float(
     tensor = parts[0].tensor if len(parts) == 1 else torch.cat([part.tensor for part in parts])
     tensor, name = tensor.detach(), value.name or ""
     computed = tensor_adapters.to_torch_dtype(_dtype(value))
-    dtype = computed if tensor.ndim < 2 or parts[0].precision.bits else parts[0].precision.dtype
+    dtype = parts[0].stored_as(computed)
     if transposed:
         tensor, name = tensor.t(), f"{name}.T"
         value = _through_transposes(graph, value)

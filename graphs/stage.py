@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,12 @@ class Geometry:
 class Stage(nn.Module):
     """A traced unit: ``forward`` takes ``inputs`` and returns ``outputs``, in order.
 
-    ``in_place`` names the states that a runtime may update where they lie.
+    ``in_place`` names the states that a runtime may update where they lie. ``opset`` is the version of the operators that the
+    stage is traced to, the oldest that has all of them: runtimes' kernels lag behind new versions of old operators (ONNX Runtime
+    1.31 has none on CUDA for MaxPool and InstanceNormalization of version 22).
     """
 
+    opset: ClassVar[int] = 21
     name: str
     inputs: Sequence[TensorSpec]
     outputs: Sequence[TensorSpec]

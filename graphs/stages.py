@@ -14,12 +14,15 @@ scheduled after the write.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from graphs.families.base import FamilyConfig, RasterTransformer
 from graphs.families.vq import VQModel
+from graphs.line_attention import OPSET
 from graphs.memory import Projections, StepPosition, kind_of
 from graphs.sampling import SamplingParams, guide, sample
 from graphs.stage import Geometry, Stage
@@ -88,6 +91,8 @@ class Decode(Stage):
     The variant ``decode.unfiltered`` leaves top-k and top-p out: a tenth of a small model's step, for runs that
     use neither.
     """
+
+    opset: ClassVar[int] = OPSET
 
     def __init__(self, model: RasterTransformer, geometry: Geometry, *, filtered: bool = True) -> None:
         super().__init__()

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Layout
+from graphs.families.given import Layout, count_of, shape_of
 from graphs.families.layers import RMSNorm
+from graphs.families.settings import Settings
+from graphs.line_attention import OPSET
 from graphs.stage import Stage
 from graphs.tensor_spec import TensorSpec
 
@@ -29,6 +31,9 @@ LAYOUT = Layout(
     landmark="encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
     ignored=(r"encoder\.embed_tokens\.weight", r"decoder\..+", r"lm_head\.weight"),
 )
+
+OWN_TABLE = "encoder.embed_tokens.weight"
+"""The same table as ``shared.weight``, which a file of the encoder alone may hold in its place."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +61,31 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, A
 
     Raises:
         KeyError: a tensor that tells the size is missing; the argument is its name.
-        ValueError: its feed-forward is not gated: the original T5, which is another architecture.
+        ValueError: its feed-forward is not gated: the original T5, which is another architecture; or a setting is out of bounds.
     """
+    config = Settings(settings)
     if "block.0.layer.1.DenseReluDense.wi.weight" in shapes:
         raise ValueError("the feed-forward is not gated: this is the first T5, not T5 1.1 or Flan-T5")
-    vocab_size, dim = shapes["embed_tokens.weight"]
-    buckets, heads = shapes["block.0.layer.0.SelfAttention.relative_attention_bias.weight"]
-    inner = shapes["block.0.layer.0.SelfAttention.q.weight"][0]
-    numbers = [int(name.split(".")[1]) for name in shapes if name.startswith("block.")]
+    if config.text("feed_forward_proj") not in (None, "gated-gelu"):
+        raise ValueError(config.fault("feed_forward_proj", "gated-gelu: no other feed-forward is built"))
+    vocab_size, dim = shape_of(shapes, "embed_tokens.weight", 2)
+    buckets, heads = shape_of(shapes, "block.0.layer.0.SelfAttention.relative_attention_bias.weight", 2)
+    inner, _ = shape_of(shapes, "block.0.layer.0.SelfAttention.q.weight", 2)
+    if buckets < 4 or inner % heads:
+        raise ValueError(f"{heads} heads with {buckets} buckets and {inner} numbers in all are no T5's")
+    # Buckets grow from a quarter of their number on.
+    max_distance = config.integer("relative_attention_max_distance", buckets // 4 + 1)
+    norm_eps = config.number("layer_norm_epsilon", 0, 1)
     return TextEncoderConfig(
-        layers=max(numbers) + 1,
+        layers=count_of(shapes, "block"),
         dim=dim,
         heads=heads,
         head_dim=inner // heads,
-        ffn_dim=shapes["block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        ffn_dim=shape_of(shapes, "block.0.layer.1.DenseReluDense.wi_0.weight", 2)[0],
         vocab_size=vocab_size,
         buckets=buckets,
-        max_distance=settings.get("relative_attention_max_distance", 128),
-        norm_eps=settings.get("layer_norm_epsilon", 1e-6),
+        max_distance=max_distance or 128,
+        norm_eps=1e-6 if norm_eps is None else norm_eps,
     )
 
 
@@ -177,6 +189,7 @@ class TextEncoder(nn.Module):
 class EncodeText(Stage):
     """Make features of a caption."""
 
+    opset: ClassVar[int] = OPSET
     name = "text_encoder"
 
     def __init__(self, model: TextEncoder, length: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,20 +30,21 @@ class DeviceMemory(Protocol):
 class Backend(ABC):
     """Named tensors that live on a device, and stages that read and replace them.
 
-    Every input and output name of the loaded stages is one tensor: stages that use the same name share it. A
-    state keeps its memory for the life of the backend.
+    Every input and output name of the stages is one tensor: stages that use the same name share it. A state keeps its memory
+    for the life of the backend.
     """
 
     asynchronous: ClassVar[bool] = False
     """Whether :meth:`run` may return before the stage is done."""
 
     def __init__(self, bundle: Bundle, stages: Iterable[str]) -> None:
-        """Load ``stages`` of ``bundle``.
+        """Hold ``stages`` of ``bundle``.
 
         Raises:
             BundleError: the bundle lacks a stage, or two stages disagree about a tensor.
         """
         self.bundle = bundle
+        self._closed = False
         self.stages: dict[str, StageSpec] = {}
         for stage in stages:
             bundle.stage_path(stage)
@@ -56,10 +57,29 @@ class Backend(ABC):
                 state = spec.updates.get(tensor.name)
                 self._declare(tensor if state is None else _renamed(tensor, state))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the tensors, the loaded stages and the device; from then on nothing can be run, read or written.
+
+        What is closed already stays closed. An object that is dropped gives everything back as well, when Python gets to it.
+        """
+        if not self._closed:
+            self._closed = True
+            self._close()
+
     def run(self, stage: str) -> None:
-        """Run one stage: its outputs replace the states that the manifest says."""
-        if stage not in self.stages:
-            raise RequestError(f"stage {stage} is not loaded; loaded are {', '.join(self.stages)}")
+        """Run one stage: its outputs replace the states that the manifest says.
+
+        Raises:
+            RequestError: the backend is closed, does not hold the stage, or it has to be loaded first.
+            DeviceError: the device fails.
+        """
+        self._stage(stage)
         self._run(stage)
 
     def read(self, name: str) -> Array:
@@ -80,9 +100,20 @@ class Backend(ABC):
             raise RequestError(f"{name} is {spec.dtype}, not {array.dtype}")
         self._write(spec, array.astype(spec.dtype, copy=False))
 
+    def _require_open(self) -> None:
+        if self._closed:
+            raise RequestError(f"the backend of {self.bundle.path} is closed: open another")
+
+    def _stage(self, name: str) -> StageSpec:
+        self._require_open()
+        if name not in self.stages:
+            raise RequestError(f"this backend does not hold stage {name}; it holds {', '.join(self.stages)}")
+        return self.stages[name]
+
     def _spec(self, name: str) -> TensorSpec:
+        self._require_open()
         if name not in self.specs:
-            raise RequestError(f"no loaded stage has a tensor {name}")
+            raise RequestError(f"no stage of this backend has a tensor {name}")
         return self.specs[name]
 
     def _declare(self, tensor: TensorSpec) -> None:
@@ -99,7 +130,18 @@ class Backend(ABC):
 
     @abstractmethod
     def load(self, stage: str) -> None:
-        """Make ``stage`` ready to run, if it is not yet; otherwise its first run does."""
+        """Make ``stage`` ready to run in this thread, if it is not yet.
+
+        What the stage's tensors hold afterwards is undefined, for a stage may be run to be made ready: load before an image
+        begins.
+
+        Raises:
+            BundleError: the stage cannot run here; the message says why.
+            DeviceError: the device refuses.
+        """
+
+    @abstractmethod
+    def _close(self) -> None: ...
 
     @abstractmethod
     def _run(self, stage: str) -> None: ...

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,8 +22,9 @@ from runtime.generator import Generator, Pixels, make_batch, picture
 from runtime.geometry import CacheSettings, Step
 from runtime.loop import Batch, begin, run_step
 from runtime.machine import ReadBandwidth, peak_macs, resident_bytes
-from runtime.manifest import Manifest
+from runtime.manifest import Manifest, Work
 from runtime.output import write_png
+from runtime.replacement import scratch_folder
 from runtime.samples import plan_samples
 
 WARM_UP = 3
@@ -89,10 +89,14 @@ class Start:
     first_token: float
 
 
-def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) -> Limit:
+def step_work(manifest: Manifest) -> Work:
     """Of one decode step of a bundle. All of its buffer is read, whatever the budget; of a matrix a column, one."""
-    stage = "decode" if manifest.sampling.filtered else "decode.unfiltered"
-    work = manifest.stages[stage].work
+    return manifest.stages["decode" if manifest.sampling.filtered else "decode.unfiltered"].work
+
+
+def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) -> Limit:
+    """Of one decode step of a bundle."""
+    work = step_work(manifest)
     return Limit(work.weight_bytes, work.state_bytes, work.macs, read_bandwidth, mac_rate)
 
 
@@ -114,8 +118,11 @@ class Measured:
         verified = time.perf_counter()
         manifest = bundle.manifest
         self.generator = Generator(bundle, options)
-        self.samples = plan_samples(bundle.conditioner.usual(), manifest.images, seed=0)
-        self.batch = make_batch(bundle, self.samples, manifest.sampling, cache or manifest.cache)
+        conditioner = self.generator.conditioner
+        self.samples = plan_samples(conditioner.usual(), manifest.images, seed=0)
+        self.batch = make_batch(
+            manifest, conditioner, self.samples, manifest.sampling, cache or manifest.cache
+        )
         manifest.check_cache(self.batch.cache)
         begin(self.backend, self.batch)
         self.backend.synchronize()
@@ -177,10 +184,10 @@ class Measured:
         for stage, steps in itertools.groupby(self.manifest.raster.schedule(), lambda step: step.stage):
             timed(stage, partial(self._run_steps, list(steps)))
         tokens = self.backend.read("tokens")
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             for index, row in enumerate(tokens):
                 pixels = timed("vq_decoder", partial(self.generator.decoder, row[None]))[0]
-                timed("png", partial(_write, Path(folder) / f"{index}.png", pixels))
+                timed("png", partial(_write, folder / f"{index}.png", pixels))
         self._line = 0
         return Image(spent["prefill"], spent["decode"], spent["line_end"], spent["vq_decoder"], spent["png"])
 
@@ -347,8 +354,8 @@ def profile(
     """
     from runtime.ort import OrtBackend
 
-    with tempfile.TemporaryDirectory() as folder:
-        backend = OrtBackend(bundle, batch.stages.values(), threads=threads, profile=Path(folder))
+    with scratch_folder() as folder:
+        backend = OrtBackend(bundle, batch.stages.values(), threads=threads, profile=folder)
         begin(backend, batch)
         raster, position = bundle.manifest.raster, backend.specs["position"]
         for step in range(steps):

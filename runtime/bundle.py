@@ -3,58 +3,77 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import BundleError, RequestError
-from runtime.manifest import MANIFEST_NAME, Manifest, decode
+from runtime.manifest import MANIFEST_NAME, Manifest
+from runtime.manifest_file import MAX_BYTES, decode
+from runtime.replacement import recover
 
-if TYPE_CHECKING:
-    from runtime.backend import Backend
+SIZE = re.compile(r"[0-9]{1,6}x[0-9]{1,6}")
+"""Width and height of images in pixels."""
+
+
+class Stamp(NamedTuple):
+    """What tells whether a file is still the one that was verified, without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    modified_ns: int
+
+    @staticmethod
+    def of(path: Path) -> Stamp:
+        """Of the file at ``path``.
+
+        Raises:
+            OSError: there is none.
+        """
+        status = path.stat()
+        return Stamp(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle: its folder and its manifest.
 
-    ``size``: which of the image sizes in the folder it is, as in ``512x768``; empty for the first.
+    ``size``: which of the image sizes in the folder it is, as in ``512x768``; empty for the first. ``stamps``: of its files when
+    they were verified; of one that was made and not opened there are none.
     """
 
     path: Path
     manifest: Manifest
     size: str = ""
+    stamps: Mapping[str, Stamp] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[str]:
         """The image sizes that the folder holds, the first one first."""
         return sizes_of(self.path)
 
-    @cached_property
-    def conditioner(self) -> Conditioner:
-        """Turns what people ask for into what the bundle takes. A text encoder is run on the CPU."""
-        manifest = self.manifest
-        return conditioner_of(
-            manifest.condition,
-            manifest.raster.prefix_len,
-            self.path,
-            self._open_text_encoder,
-            guided=manifest.guided,
-        )
+    def require_unchanged(self, names: Iterable[str]) -> None:
+        """Raise :class:`BundleError` where a file of these ``names`` was changed or replaced since the bundle was opened."""
+        for name in names:
+            if name not in self.stamps:
+                continue
+            try:
+                same = Stamp.of(self.file(name)) == self.stamps[name]
+            except OSError:
+                same = False
+            if not same:
+                raise BundleError(
+                    f"{self.file(name)} was changed since the bundle was opened and verified: open the bundle again"
+                )
 
-    def sharing(self, conditioner: Conditioner) -> Bundle:
-        """The same bundle with a conditioner that knows features already."""
-        shared = Bundle(self.path, self.manifest, self.size)
-        vars(shared)["conditioner"] = conditioner
-        return shared
-
-    def _open_text_encoder(self) -> Backend:
-        # Backends are made of bundles.
-        from runtime.backends import BackendOptions
-
-        return BackendOptions().open(self, ["text_encoder"])
+    def files_of(self, stage: str) -> list[str]:
+        """Names of the files that a stage is loaded from: its own, and those that are no stage's."""
+        stages = self.manifest.stages
+        own = {spec.file for spec in stages.values()}
+        return [stages[stage].file, *(name for name in self.manifest.files if name not in own)]
 
     def file(self, name: str) -> Path:
         """Path of one of the bundle's files."""
@@ -86,34 +105,62 @@ def open_bundle(path: str | Path, size: str | None = None, *, digests: bool = Tr
         RequestError: it draws no images of that size.
     """
     folder = Path(path)
-    other = "" if size is None or size == _first_size(folder) else size
-    manifest_path = folder / manifest_name(other)
-    if other and (folder / MANIFEST_NAME).is_file() and not manifest_path.is_file():
-        raise RequestError(
-            f"{folder} draws no images of {size}; it draws {', '.join(sizes_of(folder))}: export it with --size"
-        )
-    try:
-        data = manifest_path.read_bytes()
-    except FileNotFoundError:
-        what = "no such folder" if not folder.is_dir() else f"it has no {MANIFEST_NAME}"
-        raise BundleError(f"{folder} is not a bundle: {what}") from None
-    except OSError as error:
-        raise BundleError(f"cannot read {manifest_path}: {error.strerror}") from error
-    manifest = decode(data, str(manifest_path))
+    recover(folder)
+    manifest = _read_manifest(folder, MANIFEST_NAME)
+    other = "" if size is None or size == manifest.size else size
+    if other:
+        if not SIZE.fullmatch(other) or not (folder / manifest_name(other)).exists():
+            known = ", ".join(sizes_of(folder))
+            raise RequestError(f"{folder} draws no images of {size}; it draws {known}: export it with --size")
+        manifest = _read_manifest(folder, manifest_name(other))
+        if manifest.size != other:
+            raise BundleError(
+                f"{folder / manifest_name(other)} is of images of {manifest.size}; export the bundle again"
+            )
+    stamps = {}
     for name, record in sorted(manifest.files.items()):
         file = _inside(folder, name)
         if not file.is_file():
             raise BundleError(f"{folder} lacks {name}; export the bundle again")
-        held = file.stat().st_size
-        if held != record.bytes:
+        stamps[name] = Stamp.of(file)
+        if stamps[name].size != record.bytes:
             raise BundleError(
-                f"{file} has {held} bytes, the manifest says {record.bytes}; export the bundle again"
+                f"{file} has {stamps[name].size} bytes, the manifest says {record.bytes}; export the bundle again"
             )
         if digests and file_sha256(file) != record.sha256:
             raise BundleError(
                 f"{file} was changed: its sha256 is not the manifest's; export the bundle again"
             )
-    return Bundle(folder, manifest, other)
+    bundle = Bundle(folder, manifest, other, stamps)
+    # A file that was replaced while it was read may be another now than the one whose digest was compared.
+    bundle.require_unchanged(manifest.files)
+    return bundle
+
+
+def _read_manifest(folder: Path, name: str) -> Manifest:
+    """Read a manifest of the bundle in ``folder``.
+
+    Raises:
+        BundleError: no such folder or file, no regular file of a manifest's size, or no manifest of this schema.
+    """
+    path = folder / name
+    if not path.exists():
+        what = "no such folder" if not folder.is_dir() else f"it has no {name}"
+        raise BundleError(f"{folder} is not a bundle: {what}")
+    path = _inside(folder, name)
+    # To read a pipe or a device may take for ever.
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: its {name} is no regular file")
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise BundleError(
+                f"{path} has {size} bytes, which is too large for a manifest; export the bundle again"
+            )
+        data = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+    return decode(data, str(path))
 
 
 def manifest_name(size: str) -> str:
@@ -125,16 +172,7 @@ def manifest_name(size: str) -> str:
 def sizes_of(folder: Path) -> list[str]:
     """The image sizes that a bundle's folder holds, the first one first."""
     others = sorted(path.name.split(".")[1] for path in folder.glob(manifest_name("*")))
-    return [_first_size(folder), *others]
-
-
-def _first_size(folder: Path) -> str:
-    """Of the manifest that every bundle has; empty if there is none that can be read."""
-    path = folder / MANIFEST_NAME
-    try:
-        return decode(path.read_bytes(), str(path)).size
-    except (OSError, BundleError):
-        return ""
+    return [_read_manifest(folder, MANIFEST_NAME).size, *others]
 
 
 def file_sha256(path: Path) -> str:
@@ -150,5 +188,8 @@ def _inside(folder: Path, name: str) -> Path:
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
         raise BundleError(f"{folder}: the manifest names {name!r}, a path that leaves the bundle")
     if path.exists() and not path.resolve().is_relative_to(folder.resolve()):
-        raise BundleError(f"{folder}: {name} is a link that leaves the bundle")
+        raise BundleError(
+            f"{folder}: {name} is a link that leaves the bundle, as those of a hub's cache do: make a copy whose files are files, by "
+            f"cp -rL {folder} COPY, or download it into a folder of its own"
+        )
     return path

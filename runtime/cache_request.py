@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,9 +20,13 @@ from runtime.geometry import (
     recent_tokens,
 )
 from runtime.manifest import Manifest
+from runtime.samples import shortened
 
 PYRAMID = "pyramid"
 UNIFORM = "uniform"
+
+MOST_LINES = 1_000_000
+"""Lines that are taken for meant; what fits is looked at where the image is known."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,9 @@ class CacheRequest:
             RequestError: ``layer_budgets`` is neither a shape nor a list of numbers.
             GeometryError: a pyramid does not fit.
         """
+        # What is no number is not below the bound.
+        if self.recent_lines is not None and not self.recent_lines < MOST_LINES:
+            raise RequestError(f"--recent-lines {self.recent_lines}: give a number of lines, like 1 or 0.5")
         policy = self.policy or defaults.policy
         budgets = self._budgets(raster, len(capacity_lines), policy, defaults)
         recent, anchors = protection(
@@ -98,12 +106,12 @@ class CacheRequest:
         if self.layer_budgets not in (None, PYRAMID, UNIFORM):
             if self.budget_lines is not None:
                 raise RequestError("--layer-budgets lists every layer's lines: leave --budget-lines out")
-            try:
-                return tuple(int(part) for part in str(self.layer_budgets).split(","))
-            except ValueError:
+            parts = [part.strip() for part in str(self.layer_budgets).split(",")]
+            if not all(re.fullmatch("-?[0-9]{1,9}", part) for part in parts):
                 raise RequestError(
-                    f"--layer-budgets {self.layer_budgets}: give {UNIFORM}, {PYRAMID}, or one number of lines a layer"
-                ) from None
+                    f"--layer-budgets {shortened(str(self.layer_budgets), 60)}: give {UNIFORM}, {PYRAMID}, or one number of lines a layer"
+                )
+            return tuple(int(part) for part in parts)
         if self.budget_lines is not None:
             asked = self.budget_lines
             return (asked if isinstance(asked, int) else budget_lines(asked, raster.lines),) * layers
@@ -118,12 +126,13 @@ class CacheRequest:
 
 def budget_lines(text: str, lines: int) -> int:
     """Whole lines of a budget like ``4`` or ``1/6`` (of the image, rounded to the nearest, at least 1)."""
-    try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise RequestError(f"budget {text!r} is neither a number of lines nor a fraction like 1/4") from None
+    # An exponent could ask for a number of any length.
+    known = re.fullmatch(r"[0-9]{1,9}(/[0-9]{1,9}|\.[0-9]{1,9})?|\.[0-9]{1,9}", text.strip())
+    value = Fraction(text) if known and not re.search("/0+$", text.strip()) else Fraction(0)
     if value <= 0 or (value >= 1 and value.denominator != 1):
-        raise RequestError(f"budget {text} is neither a number of lines nor a fraction like 1/4")
+        raise RequestError(
+            f"budget {shortened(text, 60)!r} is neither a number of lines nor a fraction like 1/4"
+        )
     return max(1, int(value * lines + Fraction(1, 2))) if value < 1 else int(value)
 
 

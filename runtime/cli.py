@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import click
@@ -31,6 +35,8 @@ COMMANDS = {
 """Command name to the module that holds it (as ``command``) and its line in the help."""
 
 INTERRUPTED = 130
+GRACE = 3.0
+"""Seconds in which further signals do not interrupt again."""
 
 
 class LazyCommands(click.Group):
@@ -72,9 +78,12 @@ def cli(debug: bool) -> None:
 def main() -> NoReturn:
     """Entry point: errors become one message and an exit code, interruptions clean up and exit with 130."""
     debug = "--debug" in sys.argv[1:]
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = cli.main(standalone_mode=False)
+        with interruptible():
+            code = cli.main(standalone_mode=False)
+            # A process may be started without.
+            if sys.stdout is not None:
+                sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except LinertError as error:
         if debug:
@@ -83,23 +92,73 @@ def main() -> NoReturn:
     except click.exceptions.Abort:
         _fail("interrupted", INTERRUPTED)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _say(error.show)
+        _leave(error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _leave(1)
     except (OSError, MemoryError) as error:
         if debug:
             raise
-        _fail(f"{type(error).__name__}: {error}", 2)
+        _fail(_reason(error), 2)
 
 
-def _interrupt(number: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let every signal that asks for an end interrupt what is under way, so that it cleans up; what was ignored stays so.
+
+    Those that follow within a few seconds are the same request: they do not interrupt the cleaning up.
+    """
+    asked = -GRACE
+
+    def interrupt(number: int, frame: object) -> None:
+        nonlocal asked
+        now = time.monotonic()
+        if now - asked >= GRACE:
+            asked = now
+            raise KeyboardInterrupt
+
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        # Shells start what runs in the background, and nohup everything, with signals ignored.
+        if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+            before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _reason(error: OSError | MemoryError) -> str:
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}".removesuffix(": ")
+    if error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        # Everything else that is written has a name.
+        return f"standard output or a temporary file cannot be written: {error.strerror}"
+    where = f"{error.filename}: " if error.filename is not None else ""
+    return f"{where}{error.strerror or error}"
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    _say(lambda: click.echo(f"Error: {message}", err=True))
+    _leave(code)
+
+
+def _say(tell: Callable[[], object]) -> None:
+    """Tell an error, if anybody can be told."""
+    with contextlib.suppress(OSError):
+        tell()
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit; output that cannot be written is dropped, as Python would complain of it at the very end."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,16 @@ from runtime.errors import RequestError
 from runtime.manifest import CaptionInput, ClassInput, PromptInput
 from runtime.samples import Caption, ClassLabel, Condition, Prompt, shortened
 from runtime.text_encoder import TextEncoder
-from runtime.tokenizer import open_tokenizer
+from runtime.text_files import is_lfs_pointer, lfs_remedy
+from runtime.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from runtime.backend import Backend
 
 Inputs = dict[str, NDArray[Any]]
+
+REMEMBERED = 256
+"""Prompts whose features are kept for the next image, the latest ones: a batch needs its own, and a negative prompt all the time."""
 
 USUAL_PROMPTS = (
     "a red fox sitting in fresh snow at the edge of a forest",
@@ -64,6 +68,9 @@ class Conditioner(ABC):
     def usual(self) -> list[Condition]:
         """Conditions for a command that needs any and was given none."""
 
+    def close(self) -> None:  # noqa: B027 (most hold nothing)
+        """Give back what it holds of a device."""
+
     def _check_negative(self, prompt: Prompt) -> None:
         if prompt.negative is not None and not self.guided:
             raise RequestError(
@@ -104,39 +111,54 @@ class ClassConditioner(Conditioner):
 
 
 class PromptConditioner(Conditioner):
-    """Of a model that reads prompts, by the ``tokenizer`` file."""
+    """Of a model that reads prompts.
 
-    def __init__(self, spec: PromptInput, prefix_len: int, tokenizer: Path, *, guided: bool) -> None:
+    ``open_tokenizer``: reads its tokenizer when it is first needed. ``vocabulary``: rows of the embedding of its tokens, beyond which a tokenizer may have more; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        spec: PromptInput,
+        prefix_len: int,
+        open_tokenizer: Callable[[], TextTokenizer],
+        vocabulary: int | None,
+        *,
+        guided: bool,
+    ) -> None:
         super().__init__(prefix_len, guided=guided)
-        self.spec, self.path = spec, tokenizer
+        self.spec, self._open_tokenizer, self.vocabulary = spec, open_tokenizer, vocabulary
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return open_tokenizer(self.path)
+    def _tokenizer(self) -> TextTokenizer:
+        return self._open_tokenizer()
 
     @cached_property
-    def _special(self) -> list[str]:
-        """Texts that the tokenizer does not take for text; longest first.
-
-        Tokenizers also list whole letters and words beside their vocabulary, which are text.
-        """
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        marked = [token.content for token in added if token.special or re.fullmatch("<.+>", token.content)]
-        return sorted(marked, key=len, reverse=True)
+    def _template_specials(self) -> int:
+        """Special tokens of the template without a prompt."""
+        return len(self._tokenizer.specials_among(self._encoded("")))
 
     def tokens(self, prompt: str) -> list[int]:
         """Token ids of a whole prompt, from the beginning of the sentence to that of the image.
 
         Raises:
-            RequestError: it is longer than the prefix of the bundle, or contains the text of a special token.
+            RequestError: it is longer than the prefix of the bundle, contains the text of a special token or what the tokenizer leaves
+                out, or becomes a token that the model has no embedding for.
         """
         spec = self.spec
         text = prompt.strip() if spec.stripped else prompt
-        if held := next((token for token in self._special if token in text), None):
+        names = self._tokenizer.special.values()
+        if held := max((name for name in names if name in text), key=len, default=None):
             raise RequestError(
                 f"the prompt {shortened(text)!r} contains {held!r}, which the tokenizer takes for a special token: leave it out"
             )
         found = self._encoded(text)
+        # Letters that the tokenizer takes for others may spell one as well.
+        if len(self._tokenizer.specials_among(found)) != self._template_specials:
+            raise RequestError(
+                f"the tokenizer takes a part of the prompt {shortened(text)!r} for a special token: leave it out"
+            )
+        if self.vocabulary is not None:
+            check_embedded(found, self.vocabulary, self._tokenizer, text)
         capacity = self.prefix_len
         if len(found) > capacity:
             raise RequestError(
@@ -194,7 +216,17 @@ class PromptConditioner(Conditioner):
     def _encoded(self, text: str) -> list[int]:
         spec = self.spec
         whole = spec.template.replace("{prompt}", text)
-        return [*spec.first, *self._tokenizer.encode(whole, add_special_tokens=False).ids, *spec.last]
+        return [*spec.first, *self._tokenizer.ids(whole), *spec.last]
+
+
+def check_embedded(ids: Sequence[int], rows: int, tokenizer: TextTokenizer, text: str) -> None:
+    """Raise :class:`RequestError` for a token of ``text`` beyond the ``rows`` of an embedding."""
+    if beyond := [number for number in ids if not 0 <= number < rows]:
+        named = {number: name for name, number in tokenizer.vocabulary.items()}
+        raise RequestError(
+            f"{shortened(text)!r} becomes token {beyond[0]}, {named.get(beyond[0], 'of no name')!r}, and the model has embeddings for "
+            f"{rows}: the tokenizer {tokenizer.path} has tokens that the model was not trained with; word it without that token"
+        )
 
 
 class CaptionConditioner(Conditioner):
@@ -209,7 +241,7 @@ class CaptionConditioner(Conditioner):
         super().__init__(prefix_len, guided=guided)
         self.spec, self.encoder = spec, encoder
         self._features: dict[str, NDArray[np.float32]] = {}
-        self._encoded: dict[str, NDArray[np.float32]] = {}
+        self._encoded: OrderedDict[str, NDArray[np.float32]] = OrderedDict()
 
     def add(self, features: NDArray[Any], name: str) -> Caption:
         """Make features known that can then be drawn.
@@ -226,16 +258,19 @@ class CaptionConditioner(Conditioner):
             raise RequestError(
                 f"{name}: features must be real numbers of shape [length, {width}], not {features.dtype} {features.shape}"
             )
-        if not np.isfinite(features).all():
-            raise RequestError(f"{name}: features that are not finite")
-        [held] = np.nonzero(features.any(axis=1))
-        if not len(held):
-            raise RequestError(f"{name}: features that are nothing but zeros")
-        kept = np.ascontiguousarray(features[held[0] : held[-1] + 1], np.float32)
-        if len(kept) > capacity:
-            raise RequestError(
-                f"{name}: features of {len(kept)} tokens; the bundle's prefix has room for {capacity}"
-            )
+        # What is too large for float32 becomes infinite, which is looked for.
+        with np.errstate(all="ignore"):
+            [held] = np.nonzero(features.any(axis=1))
+            if not len(held):
+                raise RequestError(f"{name}: features that are nothing but zeros")
+            length = int(held[-1] + 1 - held[0])
+            if length > capacity:
+                raise RequestError(
+                    f"{name}: features of {length} tokens; the bundle's prefix has room for {capacity}"
+                )
+            kept = np.ascontiguousarray(features[held[0] : held[-1] + 1], np.float32)
+        if not np.isfinite(kept).all():
+            raise RequestError(f"{name}: features that are not finite, or not in float32")
         digest = hashlib.sha256(kept.tobytes()).hexdigest()
         self._features[digest] = kept
         return Caption(digest, name)
@@ -246,19 +281,16 @@ class CaptionConditioner(Conditioner):
         Raises:
             RequestError: no such file, no ``.npy``, or no features that fit.
         """
-        try:
-            values = np.load(path, allow_pickle=False)
-        except FileNotFoundError:
-            raise RequestError(f"{path} does not exist") from None
-        except (OSError, ValueError, EOFError) as error:
-            raise RequestError(f"{path} is no .npy file: {error}") from error
-        if not isinstance(values, np.ndarray) or values.ndim not in (2, 3):
+        # A name is shown and recorded, in whatever bytes the file system has it.
+        name = path.name.encode(errors="replace").decode()
+        values = _mapped_array(path)
+        if values.ndim not in (2, 3):
             raise RequestError(
-                f"{path} must hold one array of features, [length, d] or [captions, length, d]"
+                f"{path} must hold one array of features, [length, d] or [captions, length, d], not {list(values.shape)}"
             )
         if values.ndim == 2:
-            return [self.add(values, path.name)]
-        return [self.add(row, f"{path.name} {number}") for number, row in enumerate(values)]
+            return [self.add(values, name)]
+        return [self.add(row, f"{name} {number}") for number, row in enumerate(values)]
 
     def check(self, conditions: Iterable[Condition]) -> None:
         for condition in conditions:
@@ -297,9 +329,17 @@ class CaptionConditioner(Conditioner):
     def _encode(self, text: str) -> NDArray[np.float32]:
         if self.encoder is None:
             raise RequestError("the bundle has no text encoder: export it with --text-encoder")
-        if text not in self._encoded:
-            self._encoded[text] = self.encoder(text)
-        return self._encoded[text]
+        features = self._encoded.pop(text, None)
+        if features is None:
+            features = self.encoder(text)
+        self._encoded[text] = features
+        while len(self._encoded) > REMEMBERED:
+            self._encoded.popitem(last=False)
+        return features
+
+    def close(self) -> None:
+        if self.encoder is not None:
+            self.encoder.close()
 
     def _padded(self, kind: str, rows: Sequence[NDArray[np.float32] | None]) -> Inputs:
         capacity, width = self.prefix_len, self.spec.feature_dim
@@ -324,37 +364,73 @@ class CaptionConditioner(Conditioner):
         ]
 
 
+def _mapped_array(path: Path) -> NDArray[Any]:
+    """The array of a ``.npy`` file, mapped: of what its header promises nothing is allocated.
+
+    Raises:
+        RequestError: no such file, or it is none.
+    """
+    if not path.is_file():
+        raise RequestError(f"{path} does not exist" if not path.exists() else f"{path} is no .npy file")
+    if is_lfs_pointer(path):
+        raise RequestError(lfs_remedy(path))
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:
+        # A damaged header fails in whatever way its text leads to.
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise RequestError(f"{path} is no .npy file: {reason}") from error
+    if not isinstance(values, np.ndarray):
+        raise RequestError(
+            f"{path} holds several arrays, as .npz files do: save the features alone, by numpy.save"
+        )
+    return values
+
+
 def conditioner_of(
     spec: ClassInput | PromptInput | CaptionInput,
     prefix_len: int,
-    folder: Path,
+    open_tokenizer: Callable[[], TextTokenizer],
     open_stage: Callable[[], Backend] | None = None,
     *,
     guided: bool,
+    vocabulary: int | None = None,
 ) -> Conditioner:
-    """What turns requests into the inputs of a model that draws what ``spec`` says; its files are in ``folder``.
+    """What turns requests into the inputs of a model that draws what ``spec`` says.
 
     Args:
+        open_tokenizer: reads the tokenizer when it is first needed; not called where there is none.
         open_stage: loads the text encoder's stage, if there is one.
+        vocabulary: rows of the embedding of prompts' tokens; None if that is not known.
     """
     if isinstance(spec, ClassInput):
         return ClassConditioner(spec, prefix_len, guided=guided)
     if isinstance(spec, PromptInput):
-        return PromptConditioner(spec, prefix_len, folder / spec.tokenizer, guided=guided)
+        return PromptConditioner(spec, prefix_len, open_tokenizer, vocabulary, guided=guided)
     encoder = None
     if spec.encoder is not None and open_stage is not None:
-        encoder = TextEncoder(open_stage, folder / spec.tokenizer, prefix_len)
+        encoder = TextEncoder(open_stage, open_tokenizer, prefix_len)
     return CaptionConditioner(spec, prefix_len, encoder, guided=guided)
 
 
 def conditions_of(values: Iterable[Condition | int | str]) -> list[Condition]:
-    """Numbers are classes and texts are prompts."""
-    found: list[Condition] = []
-    for value in values:
-        if isinstance(value, str):
-            found.append(Prompt(value))
-        elif isinstance(value, ClassLabel | Prompt | Caption):
-            found.append(value)
-        else:
-            found.append(ClassLabel(int(value)))
-    return found
+    """Whole numbers are classes and texts are prompts.
+
+    Raises:
+        RequestError: something else, or one text in the place of a list.
+    """
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise RequestError(f"{values!r} is no list of what to draw: put it into one, like [{values!r}]")
+    return [_condition_of(value) for value in values]
+
+
+def _condition_of(value: object) -> Condition:
+    if isinstance(value, str):
+        return Prompt(value)
+    if isinstance(value, ClassLabel | Prompt | Caption):
+        return value
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return ClassLabel(int(value))
+    raise RequestError(
+        f"{value!r} is neither a class (a whole number) nor a prompt (text) nor a condition of runtime.samples"
+    )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import statistics
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtime.backend import Array
+from runtime.cuda_graph import CapturedGraph
 from runtime.errors import DeviceError
 from runtime.plugins.kernels import checked, current_capability
 from runtime.text import size_text
@@ -20,27 +22,44 @@ COPIES = 10
 """Copies that a measurement of bandwidth makes in a row."""
 
 
-class CapturedGraph:
-    """Work captured from a stream, to be launched as one.
+class HostBuffer(NamedTuple):
+    """Page-locked memory: where it is, and how many bytes."""
 
-    ``nodes``: how many operations it has, by the driver's names of their types.
-    """
+    address: int
+    size: int
 
-    def __init__(self, driver: Any, graph: Any) -> None:
-        self._driver = driver
-        self.nodes = _node_types(driver, graph)
-        self._executable = checked(driver, driver.cuGraphInstantiate(graph, 0))
-        checked(driver, driver.cuGraphDestroy(graph))
-        weakref.finalize(self, driver.cuGraphExecDestroy, self._executable)
 
-    def launch(self, stream: int) -> None:
-        checked(self._driver, self._driver.cuGraphLaunch(self._executable, stream))
+@dataclass
+class _Owned:
+    """What a :class:`Device` took from the driver: device memory, page-locked memory by the device address that it is uploaded
+    to, the stream, and the primary context."""
+
+    driver: Any
+    device: Any
+    context: Any
+    stream: int | None = None
+    allocated: set[int] = field(default_factory=set)
+    pinned: dict[int, HostBuffer] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Give everything back. Errors mean nothing: the context may be gone already, and everything with it."""
+        driver = self.driver
+        driver.cuCtxSetCurrent(self.context)
+        if self.stream is not None:
+            driver.cuStreamSynchronize(self.stream)
+        for address in self.allocated:
+            driver.cuMemFree(address)
+        for buffer in self.pinned.values():
+            driver.cuMemFreeHost(buffer.address)
+        if self.stream is not None:
+            driver.cuStreamDestroy(self.stream)
+        driver.cuDevicePrimaryCtxRelease(self.device)
 
 
 class Device:
     """The current CUDA device, with one stream on which everything is done in order.
 
-    Memory is freed with the object.
+    Memory, stream and context are given back by :meth:`close`, at the end of a ``with`` block, or with the object.
 
     Args:
         driver: ``cuda.bindings.driver``; imported if None.
@@ -52,13 +71,23 @@ class Device:
     def __init__(self, driver: Any = None) -> None:
         self.driver = driver if driver is not None else _driver()
         self._device = self._call("cuDeviceGet", 0)
-        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        self._call("cuCtxSetCurrent", self._context)
+        self._owned = _Owned(self.driver, self._device, self._call("cuDevicePrimaryCtxRetain", self._device))
+        self._release = weakref.finalize(self, self._owned.release)
+        # The end of the process gives everything back, in an order of its own.
+        self._release.atexit = False
+        self._call("cuCtxSetCurrent", self._owned.context)
         kind = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        self.stream = int(self._call("cuStreamCreate", kind))
-        self._allocated: list[int] = []
-        self._pinned: dict[int, tuple[int, int]] = {}
-        weakref.finalize(self, _release, self.driver, self._allocated, self._pinned)
+        self.stream = self._owned.stream = int(self._call("cuStreamCreate", kind))
+
+    def __enter__(self) -> Device:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back to the driver, once it is done; the object is of no use afterwards."""
+        self._release()
 
     @property
     def name(self) -> str:
@@ -83,9 +112,16 @@ class Device:
             raise DeviceError(
                 f"{self.name} has {size_text(free)} of memory free, {size_text(size)} are needed"
             ) from error
-        self._allocated.append(address)
+        self._owned.allocated.add(address)
         self._call("cuMemsetD8Async", address, 0, max(size, 1), self.stream)
         return address
+
+    def free(self, address: int) -> None:
+        """Give back what :meth:`allocate` gave, and the page-locked memory that was uploaded there from."""
+        self._owned.allocated.remove(address)
+        self._call("cuMemFree", address)
+        if address in self._owned.pinned:
+            self._call("cuMemFreeHost", self._owned.pinned.pop(address).address)
 
     def upload(self, address: int, array: Array) -> None:
         """Copy ``array`` to ``address``, through page-locked memory that is kept for the next time."""
@@ -116,17 +152,19 @@ class Device:
         Raises:
             DeviceError: something was asked that cannot be captured.
         """
-        found: list[CapturedGraph] = []
+        captured: list[CapturedGraph] = []
         mode = self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         self._call("cuStreamBeginCapture", self.stream, mode)
         try:
-            yield found
+            yield captured
         except BaseException:
             # The stream must leave the mode; what it recorded is of no use.
-            self.driver.cuStreamEndCapture(self.stream)
+            _, graph = self.driver.cuStreamEndCapture(self.stream)
+            if graph:
+                self.driver.cuGraphDestroy(graph)
             raise
         graph = self._call("cuStreamEndCapture", self.stream)
-        found.append(CapturedGraph(self.driver, graph))
+        captured.append(CapturedGraph(self.driver, graph))
 
     def copy_bandwidth(self, size: int = 256 << 20) -> float:
         """Bytes a second that a copy on the device reads and writes: the median of five measurements."""
@@ -135,31 +173,38 @@ class Device:
             return statistics.median(2 * size / self._copy_seconds(target, source, size) for _ in range(5))
         finally:
             for address in (source, target):
-                self._allocated.remove(address)
-                self._call("cuMemFree", address)
+                self.free(address)
+
+    def milliseconds(self, work: Callable[[], object]) -> float:
+        """How long the device takes for what ``work`` asks of the stream, by events before and behind it."""
+        begun, ended = (self._call("cuEventCreate", 0) for _ in range(2))
+        try:
+            self._call("cuEventRecord", begun, self.stream)
+            work()
+            self._call("cuEventRecord", ended, self.stream)
+            self.synchronize()
+            return float(self._call("cuEventElapsedTime", begun, ended))
+        finally:
+            for event in (begun, ended):
+                self._call("cuEventDestroy", event)
 
     def _copy_seconds(self, target: int, source: int, size: int) -> float:
+        def copies() -> None:
+            for _ in range(COPIES):
+                self.copy(target, source, size)
+
         self.copy(target, source, size)
-        begun, ended = (self._call("cuEventCreate", 0) for _ in range(2))
-        self._call("cuEventRecord", begun, self.stream)
-        for _ in range(COPIES):
-            self.copy(target, source, size)
-        self._call("cuEventRecord", ended, self.stream)
-        self.synchronize()
-        milliseconds = float(self._call("cuEventElapsedTime", begun, ended))
-        for event in (begun, ended):
-            self._call("cuEventDestroy", event)
-        return milliseconds / 1e3 / COPIES
+        return self.milliseconds(copies) / 1e3 / COPIES
 
     def _page_locked(self, address: int, size: int) -> int:
-        held, host = self._pinned.get(address, (0, 0))
-        if held < size:
-            if host:
+        pinned = self._owned.pinned
+        buffer = pinned.get(address)
+        if buffer is None or buffer.size < size:
+            if buffer is not None:
                 self.synchronize()
-                self._call("cuMemFreeHost", host)
-            host = int(self._call("cuMemHostAlloc", max(size, 1), 0))
-            self._pinned[address] = size, host
-        return host
+                self._call("cuMemFreeHost", pinned.pop(address).address)
+            buffer = pinned[address] = HostBuffer(int(self._call("cuMemHostAlloc", max(size, 1), 0)), size)
+        return buffer.address
 
     def _call(self, name: str, *arguments: Any) -> Any:
         try:
@@ -182,18 +227,3 @@ def _driver() -> Any:
     if not count:
         raise DeviceError("no CUDA device: the driver finds none")
     return driver
-
-
-def _node_types(driver: Any, graph: Any) -> dict[str, int]:
-    _, count = checked(driver, driver.cuGraphGetNodes(graph, 0))
-    nodes, _ = checked(driver, driver.cuGraphGetNodes(graph, count))
-    types = [checked(driver, driver.cuGraphNodeGetType(node)).name for node in nodes[:count]]
-    return {name: types.count(name) for name in sorted(set(types))}
-
-
-def _release(driver: Any, allocated: list[int], pinned: dict[int, tuple[int, int]]) -> None:
-    # The context may be gone already, and its memory with it: errors mean nothing here.
-    for address in allocated:
-        driver.cuMemFree(address)
-    for _, host in pinned.values():
-        driver.cuMemFreeHost(host)

@@ -10,6 +10,7 @@ import msgspec
 from runtime.bundle import Bundle, file_sha256
 from runtime.errors import BundleError
 from runtime.plugins import CONTENTS
+from runtime.replacement import recover
 
 ENGINES_FOLDER = "engines"
 RECORD_NAME = "engine.json"
@@ -30,6 +31,8 @@ class Plan(msgspec.Struct, frozen=True):
 
     ``operations``: how many nodes of linert's own operations the ONNX file has, by type. ``aliases``: outputs that lie where an
     input lies. ``weights_bytes`` and ``activation_bytes``: of device memory, as TensorRT told; None where it did not.
+    ``user_allocation``: whether TensorRT was told that the plan must not allocate memory while it runs, which TensorRT for RTX
+    asks for where a run is captured as a CUDA graph.
     """
 
     file: str
@@ -41,6 +44,7 @@ class Plan(msgspec.Struct, frozen=True):
     aliases: dict[str, str]
     weights_bytes: int | None
     activation_bytes: int | None
+    user_allocation: bool
 
     @property
     def plugins(self) -> dict[str, int]:
@@ -100,6 +104,7 @@ def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engin
             what to build again.
     """
     folder = engines_folder(bundle, flavour)
+    recover(folder)
     again = build_again(bundle, flavour)
     try:
         engines = msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=Engines)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from threading import Lock, RLock
+from typing import Self, cast
 
 import numpy as np
 import PIL.Image
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
 from runtime.bundle import Bundle, open_bundle
-from runtime.conditions import conditions_of
-from runtime.errors import RequestError
+from runtime.conditioning import open_conditioner
+from runtime.conditions import Conditioner, conditions_of
+from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.loop import Batch, generate, uniform_row
-from runtime.manifest import SamplingSettings
+from runtime.manifest import Manifest, SamplingSettings
 from runtime.samples import Condition, Sample, plan_samples
 from runtime.trace import Trace
 
@@ -58,21 +60,24 @@ def picture(pixels: Pixels) -> PIL.Image.Image:
 
 
 def make_batch(
-    bundle: Bundle, samples: Sequence[Sample], sampling: SamplingSettings, cache: CacheSettings | None
+    manifest: Manifest,
+    conditioner: Conditioner,
+    samples: Sequence[Sample],
+    sampling: SamplingSettings,
+    cache: CacheSettings | None,
 ) -> Batch:
-    """The batch that draws ``samples``; a short one is filled up with its last sample (rows do not see each other).
+    """The batch that draws ``samples`` from a bundle; a short one is filled up with its last sample (rows do not see each other).
 
     Raises:
         RequestError: no sample, more than the bundle's batch, or what the bundle cannot draw.
     """
-    manifest = bundle.manifest
     count, size = len(samples), manifest.images
     if not 1 <= count <= size:
         raise RequestError(f"{count} samples do not fit a batch of {size}")
     filled = [*samples, *[samples[-1]] * (size - count)]
     tokens = manifest.raster.image_tokens
     return Batch(
-        conditions=bundle.conditioner.inputs([sample.condition for sample in filled]),
+        conditions=conditioner.inputs([sample.condition for sample in filled]),
         uniforms=np.stack([uniform_row(s.seed, tokens) for s in filled]),
         sampling=sampling,
         cache=cache,
@@ -80,20 +85,49 @@ def make_batch(
 
 
 class Generator:
-    """Draws images from a bundle.
+    """Draws images from a bundle, in a ``with`` block or until it is closed.
+
+    Threads may share one: what they ask for is drawn one after another.
 
     Args:
         bundle: its folder, or an opened bundle.
         options: where its stages run; on the CPU if None.
+        conditioner: one that knows features of captions already, to share; one of its own if None.
     """
 
-    def __init__(self, bundle: str | Path | Bundle, options: BackendOptions | None = None) -> None:
+    def __init__(
+        self,
+        bundle: str | Path | Bundle,
+        options: BackendOptions | None = None,
+        conditioner: Conditioner | None = None,
+    ) -> None:
         self.options = options or BackendOptions()
+        self._lock = RLock()
         self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
         self.manifest = self.bundle.manifest
         drawing = [name for name in self.manifest.stages if name not in ("vq_decoder", "text_encoder")]
         self.backend = self.options.open(self.bundle, drawing)
-        self.decoder = PixelDecoder(self.bundle, self.options)
+        try:
+            self.decoder = PixelDecoder(self.bundle, self.options)
+        except BaseException:
+            self.backend.close()
+            raise
+        self._own_conditioner = conditioner is None
+        self.conditioner = conditioner or open_conditioner(self.bundle, self.options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back all memory and devices, once what is being drawn is done; nothing can be drawn any more."""
+        with self._lock:
+            self.backend.close()
+            self.decoder.close()
+            if self._own_conditioner:
+                self.conditioner.close()
 
     def generate(
         self,
@@ -148,7 +182,9 @@ class Generator:
         """
         count = len(samples)
         manifest = self.manifest
-        batch = make_batch(self.bundle, samples, sampling or manifest.sampling, cache or manifest.cache)
+        batch = make_batch(
+            manifest, self.conditioner, samples, sampling or manifest.sampling, cache or manifest.cache
+        )
         if replay is not None:
             filled = [*replay.images, *[replay.images[-1]] * (self.manifest.images - count)]
             batch = replace(batch, replay=replay.trace.batch(filled))
@@ -157,26 +193,48 @@ class Generator:
             if watcher:
                 watcher(self.backend, line)
 
-        return generate(self.backend, batch, on_line, watch)[:count]
+        # The state belongs to one batch at a time.
+        with self._lock:
+            return generate(self.backend, batch, on_line, watch)[:count]
 
     def tokens(self, count: int) -> Tokens:
-        """A copy of the tokens ``[count, N]`` int64 of the batch's first images, as far as they are drawn."""
-        return cast("Tokens", self.backend.read("tokens"))[:count]
+        """A copy of the tokens ``[count, N]`` int64 of the batch's first images, as far as they are drawn.
+
+        For whoever is called back by :meth:`draw`; another thread waits until the batch is done.
+        """
+        with self._lock:
+            return cast("Tokens", self.backend.read("tokens"))[:count]
 
 
 class PixelDecoder:
-    """Turns tokens into pixels with a bundle's vq_decoder stage alone."""
+    """Turns tokens into pixels with a bundle's vq_decoder stage alone. Threads may share one: they take turns."""
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
         self.manifest = bundle.manifest
+        self._lock = Lock()
         self.backend = (options or BackendOptions()).open(bundle, ["vq_decoder"])
         self.size = self.backend.specs["grid_tokens"].shape[0]
 
-    def __call__(self, tokens: Array) -> Pixels:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back all memory and devices; nothing can be decoded any more."""
+        with self._lock:
+            self.backend.close()
+
+    def __call__(self, tokens: Array, *, finite: bool = True) -> Pixels:
         """Pixels ``[I, 3, H, W]`` float32 of integer ``tokens [I, N]``.
+
+        Args:
+            finite: False leaves it to the caller to look at them.
 
         Raises:
             RequestError: wrong shape, or a token outside the codebook.
+            BundleError: pixels that are not finite.
         """
         raster = self.manifest.raster
         wanted = raster.image_tokens
@@ -194,7 +252,15 @@ class PixelDecoder:
         for start in range(0, len(tokens), self.size):
             part = tokens[start : start + self.size]
             missing = self.size - len(part)
-            self.backend.write("grid_tokens", np.pad(part, ((0, missing), (0, 0)), mode="edge"))
-            self.backend.run("vq_decoder")
-            parts.append(cast("Pixels", self.backend.read("pixels"))[: len(part)])
+            filled = np.pad(part, ((0, missing), (0, 0)), mode="edge")
+            with self._lock:
+                self.backend.write("grid_tokens", filled)
+                self.backend.run("vq_decoder")
+                pixels = cast("Pixels", self.backend.read("pixels"))[: len(part)]
+            if finite and not np.isfinite(pixels).all():
+                raise BundleError(
+                    "pixels that are not finite: the image decoder's checkpoint holds numbers that are none, or leaves the range of "
+                    f"{self.manifest.precision.image_decoder}: export with --image-decoder-precision fp32"
+                )
+            parts.append(pixels)
         return np.concatenate(parts) if parts else np.empty((0, 3, 0, 0), np.float32)

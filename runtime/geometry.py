@@ -132,7 +132,8 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 ("recent_lines", self.recent_lines, 0),
                 ("anchor_tokens", self.anchor_tokens, 0),
             )
-            if value < least
+            # What is no number is not below it either.
+            if not value >= least or value == math.inf
         ]
         if len(self.budget_lines) != len(capacity_lines):
             faults.append(f"budgets for {len(self.budget_lines)} layers; the model has {len(capacity_lines)}")

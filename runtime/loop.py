@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.backend import Backend
-from runtime.errors import RequestError
+from runtime.errors import BundleError, RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Step, recent_tokens
 from runtime.manifest import Manifest, SamplingSettings
 
@@ -87,7 +87,7 @@ def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.ge
 
 
 def begin(backend: Backend, batch: Batch) -> None:
-    """Write the batch's inputs and feed the condition: the whole state is laid out and the first token drawn.
+    """Load the batch's stages, write its inputs and feed the condition: the whole state is laid out and the first token drawn.
 
     Of conditions that are shorter than the prefix, no more is fed than the longest needs.
 
@@ -99,6 +99,8 @@ def begin(backend: Backend, batch: Batch) -> None:
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=batch.replay is not None)
+    for stage in batch.stages.values():
+        backend.load(stage)
     for name, values in batch.conditions.items():
         backend.write(name, values)
     backend.write("uniforms", batch.uniforms)
@@ -119,11 +121,30 @@ def run_step(backend: Backend, batch: Batch, step: Step) -> None:
     backend.run(batch.stages[step.stage])
 
 
+def require_finite(backend: Backend) -> None:
+    """Look at the logits of the last decode step: one number that is none makes all of the image arbitrary, and goes on for ever
+    in the state.
+
+    Raises:
+        BundleError: they are not all finite.
+    """
+    logits = backend.read("logits")
+    if not np.isfinite(logits).all():
+        wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1)) % backend.bundle.manifest.images
+        raise BundleError(
+            f"logits that are not finite in image {', '.join(map(str, sorted(set(wrong.tolist()))))} of the batch: the checkpoint "
+            "holds numbers that are none, or its activations leave the range of "
+            f"{backend.bundle.manifest.precision.activations}: export with --activations fp32"
+        )
+
+
 def generate(
     backend: Backend,
     batch: Batch,
     on_line: Callable[[int], None] | None = None,
     on_line_end: Callable[[int], None] | None = None,
+    *,
+    finite: bool = True,
 ) -> NDArray[np.int64]:
     """Draw a batch's tokens.
 
@@ -132,17 +153,24 @@ def generate(
         batch: conditions, uniforms and settings.
         on_line: called with the number of lines whose tokens are all drawn, after each line.
         on_line_end: called with a line's number after its end: write slots are chosen, nothing is overwritten yet.
+        finite: False leaves it to the caller to look at the logits.
 
     Returns:
         ``[I, N]`` int64 tokens in raster order.
+
+    Raises:
+        BundleError: logits became infinite or no numbers; looked at once a line.
     """
     begin(backend, batch)
     raster = backend.bundle.manifest.raster
     for step in raster.schedule():
         run_step(backend, batch, step)
         # The token drawn by a line's last but one step is the line's last.
-        if on_line and step.stage == "decode" and step.column == raster.line_width - 2:
-            on_line(step.line + 1)
+        if step.stage == "decode" and step.column == raster.line_width - 2:
+            if finite:
+                require_finite(backend)
+            if on_line:
+                on_line(step.line + 1)
         if on_line_end and step.stage == "line_end":
             on_line_end(step.line)
     return cast("NDArray[np.int64]", backend.read("tokens"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import mmap
 import os
 import platform
-import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -65,16 +66,21 @@ def resident_bytes() -> int | None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
         return None
-    return pages * resource.getpagesize()
+    return pages * mmap.PAGESIZE
 
 
-def peak_resident_bytes() -> int:
-    """Most memory that this process had, since it began or since :func:`forget_peak`."""
+def peak_resident_bytes() -> int | None:
+    """Most memory that this process had, since it began or since :func:`forget_peak`; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
     except (OSError, StopIteration):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            # Only systems of the Unix kind have it.
+            resource = importlib.import_module("resource")
+        except ModuleNotFoundError:
+            return None
+        peak: int = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +11,10 @@ import msgspec
 from runtime.errors import BundleError, RequestError
 from runtime.geometry import CacheSettings, Raster
 
-SCHEMA = 6
+SCHEMA = 7
 MANIFEST_NAME = "manifest.json"
+CONTRACT_KEY = "linert.contract"
+"""Of the entry in an ONNX file's metadata that holds :func:`runtime.manifest_file.contract`."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
@@ -307,89 +308,3 @@ class Manifest(Record, frozen=True):
                 "export it with --guidance above 1"
             )
         cache.check(self.raster, self.capacity_lines)
-
-    def check(self) -> None:
-        """Raise :class:`BundleError` for contents that contradict each other."""
-        states = {spec.name: spec for spec in self.state}
-        faults = []
-        if unknown := sorted({s.dtype for s in self.state} - set(ITEM_BYTES)):
-            faults.append(f"state of unknown dtype {', '.join(unknown)}")
-        wanted = {"prefill", "decode", "decode.unfiltered", "vq_decoder"}
-        if self.cache is None:
-            wanted.add("line_end")
-            if self.capacity_lines or self.policies:
-                faults.append("capacities or policies of no cache")
-        else:
-            wanted |= {"line_end.replay", *(f"line_end.{policy}" for policy in self.policies)}
-        if isinstance(self.condition, CaptionInput) and self.condition.encoder:
-            wanted.add("text_encoder")
-        if missing := sorted(wanted - set(self.stages)):
-            faults.append(f"no stage {', '.join(missing)}")
-        for name, stage in self.stages.items():
-            if stage.file not in self.files:
-                faults.append(f"stage {name} names {stage.file}, which is not among the files")
-            outputs = {spec.name: spec for spec in stage.outputs}
-            for output, state in stage.updates.items():
-                if output not in outputs or state not in states:
-                    faults.append(f"stage {name} replaces {state} by {output}: no such tensors")
-                elif (outputs[output].shape, outputs[output].dtype) != (
-                    states[state].shape,
-                    states[state].dtype,
-                ):
-                    faults.append(f"stage {name}: {output} has not the shape and dtype of {state}")
-        tokenizer = "" if isinstance(self.condition, ClassInput) else self.condition.tokenizer
-        if tokenizer and tokenizer not in self.files:
-            faults.append(f"the tokenizer {tokenizer} is not among the files")
-        if faults:
-            raise BundleError("the manifest contradicts itself: " + "; ".join(faults))
-        if self.cache is not None and len(self.capacity_lines) != self.model.layers:
-            raise BundleError(
-                f"the manifest contradicts itself: {len(self.capacity_lines)} capacities for {self.model.layers} layers"
-            )
-        self.check_cache(self.cache)
-
-
-def encode(manifest: Manifest) -> bytes:
-    """The one byte sequence that stands for ``manifest`` on disk."""
-    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1) + b"\n"
-
-
-def seal(manifest: Manifest) -> Manifest:
-    """Return ``manifest`` with its digest filled in."""
-    empty = msgspec.structs.replace(manifest, sha256="")
-    return msgspec.structs.replace(manifest, sha256=hashlib.sha256(encode(empty)).hexdigest())
-
-
-class _Version(msgspec.Struct):
-    schema: int
-
-
-def decode(data: bytes, where: str) -> Manifest:
-    """Read a manifest.
-
-    Args:
-        data: contents of the file.
-        where: the file's name, for messages.
-
-    Raises:
-        BundleError: not a manifest, of another schema version, with missing or unknown fields, changed since
-            it was written, or contradicting itself.
-    """
-    try:
-        version = msgspec.json.decode(data, type=_Version).schema
-    except msgspec.DecodeError as error:
-        raise BundleError(f"{where} is not a bundle manifest ({error}); export the bundle again") from error
-    if version != SCHEMA:
-        age = "older" if version < SCHEMA else "newer"
-        remedy = "export the bundle again" if version < SCHEMA else "upgrade linert"
-        raise BundleError(
-            f"{where} has schema {version}, {age} than the {SCHEMA} that this linert reads; {remedy}"
-        )
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
-        raise BundleError(f"{where}: {error}; export the bundle again") from error
-    if encode(manifest) != data or seal(manifest) != manifest:
-        raise BundleError(f"{where} was changed after it was written; export the bundle again")
-    manifest.check()
-    return manifest

@@ -37,7 +37,7 @@ class OrtBackend(SessionBackend):
     def __init__(
         self, bundle: Bundle, stages: Iterable[str], *, threads: int = 0, profile: Path | None = None
     ) -> None:
-        """Allocate the tensors of ``stages``.
+        """Prepare to run ``stages``.
 
         ``threads`` of 0 leaves the number to ONNX Runtime (one a core). ``profile`` is a folder to record the time of
         every node in (see :meth:`end_profile`).
@@ -49,16 +49,21 @@ class OrtBackend(SessionBackend):
         self.profile = profile
         self._arrays: dict[str, Array] = {}
         super().__init__(bundle, stages)
+        if any(spec.dtype == "bfloat16" for spec in self.specs.values()):
+            raise BundleError(
+                f"{bundle.path} computes in bf16, which ONNX Runtime does not on the CPU: "
+                "export it with --activations fp32 (weights can stay bf16)"
+            )
 
-    def load(self, stage: str) -> None:
-        if stage not in self._bindings:
-            with huge_pages():
-                super().load(stage)
-            release_freed()
+    def _session(self, stage: str) -> ort.InferenceSession:
+        with huge_pages():
+            session = super()._session(stage)
+        release_freed()
+        return session
 
     def array(self, name: str) -> Array:
         """The live memory of tensor ``name``, not a copy."""
-        self._spec(name)
+        self.value(name)
         return self._arrays[name]
 
     def end_profile(self, stage: str) -> Path:
@@ -66,18 +71,17 @@ class OrtBackend(SessionBackend):
         session, _ = self._bindings[stage]
         return Path(session.end_profiling())
 
+    def _close(self) -> None:
+        super()._close()
+        self._arrays.clear()
+
     def _read(self, spec: TensorSpec) -> Array:
-        return self._arrays[spec.name].copy()
+        return self.array(spec.name).copy()
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
-        np.copyto(self._arrays[spec.name], array)
+        np.copyto(self.array(spec.name), array)
 
     def _allocate(self, spec: TensorSpec) -> ort.OrtValue:
-        if spec.dtype == "bfloat16":
-            raise BundleError(
-                f"{self.bundle.path} computes in bf16, which ONNX Runtime does not on the CPU: "
-                "export it with --activations fp32 (weights can stay bf16)"
-            )
         array = np.zeros(spec.shape, spec.dtype)
         # The first is the tensor itself, a later one a place beside it.
         self._arrays.setdefault(spec.name, array)
@@ -87,7 +91,7 @@ class OrtBackend(SessionBackend):
         # ONNX Runtime's own update_inplace takes no OrtValue before 1.31.
         ctypes.memmove(target.data_ptr(), source.data_ptr(), source.tensor_size_in_bytes())
 
-    def _providers(self) -> list[tuple[str, Mapping[str, str]]]:
+    def _providers(self, stage: str) -> list[tuple[str, Mapping[str, str]]]:
         return [("CPUExecutionProvider", {})]
 
     def _options(self, stage: str) -> ort.SessionOptions:

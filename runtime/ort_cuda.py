@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
 
 from runtime.backend import Array, DeviceMemory
 from runtime.bundle import Bundle
-from runtime.errors import BundleError, DeviceError
+from runtime.errors import BundleError, DeviceError, RequestError
 from runtime.manifest import TensorSpec
 from runtime.ort_sessions import SessionBackend
+
+if TYPE_CHECKING:
+    from runtime.cuda import Device
 
 BFLOAT16 = 16
 """ONNX's number of the type, which numpy lacks."""
 
 PROVIDER = "CUDAExecutionProvider"
 
+DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
+"""It makes 32-bit integers of biases for convolutions in int8, and there is no CUDA kernel that widens those."""
+
+NOT_CAPTURED = frozenset({"prefill"})
+"""Stages that run without a CUDA graph. ONNX Runtime copies outputs that are constants from the host once the operators have
+run, and does not when it replays a graph; an empty state is constants."""
+
 
 class OrtCudaBackend(SessionBackend):
-    """Every tensor is device memory; ONNX Runtime captures each stage as a CUDA graph and replays it."""
+    """Every tensor is device memory; ONNX Runtime captures stages as CUDA graphs and replays them.
+
+    The first run of a session with a CUDA graph executes it three times: twice to allocate, and once more when it is captured. So
+    a stage that updates states in place is run once when it is loaded, before an image begins. ONNX Runtime keeps a graph for
+    each thread that runs the session, so that loading is a matter of the thread too.
+    """
+
+    disabled_optimizers = DISABLED_OPTIMIZERS
 
     def __init__(
         self, bundle: Bundle, stages: Iterable[str], *, cuda_graphs: bool = True, device: str = "cuda"
     ) -> None:
-        """Allocate the tensors of ``stages``.
+        """Prepare to run ``stages``.
 
         Args:
             cuda_graphs: False runs operators one by one, and those that have no kernel for CUDA on the CPU.
             device: ``cpu`` does the same on the CPU, to test with.
 
         Raises:
+            BundleError: the bundle computes in a combination of types that ONNX Runtime has no kernels for.
             DeviceError: this ONNX Runtime has no CUDA, or finds no device.
         """
+        precision = bundle.manifest.precision
+        integers = {"int8", "int4"} & {precision.weights, *precision.parts.values()}
+        if precision.activations == "bf16" and integers:
+            raise BundleError(
+                f"{bundle.path} computes in bf16 with weights in {' and '.join(sorted(integers))}, which ONNX Runtime widens on CUDA "
+                "to fp32 and fp16 alone: export it with --activations fp16"
+            )
         self.cuda_graphs = cuda_graphs
         self.device = device
+        self._ready = Ready()
         if device == "cuda":
             if PROVIDER not in ort.get_available_providers():
                 raise DeviceError(
@@ -45,16 +74,49 @@ class OrtCudaBackend(SessionBackend):
                 )
             # The CUDA and cuDNN of pip's packages are not on the loader's path.
             ort.preload_dlls()
+            # It warns of what is no fault: that CUDA is no plugin, and that the next call is to be replaced some day.
+            ort.set_default_logger_severity(3)
+            # Tensors of 750 MB would each take a gigabyte of an arena that grows by powers of two.
+            state = ort.capi._pybind_state
+            state.set_arena_extend_strategy(state.ArenaExtendStrategy.kSameAsRequested)
         super().__init__(bundle, stages)
+
+    def load(self, stage: str) -> None:
+        super().load(stage)
+        if not self._counts_runs(stage) or stage in self._ready.stages:
+            return
+        # Indices must be in range, whatever the last image left.
+        for tensor in self.stages[stage].inputs:
+            if not is_real(tensor):
+                self._write(tensor, np.zeros(tensor.shape, tensor.dtype))
+        self._execute(stage)
+        self._ready.stages.add(stage)
 
     def device_memory(self) -> DeviceMemory | None:
         return None if self.device == "cpu" else self._memory
 
     @cached_property
-    def _memory(self) -> DeviceMemory:
+    def _memory(self) -> Device:
         from runtime.cuda import Device
 
         return Device()
+
+    def _close(self) -> None:
+        super()._close()
+        if "_memory" in vars(self):
+            self._memory.close()
+
+    def _counts_runs(self, stage: str) -> bool:
+        """Whether it matters how many times the stage's first run executes: not if its inputs are what they were."""
+        return self._captures(stage) and bool(self.stages[stage].in_place)
+
+    def _run(self, stage: str) -> None:
+        if self._counts_runs(stage) and stage not in self._ready.stages:
+            raise RequestError(
+                f"stage {stage} updates its state in place and must be loaded in this thread, before the image begins, since its "
+                "first run executes several times"
+            )
+        super()._run(stage)
 
     def _allocate(self, spec: TensorSpec) -> ort.OrtValue:
         kind = BFLOAT16 if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
@@ -63,26 +125,98 @@ class OrtCudaBackend(SessionBackend):
         except Exception as error:
             # ONNX Runtime raises RuntimeErrors of several kinds.
             raise DeviceError(f"no device memory for {spec.name}: {error}") from error
-        if spec.dtype != "bfloat16":
+        if not (is_real(spec) and spec.name in self._states):
             value.update_inplace(np.zeros(spec.shape, spec.dtype))
         return value
+
+    @cached_property
+    def _states(self) -> frozenset[str]:
+        """What an image's first stage writes: gigabytes of keys and values that need not be zeroed before."""
+        return frozenset(spec.name for spec in self.bundle.manifest.state)
 
     def _read(self, spec: TensorSpec) -> Array:
         if spec.dtype == "bfloat16":
             raise BundleError(f"{spec.name} is bf16, which ONNX Runtime does not hand to numpy")
-        return np.array(self._values[spec.name].numpy())
+        return np.array(self.value(spec.name).numpy())
 
     def _write(self, spec: TensorSpec, array: Array) -> None:
-        self._values[spec.name].update_inplace(np.ascontiguousarray(array))
+        self.value(spec.name).update_inplace(np.ascontiguousarray(array))
 
     def _copy(self, source: ort.OrtValue, target: ort.OrtValue) -> None:
+        # ONNX Runtime's GPUDataTransfer::CopyTensor (core/providers/cuda/gpu_data_transfer.cc) copies in CUDA's default stream and
+        # waits for it (cudaStreamSynchronize), as it does in update_inplace of an array; a session's run waits for its own stream
+        # before it returns (CUDAExecutionProvider::OnRunEnd). So nothing overlaps, and no graph holds these copies.
         target.update_inplace(source)
 
-    def _providers(self) -> list[tuple[str, Mapping[str, str]]]:
+    def _session(self, stage: str) -> ort.InferenceSession:
+        try:
+            return super()._session(stage)
+        except BundleError as error:
+            operators = self.operators_without_kernel(stage) if self._captures(stage) else ""
+            if not operators:
+                raise
+            raise BundleError(
+                f"stage {stage} of {self.bundle.path} cannot be captured as a CUDA graph, since ONNX Runtime {ort.__version__} has "
+                f"no CUDA kernels for {operators}: export it again by this version of linert, or give --no-cuda-graphs, which "
+                "runs these on the CPU"
+            ) from error
+
+    def _captures(self, stage: str) -> bool:
+        return self.cuda_graphs and stage not in NOT_CAPTURED
+
+    def operators_without_kernel(self, stage: str) -> str:
+        """Names and numbers of the operators that ONNX Runtime would run on the CPU; empty if there is another fault."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        providers = [(PROVIDER, cuda_options(captured=False)), ("CPUExecutionProvider", {})]
+        try:
+            session = ort.InferenceSession(
+                self.bundle.stage_path(stage),
+                options,
+                providers=providers,
+                disabled_optimizers=list(self.disabled_optimizers),
+            )
+        except Exception:
+            return ""
+        counts = Counter(
+            node.op_type
+            for part in session.get_provider_graph_assignment_info()
+            if part.ep_name != PROVIDER
+            for node in part.get_nodes()
+        )
+        return ", ".join(f"{operator} ({count})" for operator, count in sorted(counts.items()))
+
+    def _providers(self, stage: str) -> list[tuple[str, Mapping[str, str]]]:
         if self.device == "cpu":
             return [("CPUExecutionProvider", {})]
-        graphs = {"enable_cuda_graph": "1" if self.cuda_graphs else "0"}
-        return [(PROVIDER, {"device_id": "0", **graphs}), ("CPUExecutionProvider", {})]
+        return [(PROVIDER, cuda_options(captured=self._captures(stage))), ("CPUExecutionProvider", {})]
 
     def _options(self, stage: str) -> ort.SessionOptions:
         return ort.SessionOptions()
+
+
+def is_real(spec: TensorSpec) -> bool:
+    """Whether the tensor holds real numbers, not integers or truth values."""
+    return "float" in spec.dtype
+
+
+class Ready(threading.local):
+    """Stages whose first run is behind them in this thread."""
+
+    def __init__(self) -> None:
+        self.stages: set[str] = set()
+
+
+def cuda_options(*, captured: bool) -> dict[str, str]:
+    """Options of ONNX Runtime's CUDA provider.
+
+    ``captured``: the session's runs become a CUDA graph. Products of float32 are float32's, not TF32's, and memory grows by what
+    is asked for.
+    """
+    return {
+        "device_id": "0",
+        "enable_cuda_graph": str(int(captured)),
+        "use_tf32": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+    }

@@ -1,18 +1,11 @@
-"""Results on disk: pictures with their recipe, contact sheets, token files, and resumable run folders.
-
-Every file is written beside its name and renamed, so that it exists whole or not at all.
-"""
+"""Results on disk: pictures with their recipe, contact sheets, token files."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -22,16 +15,15 @@ import PIL.ImageFont
 import PIL.PngImagePlugin
 from numpy.typing import NDArray
 
-from runtime.errors import OutputError, RequestError
+from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
+from runtime.replacement import atomic_file
 from runtime.samples import Condition, Sample, asked_for
 
-RUN_NAME = "run.json"
-TOKENS_NAME = "tokens.npz"
 SHEET_NAME = "contact_sheet.png"
-PREVIEW_NAME = "preview.png"
 METADATA_KEY = "linert"
+MAP_KEY = "linert_map"
 
 SHEET_IMAGES = 400
 """A contact sheet shows at most this many."""
@@ -63,59 +55,22 @@ class Recipe(Record, frozen=True):
         )
 
 
-class RunRequest(Record, frozen=True):
-    """What a run folder holds the images of. ``trace_sha256``: of the trace replayed, empty if none."""
+def write_png(
+    path: Path, image: PIL.Image.Image, recipe: Recipe | None = None, map_kind: str | None = None
+) -> None:
+    """Write a PNG, with ``recipe`` as JSON in its ``linert`` text chunk, and in ``linert_map`` what kind of map of its image it is.
 
-    samples: tuple[Sample, ...]
-    sampling: SamplingSettings
-    cache: CacheSettings | None
-    bundle_sha256: str
-    trace_sha256: str = ""
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that becomes ``path`` when the block succeeds and vanishes when not.
-
-    Raises:
-        OutputError: it cannot be written, or the disk is full.
+    It is whole under its name, but after a power cut may be found cut: :func:`is_whole` tells.
     """
-    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
-    try:
-        with partial.open("wb") as file:
-            yield file
-        partial.replace(path)
-    except OSError as error:
-        raise _output_error(path, error) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        OutputError: the file system refuses.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _output_error(path, error) from error
-
-
-def check_target(path: Path | None) -> None:
-    """Raise :class:`OutputError` now if the folder of a file to be written at the end is not there."""
-    if path is not None and not path.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {path.parent}")
-
-
-def write_png(path: Path, image: PIL.Image.Image, recipe: Recipe | None = None) -> None:
-    """Write a PNG, with ``recipe`` as JSON in its ``linert`` text chunk."""
     info = PIL.PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(METADATA_KEY, msgspec.json.encode(recipe).decode())
-    with atomic_file(path) as file:
-        image.save(file, format="PNG", pnginfo=info)
+    if map_kind is not None:
+        info.add_text(MAP_KEY, map_kind)
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG", pnginfo=info)
+    with atomic_file(path, durable=False) as file:
+        file.write(encoded.getbuffer())
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -130,6 +85,34 @@ def read_recipe(path: Path) -> Recipe:
         return msgspec.json.decode(text, type=Recipe)
     except (OSError, KeyError, msgspec.DecodeError) as error:
         raise RequestError(f"{path} holds no linert recipe: {error}") from error
+
+
+def is_whole(path: Path, recipe: Recipe, map_kind: str | None = None) -> bool:
+    """Whether there is an undamaged picture at ``path`` that was drawn by ``recipe``, or the map of that ``map_kind`` of one."""
+    try:
+        with PIL.Image.open(path, formats=["PNG"]) as image:
+            known = msgspec.json.decode(image.info[METADATA_KEY], type=Recipe)
+            kind = image.info.get(MAP_KEY)
+            image.verify()
+    except Exception:
+        # Pillow raises errors of many types for damaged files.
+        return False
+    return known == recipe and kind == map_kind
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file is a picture, and one that linert did not write."""
+    try:
+        with PIL.Image.open(path) as image:
+            if METADATA_KEY in image.info:
+                return False
+            image.verify()
+    except PIL.Image.DecompressionBombError:
+        return True
+    except Exception:
+        # Pillow raises errors of many types for damaged files.
+        return False
+    return True
 
 
 def contact_sheet(
@@ -203,81 +186,3 @@ def labels_of(samples: Sequence[Sample]) -> dict[str, NDArray[np.generic]]:
     """What was asked for, as an array of a token file."""
     asked = asked_for(samples)
     return {"classes" if asked.dtype.kind == "i" else "prompts": asked}
-
-
-class RunFolder:
-    """The folder of a run: pictures, the request, and the tokens drawn so far.
-
-    A finished batch is recorded before the next begins, so that a run can go on where it stopped.
-    """
-
-    def __init__(self, path: Path, request: RunRequest, *, resume: bool, force: bool) -> None:
-        """Open ``path`` for ``request``.
-
-        Args:
-            resume: go on with a run of the same request.
-            force: write into a folder that exists; pictures of the same name are replaced.
-
-        Raises:
-            OutputError: the folder exists, cannot be written, or (resuming) holds another run or none.
-        """
-        self.path = path
-        self.request = request
-        self.done: dict[int, NDArray[np.int64]] = {}
-        record = path / RUN_NAME
-        if resume:
-            self._check_same(record)
-            if (path / TOKENS_NAME).exists():
-                arrays = read_tokens(path / TOKENS_NAME)
-                numbers = arrays.get("image", np.arange(0))
-                self.done = {
-                    int(n): row.astype(np.int64) for n, row in zip(numbers, arrays["tokens"], strict=True)
-                }
-            return
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"{path} is a file, not a folder; give another --out")
-        if path.exists() and not force:
-            raise OutputError(
-                f"{path} exists; give another --out, --resume to continue the run in it, or --force"
-            )
-        make_folder(path)
-        (path / TOKENS_NAME).unlink(missing_ok=True)
-        with atomic_file(record) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(request), indent=1) + b"\n")
-
-    def _check_same(self, record: Path) -> None:
-        try:
-            known = msgspec.json.decode(record.read_bytes(), type=RunRequest)
-        except FileNotFoundError:
-            raise OutputError(f"{self.path} holds no run to resume: there is no {record.name}") from None
-        except (OSError, msgspec.DecodeError) as error:
-            raise OutputError(f"{record} cannot be read: {error}") from error
-        if known != self.request:
-            names = [f for f in known.__struct_fields__ if getattr(known, f) != getattr(self.request, f)]
-            raise OutputError(
-                f"{self.path} holds a run with other {', '.join(names)}; "
-                "resume it with the same request, or give another --out"
-            )
-
-    def record(self, first: int, tokens: NDArray[np.int64]) -> None:
-        """Record the tokens ``[n, N]`` of images ``first`` .. ``first + n - 1``."""
-        self.done |= {first + offset: row for offset, row in enumerate(tokens)}
-        write_arrays(self.path / TOKENS_NAME, self.arrays())
-
-    def arrays(self) -> dict[str, NDArray[np.generic]]:
-        """What a token file holds: ``tokens [images, N]``, and each image's ``seeds`` and number ``image``, all int64; and its
-        ``classes`` int64, or its ``prompts``."""
-        numbers = sorted(self.done)
-        samples = [self.request.samples[n] for n in numbers]
-        return {
-            "tokens": np.stack([self.done[n] for n in numbers]),
-            **labels_of(samples),
-            "seeds": np.array([sample.seed for sample in samples], np.int64),
-            "image": np.array(numbers, np.int64),
-        }
-
-
-def _output_error(path: Path, error: OSError) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk is full: {path} was not written")
-    return OutputError(f"cannot write {path}: {error.strerror or error}")

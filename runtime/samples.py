@@ -14,6 +14,12 @@ from runtime.manifest import Record
 
 MAX_SEED = 2**63 - 1
 
+MOST_COUNT = 2**31 - 1
+"""Largest number of steps or tokens that an option takes."""
+
+MOST_IMAGES = 1_000_000
+"""Images of one request: twenty times what quality is measured on. All are listed before the first is drawn."""
+
 SLUG_LETTERS = 40
 """Most letters of a prompt in a file name."""
 
@@ -99,14 +105,18 @@ def plan_samples(conditions: Sequence[Condition], num_images: int | None, seed: 
     ``seed + k``: the same request with more images begins with the same ones.
 
     Raises:
-        RequestError: no condition, fewer than one image, or a seed out of range.
+        RequestError: no condition, fewer than one image or more than :data:`MOST_IMAGES`, a seed out of range, or no whole numbers.
     """
-    count = len(conditions) if num_images is None else num_images
+    for name, value in (("num_images", num_images), ("seed", seed)):
+        if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool)):
+            raise RequestError(f"{name} is {value!r}, must be a whole number")
+    # Sums of numpy's integers may overflow.
+    count, seed = len(conditions) if num_images is None else int(num_images), int(seed)
     faults = []
     if not conditions:
         faults.append("nothing to draw was given")
-    if conditions and count < 1:
-        faults.append(f"{count} images asked for, must be at least 1")
+    if conditions and not 1 <= count <= MOST_IMAGES:
+        faults.append(f"{count} images asked for, must be at least 1 and at most {MOST_IMAGES}")
     if not 0 <= seed <= MAX_SEED - max(count, 0):
         faults.append(f"seed {seed} out of range 0 to {MAX_SEED - max(count, 0)}")
     if faults:

@@ -10,7 +10,8 @@ import numpy as np
 
 from runtime.backend import Array, Backend
 from runtime.bundle import Bundle
-from runtime.cuda import CapturedGraph, Device
+from runtime.cuda import Device
+from runtime.cuda_graph import CapturedGraph, CopyNode
 from runtime.engines import Engines, build_again, engines_folder, read_engines
 from runtime.errors import BundleError, DeviceError
 from runtime.manifest import StageSpec, TensorSpec
@@ -19,20 +20,13 @@ from runtime.plugins.trt import register
 from runtime.trt_flavour import Flavour, make_logger
 
 
-class Copy(NamedTuple):
-    """What a stage wrote beside a state that it reads, and where it belongs: addresses and bytes."""
-
-    target: int
-    source: int
-    size: int
-
-
 class LoadedStage(NamedTuple):
-    """A stage ready to run. ``engine`` is kept for the context's sake."""
+    """A stage ready to run. ``engine`` is kept for the context's sake; ``copies`` put what was written beside a state where it
+    belongs."""
 
     engine: Any
     context: Any
-    copies: tuple[Copy, ...]
+    copies: tuple[CopyNode, ...]
 
 
 class TrtBackend(Backend):
@@ -72,17 +66,24 @@ class TrtBackend(Backend):
         # A plan's digest is compared when it is loaded: two backends of a bundle do not read each other's.
         self.engines = read_engines(bundle, flavour.name, digests=False)
         self.trt = flavour.load()
+        self._own_device = device is None
         self.device = device or Device()
-        check_engines(bundle, self.engines, str(self.trt.__version__), self.device)
-        self._messages: list[str] = []
-        self._logger = make_logger(self.trt, self._listen)
-        if self.engines.plugin_version:
-            register(self.trt)
-        self._runtime = self.trt.Runtime(self._logger)
-        self._addresses = {name: self.device.allocate(spec.nbytes) for name, spec in self.specs.items()}
+        self._addresses: dict[str, int] = {}
         self._loaded: dict[str, LoadedStage] = {}
         self._run_before: set[str] = set()
         self.graphs: dict[str, CapturedGraph] = {}
+        self._messages: list[str] = []
+        self._logger = make_logger(self.trt, self._listen)
+        try:
+            check_engines(bundle, self.engines, str(self.trt.__version__), self.device)
+            if self.engines.plugin_version:
+                register(self.trt)
+            self._runtime = self.trt.Runtime(self._logger)
+            for name, spec in self.specs.items():
+                self._addresses[name] = self.device.allocate(spec.nbytes)
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, stage: str) -> None:
         """Load the plan of ``stage`` and bind it, if that was not done yet.
@@ -110,6 +111,26 @@ class TrtBackend(Backend):
         if context is None:
             raise DeviceError(f"TensorRT cannot prepare {path}: {self._said()}")
         self._loaded[stage] = LoadedStage(engine, context, self._bind(stage, spec, engine, context))
+        # TensorRT for RTX knows; TensorRT has no such question.
+        capturable = getattr(context, "is_stream_capturable", None)
+        if self.cuda_graphs and capturable is not None and not capturable(self.device.stream):
+            del self._loaded[stage]
+            reason = DeviceError(f"TensorRT says that {path} allocates memory while it runs: {self._said()}")
+            raise _graph_error(stage, reason, f", and {build_again(self.bundle, self.flavour.name)}")
+
+    def _close(self) -> None:
+        self.device.synchronize()
+        for graph in self.graphs.values():
+            graph.close()
+        self.graphs.clear()
+        beside = [copy.source for loaded in self._loaded.values() for copy in loaded.copies]
+        self._loaded.clear()
+        self._runtime = None
+        for address in (*self._addresses.values(), *beside):
+            self.device.free(address)
+        self._addresses.clear()
+        if self._own_device:
+            self.device.close()
 
     def synchronize(self) -> None:
         self.device.synchronize()
@@ -122,26 +143,38 @@ class TrtBackend(Backend):
         self._spec(name)
         return self._addresses[name]
 
+    def tensor_at(self, address: int) -> str | None:
+        """The name of the tensor that lies at ``address``."""
+        return next((name for name, place in self._addresses.items() if place == address), None)
+
+    def copies(self, stage: str) -> tuple[CopyNode, ...]:
+        """The copies that are asked for behind every run of a loaded stage."""
+        return self._loaded[stage].copies
+
     def _run(self, stage: str) -> None:
-        if graph := self.graphs.get(stage):
-            graph.launch(self.device.stream)
-            return
-        self.load(stage)
-        if stage not in self._run_before or not self.cuda_graphs:
-            # The first run may allocate memory and compile kernels, which cannot be captured.
-            self._enqueue(stage)
-            self._run_before.add(stage)
-            return
+        if stage not in self.graphs:
+            self.load(stage)
+            if stage not in self._run_before or not self.cuda_graphs:
+                # The first run may allocate memory and compile kernels, which cannot be captured.
+                self._enqueue(stage)
+                self._run_before.add(stage)
+                return
         try:
+            self.capture(stage).launch(self.device.stream)
+        except DeviceError as error:
+            raise _graph_error(stage, error) from error
+
+    def capture(self, stage: str) -> CapturedGraph:
+        """The CUDA graph of a stage that ran before; captured now if it was not yet. Nothing is launched.
+
+        Raises:
+            DeviceError: the driver or TensorRT refuses.
+        """
+        if stage not in self.graphs:
             with self.device.capturing() as captured:
                 self._enqueue(stage)
-        except DeviceError as error:
-            raise DeviceError(
-                f"stage {stage} cannot be captured as a CUDA graph ({error}); --no-cuda-graphs launches its operations "
-                "one by one"
-            ) from error
-        [self.graphs[stage]] = captured
-        self.graphs[stage].launch(self.device.stream)
+            [self.graphs[stage]] = captured
+        return self.graphs[stage]
 
     def _enqueue(self, stage: str) -> None:
         _, context, copies = self._loaded[stage]
@@ -159,7 +192,7 @@ class TrtBackend(Backend):
     def _write(self, spec: TensorSpec, array: Array) -> None:
         self.device.upload(self._addresses[spec.name], array)
 
-    def _bind(self, stage: str, spec: StageSpec, engine: Any, context: Any) -> tuple[Copy, ...]:
+    def _bind(self, stage: str, spec: StageSpec, engine: Any, context: Any) -> tuple[CopyNode, ...]:
         aliases = self.engines.plans[stage].aliases
         inputs = {tensor.name for tensor in spec.inputs}
         copies = []
@@ -171,7 +204,7 @@ class TrtBackend(Backend):
             in_place = state in (aliases.get(tensor.name), self._aliased_input(engine, tensor.name))
             if state in inputs and not in_place:
                 beside = self.device.allocate(tensor.nbytes)
-                copies.append(Copy(address, beside, tensor.nbytes))
+                copies.append(CopyNode(address, beside, tensor.nbytes))
                 address = beside
             self._set_address(context, tensor.name, address)
         return tuple(copies)
@@ -216,6 +249,13 @@ class TrtBackend(Backend):
 def tensor_names(engine: Any) -> set[str]:
     """An engine's inputs and outputs."""
     return {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+
+
+def _graph_error(stage: str, reason: Exception, otherwise: str = "") -> DeviceError:
+    """What to do where a stage cannot be captured, or launched as what was captured."""
+    return DeviceError(
+        f"stage {stage} cannot be run as a CUDA graph: {reason}; --no-cuda-graphs launches its operations one by one{otherwise}"
+    )
 
 
 TYPES = ("float32", "float16", "bfloat16", "int64", "int32", "bool")

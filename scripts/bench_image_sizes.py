@@ -25,6 +25,7 @@ from graphs.families.lasadgen import SIZES, Variant
 from runtime.backends import BackendOptions
 from runtime.bench import Measured
 from runtime.cache_request import CacheRequest
+from runtime.replacement import atomic_file
 
 LASAD = {f"LASADGen, {variant}": variant for variant in (Variant.MANHATTAN, Variant.SIGNED)}
 
@@ -102,7 +103,7 @@ def measure_grid(
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(8, 3.7), layout="constrained")
     columns = (("token_ms", "ms a token, line ends included"), ("state_mib", "state, MiB"))
     for axes, (key, title) in zip(figure.subplots(1, 2), columns, strict=True):
         for kind in dict.fromkeys(result["kind"] for result in results):
@@ -115,8 +116,10 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path)
+    # Both axes have the same curves; beside them the legend covers none.
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=path.suffix.removeprefix("."))
 
 
 if __name__ == "__main__":

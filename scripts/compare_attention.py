@@ -8,7 +8,7 @@
         --model none=out/training/lasadgen_none_demo
 
 The loss is teacher-forced, in float32, on tokens of the digits that no training saw; differences are from the first model, with
-95 % bootstrap intervals over digits or drawn images. All models draw the same classes from the same seeds, LlamaGen with its full
+paired 95 % intervals over digits or drawn images, which say nothing of another training. All models draw the same classes from the same seeds, LlamaGen with its full
 cache.
 """
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -30,6 +31,7 @@ from train_demo import TASKS, encode, load_vq
 
 from exporter.bundle_export import ExportPlan, export_bundle
 from exporter.commands.export import CacheWishes
+from exporter.intervals import ScoredImages
 from exporter.models import LoadedTransformer, ModelRequest, load_models
 from exporter.quality import measure_rows
 from runtime.backends import BackendOptions
@@ -37,12 +39,23 @@ from runtime.bench import Measured, Timings, measure
 from runtime.cache_request import CacheRequest
 from runtime.generator import Generator
 from runtime.manifest import SamplingSettings
-from runtime.metrics import Bootstrap, Interval, Rows
+from runtime.metrics import Metric, Rows
 from runtime.samples import ClassLabel, plan_samples
 from runtime.text import size_text
 
 TASK = TASKS["demo"]
-LOSS = "held-out loss"
+
+
+class HeldOutLoss(Metric):
+    """Nats a token; its rows come from no images, but from :func:`held_out_losses`."""
+
+    name, higher_is_better, digits = "held-out loss", False, 4
+
+    def measure(self, pixels: np.ndarray, asked: np.ndarray) -> Rows:
+        raise NotImplementedError
+
+    def score(self, rows: Rows) -> float:
+        return float(rows.mean())
 
 
 def held_out_losses(transformer: LoadedTransformer, tokens: torch.Tensor, labels: torch.Tensor) -> Rows:
@@ -58,7 +71,9 @@ def held_out_losses(transformer: LoadedTransformer, tokens: torch.Tensor, labels
 
 def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: float) -> LoadedTransformer:
     """Export a model in float32, with the full cache if it has one."""
-    transformer, decoder = load_models(model, tokenizer, ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads))
+    # A LASADGen's folder tells its sizes.
+    request = ModelRequest() if model.is_dir() else ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads)
+    transformer, decoder = load_models(model, tokenizer, request)
     policies = ("full",) if transformer.family.cached else ()
     held = CacheWishes(policies, CacheRequest(), None).plan(transformer)
     plan = ExportPlan(
@@ -99,7 +114,7 @@ def main(
     pixels, labels = TASK.images("test", None)
     tokens = encode(load_vq(tokenizer), pixels)
     measures = metrics()
-    scores: dict[str, dict[str, Bootstrap]] = {}
+    scores: dict[str, list[ScoredImages]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder, single = Path(name), []
         options = BackendOptions(threads=threads)
@@ -113,39 +128,34 @@ def main(
             drawn = np.concatenate([generator.draw(group) for group in generator.batches(samples)])
             rows = measure_rows(measures, generator.decoder, drawn, samples)
             losses = held_out_losses(transformer, tokens, labels)
-            scores[name] = {m.name: Bootstrap.of(m.score, rows[m.name]) for m in measures}
-            scores[name][LOSS] = Bootstrap.of(lambda rows: float(rows.mean()), losses, rounds=2000)
+            scores[name] = [
+                ScoredImages(HeldOutLoss(), losses),
+                *(ScoredImages(metric, rows[metric.name]) for metric in measures),
+            ]
             exported(path, tokenizer, folder / name, 1, guidance)
             single.append(Measured(folder / name, None, options))
         timings = measure(single, threads=threads, rounds=rounds, image_rounds=0)
-    digits = {**{metric.name: metric.digits for metric in measures}, LOSS: 4}
-    report(parameters, scores, dict(zip(models, timings, strict=True)), digits)
+    report(parameters, scores, dict(zip(models, timings, strict=True)))
 
 
 def report(
-    parameters: dict[str, int],
-    scores: dict[str, dict[str, Bootstrap]],
-    timings: dict[str, Timings],
-    digits: dict[str, int],
+    parameters: dict[str, int], scores: dict[str, list[ScoredImages]], timings: dict[str, Timings]
 ) -> None:
-    """A table, with so many ``digits`` of each score, and the same as one JSON object."""
-    first = next(iter(scores))
-    table = Table("model", "parameters", *digits, "state", "step", "line end")
+    """A table, the differences from the first model below each score, and the same as one JSON object."""
+    first = next(iter(scores.values()))
+    table = Table(
+        "model", "parameters", *(scored.metric.name for scored in first), "state", "step", "line end"
+    )
     found = {}
     for name, timing in timings.items():
         cells, values = [], {}
-        for quality, places in digits.items():
-            own, far = scores[name][quality], scores[name][quality] - scores[first][quality]
-            values[quality] = {
-                "value": own.score,
-                "interval": bounds(own.interval()),
-                "minus_first": bounds(far.interval()),
-            }
-            text = f"{own.score:.{places}f}"
-            if name != first:
-                low, high = bounds(far.interval())
-                text += f"\n{low:+.{places}f} to {high:+.{places}f}"
-            cells.append(text)
+        for scored, base in zip(scores[name], first, strict=True):
+            metric, own, far = scored.metric, scored.interval(), scored.minus(base)
+            values[metric.name] = {"own": asdict(own), "minus_first": asdict(far)}
+            text = f"{own.measured:.{metric.digits}f}"
+            if metric.distance:
+                text += f"\nwithout bias {own.text(metric.digits)}"
+            cells.append(text if scored is base else f"{text}\n{far.text(metric.digits, '+')}")
         table.add_row(
             name,
             f"{parameters[name]:,}",
@@ -163,10 +173,6 @@ def report(
         }
     Console(highlight=False, width=140).print(table)
     click.echo(json.dumps(found))
-
-
-def bounds(interval: Interval) -> tuple[float, float]:
-    return interval.low, interval.high
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sklearn.svm import SVC
 from torch.nn import functional as F
 from train_demo import digits, upscale
 
+from exporter.intervals import share_interval
 from runtime import Generator
 from runtime.samples import asked_for
 
@@ -71,13 +72,13 @@ def class_accuracy(
 def main(bundle: Path, images: int, seed: int, guidance: float | None) -> None:
     classifier = DigitClassifier()
     accuracy = class_accuracy(bundle, classifier, images, seed, guidance)
-    error = (accuracy * (1 - accuracy) / images) ** 0.5
+    interval = share_interval(round(accuracy * images), images)
     result = {
         "bundle": str(bundle),
         "images": images,
         "classifier_on_held_out_digits": round(classifier.accuracy, 4),
         "class_accuracy": round(accuracy, 4),
-        "standard_error": round(error, 4),
+        "interval_95": [round(interval.low or 0.0, 4), round(interval.high or 1.0, 4)],
     }
     click.echo(json.dumps(result))
 

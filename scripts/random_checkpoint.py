@@ -21,6 +21,7 @@ from graphs.families import lasadgen, llamagen, vq
 from runtime.bundle import Bundle, open_bundle
 from runtime.cache_request import CacheRequest
 from runtime.manifest import SamplingSettings
+from runtime.replacement import atomic_file
 
 SIZES = {
     # layers, width, heads, feed-forward width
@@ -83,7 +84,9 @@ def random_bundle(
         write_transformer(model, size, variant, grid)
     if not tokenizer.exists():
         torch.save({"model": random_tensors(vq_shapes(16))}, tokenizer)
-    transformer, image_decoder = load_models(model, tokenizer, ModelRequest(grid=grid))
+    # A LASADGen's folder tells its size.
+    request = ModelRequest() if variant else ModelRequest(grid=grid)
+    transformer, image_decoder = load_models(model, tokenizer, request)
     policies, cache, capacities = CacheWishes(policies, request or CacheRequest(), capacity_lines).plan(
         transformer
     )
@@ -107,7 +110,8 @@ def write_transformer(path: Path, size: str, variant: str = "", grid: int = 24) 
     Its heads reach as far as those of one that begins its training.
     """
     if not variant:
-        torch.save({"model": random_tensors(transformer_shapes(size))}, path)
+        with atomic_file(path) as file:
+            torch.save({"model": random_tensors(transformer_shapes(size))}, file)
         return
     config = lasadgen.LASADGenConfig.of_size(size, grid=grid, variant=lasadgen.Variant(variant))
     tensors = random_tensors(config.tensor_shapes())
@@ -134,7 +138,8 @@ def main(size: str | None, variant: str | None, grid: int, patch: str | None, ou
     if size:
         write_transformer(out, size, variant or "", grid)
     else:
-        torch.save({"model": random_tensors(vq_shapes(int(patch or 0)))}, out)
+        with atomic_file(out) as file:
+            torch.save({"model": random_tensors(vq_shapes(int(patch or 0)))}, file)
     written = sum(path.stat().st_size for path in (out.iterdir() if out.is_dir() else [out]))
     click.echo(f"{out}: {written / 1e6:.0f} MB")
 

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from exporter.lasadgen_folder import write_lasadgen
 from graphs.families import lasadgen, llamagen, vq
 from graphs.families.base import RasterTransformer
+from runtime.replacement import atomic_file
 
 GRID = 16
 SPLIT_SEED = 0
@@ -156,9 +157,8 @@ class Log:
 
 
 def save(payload: object, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(payload, partial)
-    partial.replace(path)
+    with atomic_file(path) as file:
+        torch.save(payload, file)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:

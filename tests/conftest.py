@@ -29,16 +29,20 @@ if not torch.cuda.is_available():
     # Kernels are interpreted; triton asks once, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
+from exporter import onnx_export
 from graphs.families import llamagen, vq
 from runtime.cli import main
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode
 from tests.golden_weights import golden_state
+from tests.traced_graphs import TraceStore
 
 # Tracing makes millions of small objects: with the usual thresholds a tenth of the time goes into looking for cycles.
 gc.freeze()
 gc.set_threshold(50_000, 20, 100)
 
 ROOT = Path(__file__).parents[1]
+
+onnx_export.trace = TraceStore(ROOT / ".pytest_cache" / "traces")
 
 
 @dataclass

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
+import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -34,11 +37,19 @@ ATTRIBUTES = {
     real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: CAPABILITY // 10,
     real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: CAPABILITY % 10,
 }
+CONTEXT = 1
+NO_COPY = {"srcMemoryType": None, "dstMemoryType": None}
 KERNEL = real.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
 COPY = real.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
 
-Work = tuple[Any, Callable[[], None]]
-"""The type of a graph's node, and what it does."""
+
+class Work(NamedTuple):
+    """The type of a graph's node, what it does, and what a copy on the device copies."""
+
+    kind: Any
+    action: Callable[[], None]
+    copy: SimpleNamespace
+
 
 Kernel = Callable[[tuple[int, int, int], list[int]], Callable[[], None]]
 """Takes a grid and the addresses of a launch's parameters, reads them, and returns what the launch does."""
@@ -47,15 +58,20 @@ Kernel = Callable[[tuple[int, int, int], list[int]], Callable[[], None]]
 class EmulatedDriver:
     """The part of ``cuda.bindings.driver`` that linert calls.
 
-    ``kernels``: what modules hold, by name. ``launches``: graphs launched so far, and operations outside of them.
+    ``kernels``: what modules hold, by name. ``launches``: graphs launched so far, and operations outside of them. ``live``: what
+    was taken and not given back, by kind.
     """
 
     def __init__(self, kernels: Mapping[str, Kernel] | None = None) -> None:
         self.kernels = dict(kernels or {})
         self.launches = {"graph": 0, "operation": 0}
+        self.live: Counter[str] = Counter()
+        self._events: dict[int, float] = {}
         self._buffers: dict[int, Any] = {}
         self._queue: list[Callable[[], None]] = []
         self._captured: list[Work] | None = None
+        self._contexts = 0
+        self._numbers = itertools.count()
 
     def __getattr__(self, name: str) -> Any:
         # Enumerations; a function that is missing here must not reach the real driver.
@@ -63,10 +79,10 @@ class EmulatedDriver:
             raise AttributeError(f"the emulated driver has no {name}")
         return getattr(real, name)
 
-    def ask(self, kind: Any, action: Callable[[], None]) -> tuple[Any]:
+    def ask(self, kind: Any, action: Callable[[], None], **copy: Any) -> tuple[Any]:
         """Put work into the stream, or into the graph that is being captured."""
         if self._captured is not None:
-            self._captured.append((kind, action))
+            self._captured.append(Work(kind, action, SimpleNamespace(**NO_COPY | copy)))
         else:
             self.launches["operation"] += 1
             self._queue.append(action)
@@ -83,7 +99,20 @@ class EmulatedDriver:
         return OK, 0
 
     def cuDevicePrimaryCtxRetain(self, device: int) -> tuple[Any, ...]:
-        return OK, 1
+        if not self.live["context"]:
+            self._contexts += 1
+        self.live["context"] += 1
+        return OK, CONTEXT
+
+    def cuDevicePrimaryCtxRelease(self, device: int) -> tuple[Any]:
+        self.live["context"] -= 1
+        return (OK,)
+
+    def cuCtxGetCurrent(self) -> tuple[Any, ...]:
+        return OK, CONTEXT
+
+    def cuCtxGetId(self, context: int) -> tuple[Any, ...]:
+        return OK, self._contexts
 
     def cuCtxSetCurrent(self, context: int) -> tuple[Any, ...]:
         return (OK,)
@@ -98,7 +127,27 @@ class EmulatedDriver:
         return OK, error.name.encode()
 
     def cuStreamCreate(self, flags: Any) -> tuple[Any, ...]:
+        self.live["stream"] += 1
         return OK, 7
+
+    def cuStreamDestroy(self, stream: int) -> tuple[Any]:
+        self.live["stream"] -= 1
+        return (OK,)
+
+    def cuEventCreate(self, flags: int) -> tuple[Any, ...]:
+        self.live["event"] += 1
+        return OK, next(self._numbers)
+
+    def cuEventDestroy(self, event: int) -> tuple[Any]:
+        self.live["event"] -= 1
+        return (OK,)
+
+    def cuEventRecord(self, event: int, stream: int) -> tuple[Any]:
+        self._queue.append(lambda: self._events.update({event: time.perf_counter()}))
+        return (OK,)
+
+    def cuEventElapsedTime(self, begun: int, ended: int) -> tuple[Any, ...]:
+        return OK, (self._events[ended] - self._events[begun]) * 1e3
 
     def cuStreamSynchronize(self, stream: int) -> tuple[Any]:
         if self.capturing:
@@ -120,6 +169,7 @@ class EmulatedDriver:
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         address += -address % ALIGNMENT
         self._buffers[address] = memory
+        self.live["memory"] += 1
         return OK, address
 
     def cuMemHostAlloc(self, size: int, flags: int) -> tuple[Any, ...]:
@@ -129,6 +179,7 @@ class EmulatedDriver:
         # Freeing waits for the device.
         self.cuStreamSynchronize(0)
         del self._buffers[address]
+        self.live["memory"] -= 1
         return (OK,)
 
     cuMemFreeHost = cuMemFree
@@ -147,7 +198,13 @@ class EmulatedDriver:
         return self.ask(COPY, lambda: ctypes.memmove(target, source, size))
 
     def cuMemcpyDtoDAsync(self, target: int, source: int, size: int, stream: int) -> tuple[Any]:
-        return self.ask(COPY, lambda: ctypes.memmove(target, source, size))
+        kind = real.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        return self.ask(
+            COPY,
+            lambda: ctypes.memmove(target, source, size),
+            **{"srcMemoryType": kind, "dstMemoryType": kind, "srcDevice": source, "dstDevice": target},
+            **{"WidthInBytes": size, "Height": 1, "Depth": 1},
+        )
 
     def cuStreamBeginCapture(self, stream: int, mode: Any) -> tuple[Any]:
         self._captured = []
@@ -155,31 +212,43 @@ class EmulatedDriver:
 
     def cuStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
         graph, self._captured = self._captured, None
+        self.live["graph"] += 1
         return OK, graph
 
     def cuGraphGetNodes(self, graph: list[Work], count: int = 0) -> tuple[Any, ...]:
         return OK, graph[:count], len(graph)
 
     def cuGraphNodeGetType(self, node: Work) -> tuple[Any, ...]:
-        return OK, node[0]
+        return OK, node.kind
+
+    def cuGraphMemcpyNodeGetParams(self, node: Work) -> tuple[Any, ...]:
+        return OK, node.copy
 
     def cuGraphInstantiate(self, graph: list[Work], flags: int) -> tuple[Any, ...]:
+        self.live["executable graph"] += 1
         return OK, list(graph)
 
     def cuGraphDestroy(self, graph: list[Work]) -> tuple[Any]:
+        self.live["graph"] -= 1
         graph.clear()
         return (OK,)
 
     def cuGraphExecDestroy(self, graph: list[Work]) -> tuple[Any]:
+        self.live["executable graph"] -= 1
         return (OK,)
 
     def cuGraphLaunch(self, graph: list[Work], stream: int) -> tuple[Any]:
         self.launches["graph"] += 1
-        self._queue += [action for _, action in graph]
+        self._queue += [work.action for work in graph]
         return (OK,)
 
     def cuModuleLoadData(self, image: bytes) -> tuple[Any, ...]:
+        self.live["module"] += 1
         return OK, image
+
+    def cuModuleUnload(self, module: bytes) -> tuple[Any]:
+        self.live["module"] -= 1
+        return (OK,)
 
     def cuModuleGetFunction(self, module: bytes, name: bytes) -> tuple[Any, ...]:
         return OK, self.kernels[name.decode()]
@@ -241,6 +310,9 @@ class EmulatedEngine:
 
     def create_execution_context(self) -> EmulatedEngine:
         return self
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self._plan.user_allocation
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self._addresses[name] = address

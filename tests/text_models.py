@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from random_folder import (
     JANUS_TOKENS,
     LUMINA_TOKENS,
     Decoder,
     chameleon_names,
+    janus_shapes,
     lumina_shapes,
     lumina_vocabulary,
     write_shards,
     write_tokenizer,
 )
 
+from graphs import text_encoder
 from graphs.families import janus, vq
 from tests.conftest import Result, random_state
 
@@ -84,6 +87,53 @@ def write_lumina(folder: Path, *, swin_norm: bool = False, kv_heads: int = 4) ->
     return folder, tokenizer
 
 
+TINY_JANUS_VQ = vq.VQConfig(48, 8, 32, (32, 32), res_blocks=1)
+
+
+def write_tiny_janus(
+    folder: Path, settings: Mapping[str, Any] | None = None, extra: Mapping[str, torch.Tensor] | None = None
+) -> Path:
+    """A folder of a Janus in deepseek-ai's layout with one file of random weights.
+
+    Args:
+        settings: of ``config.json``, beside the number of heads.
+        extra: tensors beside the model's.
+    """
+    folder.mkdir(parents=True)
+    write_tokenizer(folder / "tokenizer.json", JANUS_TOKENS, JANUS_VOCABULARY)
+    shapes = janus_shapes(Decoder(2, 32, 4, 4, 48, JANUS_VOCABULARY), TINY_JANUS_VQ)
+    state = {name: tensor.contiguous() for name, tensor in random_state(Names(shapes)).items()}
+    safetensors.torch.save_file({**state, **(extra or {})}, folder / "model.safetensors")
+    language = {"language_config": {"num_attention_heads": 4}}
+    (folder / "config.json").write_text(json.dumps({**language, **(settings or {})}))
+    return folder
+
+
+def write_tiny_t5(
+    folder: Path,
+    settings: Mapping[str, Any] | None = None,
+    tables: Sequence[str] = ("shared.weight",),
+    *,
+    alike: bool = True,
+) -> Path:
+    """A folder of a T5 encoder of width 32 with random weights.
+
+    Args:
+        settings: its ``config.json``.
+        tables: names under which its embedding stands; ``alike`` or not.
+    """
+    folder.mkdir(parents=True)
+    write_tokenizer(folder / "tokenizer.json", ("</s>", "<unk>"), 290)
+    config = text_encoder.TextEncoderConfig(2, 32, 2, 8, 48, 300, 8)
+    state = random_state(Names(config.tensor_shapes()))
+    table = state.pop("embed_tokens.weight")
+    named = {f"encoder.{name}": tensor.contiguous() for name, tensor in state.items()}
+    named |= {name: table.clone() if alike else table + number for number, name in enumerate(tables)}
+    safetensors.torch.save_file(named, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(settings or {})))
+    return folder
+
+
 def broken(folder: Path, to: Path, change: Callable[[Path], None]) -> Path:
     """A copy of a folder, changed."""
     shutil.copytree(folder, to)
@@ -103,7 +153,8 @@ def check_precision(
 ) -> None:
     """Exported, held to what the precision may cost, and drawn. Four bits are too few for a model as narrow as these."""
     bundle = folder / "bundle"
-    options = ("--precision", precision, "--budget-lines", 2, "--calibration-images", 2)
+    calibrated = ("--calibration-images", 2) if precision.startswith("int") else ()
+    options = ("--precision", precision, "--budget-lines", 2, *calibrated)
     result = linert("export", *checkpoint, *options, "--out", bundle, "--block-size", 16)
     assert result.code == 0, result.err
     result = linert("validate", bundle, "--json")

@@ -5,36 +5,40 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 import onnxruntime
+import rich.box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from exporter.compare import CellResult, CompareRequest, Comparison
 from exporter.compare_grid import Grid
-from exporter.report import header, render_page, row_of
+from exporter.intervals import require_images
+from exporter.report import render_page, tables
 from runtime.backends import BackendOptions
-from runtime.bundle import file_sha256
 from runtime.cache_request import PYRAMID, UNIFORM
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.condition_options import ConditionRequest, condition_options
 from runtime.errors import OutputError, RequestError
 from runtime.generator import Generator
 from runtime.geometry import Aggregation, HeadScores, Mode
-from runtime.metrics import load_metrics
-from runtime.output import atomic_file
+from runtime.metric_source import load_metrics
+from runtime.metrics import Metric
+from runtime.replacement import atomic_file, is_empty, working_folder
 from runtime.samples import plan_samples
+from runtime.source_digest import source_digest
 
 REQUEST_NAME = "request.json"
 JSON_NAME = "compare.json"
 PAGE_NAME = "compare.html"
 STRIP_IMAGES = 12
+PRINTED_WIDTH = 100
 FLAGS = {"yes": True, "no": False}
 
 
@@ -120,14 +124,13 @@ def command(
 
     Every combination of the lists draws the same images. OUT gets compare.json and a self-contained compare.html.
     """
-    if out.exists() and not resume:
-        raise OutputError(f"{out} exists; give another --out, or --resume to continue the comparison in it")
+    _check_out(out, resume=resume)
     generator = Generator(place.open(), BackendOptions(threads=threads))
     manifest = generator.manifest
-    metric_file = metric_source.partition(":")[0]
     listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
     cells, refused = listed.cells(manifest)
-    conditioner = generator.bundle.conditioner
+    conditioner = generator.conditioner
+    metrics = load_metrics(metric_source) if metric_source else []
     planned = plan_samples(conditions.settle(conditioner) or conditioner.usual(), samples, seed)
     request = CompareRequest(
         manifest.sha256,
@@ -135,7 +138,7 @@ def command(
         tuple(planned),
         manifest.sampling,
         metric_source,
-        file_sha256(Path(metric_file)) if Path(metric_file).is_file() else "",
+        source_digest(metric_source.partition(":")[0]) if metric_source else "",
         min(len(planned), manifest.images if forced_images is None else forced_images),
     )
     if request.forced_images < 1:
@@ -143,8 +146,7 @@ def command(
     console = Console(stderr=True, highlight=False)
     for line in refused:
         console.print(f"left out: {line}")
-    metrics = load_metrics(metric_source) if metric_source else []
-    _same_request(out, request, resume=resume)
+    require_images(metrics, len(planned))
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -152,6 +154,10 @@ def command(
         TimeElapsedColumn(),
         console=console,
     )
+    # Held until the report is written.
+    click.get_current_context().with_resource(working_folder(out))
+    _check_out(out, resume=resume)
+    _same_request(out, request)
     with progress:
         task = progress.add_task("", total=1)
         comparison = Comparison(
@@ -179,10 +185,14 @@ def command(
         "by default": manifest.cache.text,
         "machine": f"{processor()}, {threads or os.cpu_count()} threads, ONNX Runtime {onnxruntime.__version__}",
     }
+    if comparison.cautions:
+        facts["caution"] = "; ".join(comparison.cautions)
     values = {"facts": facts, "cells": [result.to_json() for result in results]}
     _write(out / JSON_NAME, json.dumps(values, indent=1))
     _write(out / PAGE_NAME, render_page(results, metrics, strips, facts))
     _print(results, metrics)
+    for line in comparison.cautions:
+        click.echo(f"caution: {line}")
     click.echo(f"report: {out / PAGE_NAME}")
 
 
@@ -195,24 +205,34 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _same_request(out: Path, request: CompareRequest, *, resume: bool) -> None:
-    """Record ``request``, or check that ``out`` holds the same one."""
+def _check_out(out: Path, *, resume: bool) -> None:
+    """Raise :class:`OutputError` if the comparison cannot be made in ``out``."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file, not a folder; give another --out")
+    if not out.exists() or is_empty(out):
+        return
+    if not (out / REQUEST_NAME).is_file():
+        what = "holds no comparison to resume" if resume else "exists and is no comparison"
+        raise OutputError(f"{out} {what}: there is no {REQUEST_NAME}; give another --out")
+    if not resume:
+        raise OutputError(f"{out} exists; give another --out, or --resume to continue the comparison in it")
+
+
+def _same_request(out: Path, request: CompareRequest) -> None:
+    """Record ``request``, or check that ``out`` holds the same one, whose metrics may have changed: they are measured again."""
     path = out / REQUEST_NAME
-    if resume and path.exists():
+    if path.exists():
         try:
             known = msgspec.json.decode(path.read_bytes(), type=CompareRequest)
-        except (OSError, msgspec.DecodeError) as error:
-            raise OutputError(f"{path} cannot be read: {error}") from error
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise OutputError(f"{path} cannot be read ({error}); give another --out") from error
+        known = msgspec.structs.replace(known, metrics_sha256=request.metrics_sha256)
         names = [name for name in known.__struct_fields__ if getattr(known, name) != getattr(request, name)]
         if names:
             raise OutputError(
                 f"{out} holds a comparison with other {', '.join(names)}; resume it with the same request, or "
                 "give another --out"
             )
-        return
-    if out.exists():
-        raise OutputError(f"{out} holds no comparison to resume: there is no {REQUEST_NAME}")
-    out.mkdir(parents=True)
     _write(path, msgspec.json.format(msgspec.json.encode(request), indent=1).decode())
 
 
@@ -221,11 +241,24 @@ def _write(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _print(results: list[CellResult], metrics: Any) -> None:
-    table = Table(*header(metrics, results))
-    for result in results:
-        table.add_row(*row_of(result, metrics))
+def _print(results: Sequence[CellResult], metrics: Sequence[Metric]) -> None:
+    """Print a table of costs and one a metric. Long names of policies are folded, numbers are not."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 220
-    console.print(table)
+        console.width = PRINTED_WIDTH
+    for text in tables(results, metrics):
+        table = Table(
+            title=text.title,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for number, title in enumerate(text.columns):
+            if number:
+                table.add_column(title, justify="right", no_wrap=True)
+            else:
+                table.add_column(title, overflow="fold")
+        for row in text.rows:
+            table.add_row(*row)
+        console.print(table)

@@ -10,19 +10,25 @@ import click
 from rich.console import Console
 
 from exporter.bundle_export import ExportPlan, export_bundle, raster_of
+from exporter.bundle_folder import BUNDLE
 from exporter.calibration import Calibration, calibrated
+from exporter.model_options import help_text
 from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder, load_transformer
 from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
+from graphs.families.given import ModelOption
 from graphs.policies import POLICIES
 from runtime.cache_request import CacheRequest, quarter
 from runtime.commands.bundle_argument import parse_size
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest
-from runtime.errors import OutputError, RequestError
+from runtime.errors import RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
 from runtime.manifest import SamplingSettings
-from runtime.samples import Prompt
+from runtime.replacement import claim_folder
+from runtime.samples import MOST_COUNT, Prompt, shortened
 from runtime.text import lines_text, size_text
+
+MOST_CALIBRATION_IMAGES = 4096
 
 DEFAULT_POLICY = "linear"
 DEFAULT_MODE = Mode.LAZY
@@ -42,41 +48,69 @@ DEFAULT_SHARE_GUIDANCE = False
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
 @click.option(
-    "--grid", type=int, help="Tokens in an image row. Default: from a _256, _384 or _512 file name."
+    "--grid",
+    type=int,
+    help=help_text(
+        ModelOption.GRID,
+        "tokens in an image row. Default: what the files tell, or a _256, _384 or _512 in the name.",
+    ),
 )
 @click.option(
     "--size",
     "sizes",
-    callback=lambda c, p, text: parse_sizes(text) if text else (None,),
+    callback=lambda c, p, text: (None,) if text is None else parse_sizes(text),
     metavar="WIDTHxHEIGHT,...",
-    help="Pixels of the images, for models that draw many sizes; all share the weights. Default: a square, from a name with 512, "
-    "768 or 1024.",
+    help=help_text(
+        ModelOption.SIZE,
+        "pixels of the images, of one size or of many, which share the weights. Default: a square, from a name with 512, 768 or 1024.",
+    ),
 )
 @click.option(
     "--prompt-tokens",
     type=int,
-    help="Longest prompt, special tokens included: every layer keeps a slot for each. Default: 128.",
+    help=help_text(
+        ModelOption.PROMPT_TOKENS,
+        "longest prompt, special tokens included; every layer keeps a slot for each. Default: 128.",
+    ),
 )
 @click.option(
     "--tokenizer",
     type=click.Path(path_type=Path),
-    help="tokenizer.json, or a folder with it. Default: the one beside CHECKPOINT.",
+    help=help_text(
+        ModelOption.TOKENIZER, "tokenizer.json, or a folder with it. Default: the one beside CHECKPOINT."
+    ),
 )
 @click.option(
     "--text-encoder",
     type=click.Path(path_type=Path),
-    help="Folder of the Flan-T5 whose features the model sees: the bundle then reads prompts.",
+    help=help_text(
+        ModelOption.TEXT_ENCODER,
+        "folder of the Flan-T5 whose features a model of captions sees: the bundle then reads prompts.",
+    ),
 )
 @click.option(
     "--prompt-template",
-    help="What stands around a prompt, with {prompt} in its place. Default: what the model was trained with.",
+    help=help_text(
+        ModelOption.TEMPLATE,
+        "what stands around a prompt, with {prompt} in its place. Default: what the model was trained with.",
+    ),
 )
-@click.option("--heads", type=int, help="Attention heads, for sizes that are not published ones.")
+@click.option(
+    "--heads",
+    type=int,
+    help=help_text(ModelOption.HEADS, "attention heads, for sizes that are not published ones."),
+)
 @click.option("--ema", is_flag=True, help="Export the moving average that a training file holds.")
+@click.option(
+    "--vq-ema/--no-vq-ema",
+    default=None,
+    help="Take the moving average that the file of --vq holds, or its weights. Default: its weights; to be said with --ema where that "
+    "file holds both.",
+)
 @click.option(
     "--policy",
     "policies",
-    callback=lambda c, p, text: parse_policies(text) if text else (),
+    callback=lambda c, p, text: () if text is None else parse_policies(text),
     help=f"Cache policies that the bundle holds, the default first, or all: {', '.join(POLICIES)}. Default: {DEFAULT_POLICY}.",
 )
 @cache_options(policy=False)
@@ -95,12 +129,13 @@ DEFAULT_SHARE_GUIDANCE = False
 )
 @click.option(
     "--guidance-interval",
+    type=click.IntRange(max=MOST_COUNT),
     default=-1,
     show_default=True,
     help="Default last guided decode step; -1 guides all.",
 )
 @click.option("--temperature", default=1.0, show_default=True, help="Default temperature.")
-@click.option("--top-k", type=int, help="Default top-k; 0 keeps all tokens.")
+@click.option("--top-k", type=click.IntRange(max=MOST_COUNT), help="Default top-k; 0 keeps all tokens.")
 @click.option("--top-p", default=1.0, show_default=True, help="Default top-p; 1 keeps all tokens.")
 @click.option(
     "--precision",
@@ -139,9 +174,8 @@ DEFAULT_SHARE_GUIDANCE = False
 )
 @click.option(
     "--calibration-images",
-    default=Calibration.images,
-    show_default=True,
-    help="Images drawn for GPTQ and for the ranges of the image decoder.",
+    type=click.IntRange(1, MOST_CALIBRATION_IMAGES),
+    help=f"Default: {Calibration.images}. Images drawn for GPTQ and for the ranges of the image decoder.",
 )
 @click.option(
     "--calibration-prompts",
@@ -153,7 +187,7 @@ DEFAULT_SHARE_GUIDANCE = False
     type=click.Path(path_type=Path),
     help="The same as features in a .npy file, for models that see those.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
 def command(
     checkpoint: Path,
     vq: Path | None,
@@ -166,6 +200,7 @@ def command(
     prompt_template: str | None,
     heads: int | None,
     ema: bool,
+    vq_ema: bool | None,
     policies: tuple[str, ...],
     cache: CacheRequest,
     capacity_lines: int | None,
@@ -181,7 +216,7 @@ def command(
     kept: tuple[str, ...],
     block_size: int,
     quantization: str | None,
-    calibration_images: int,
+    calibration_images: int | None,
     calibration_prompts: Path | None,
     calibration_captions: Path | None,
     force: bool,
@@ -192,11 +227,13 @@ def command(
     shards, load as they are; no code in them is run.
     """
     console = Console(stderr=True, highlight=False)
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
+    # Held from now on, so that nobody else begins to work on it.
+    click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     if prompt_tokens is not None and prompt_tokens < 1:
         raise RequestError("--prompt-tokens must be at least 1")
-    request = ModelRequest(grid, heads, prompt_tokens, sizes[0], tokenizer, prompt_template, ema)
+    request = ModelRequest(
+        grid, heads, prompt_tokens, sizes[0], tokenizer, prompt_template, ema, vq_ema, text_encoder
+    )
     transformer, image_decoder = load_models(checkpoint, vq, request)
     config = transformer.config
     usual = transformer.family.usual_sampling(config)
@@ -222,6 +259,12 @@ def command(
         ),
         text_encoder=load_text_encoder(text_encoder) if text_encoder else None,
     )
+    asked = (calibration_images, calibration_prompts, calibration_captions)
+    if not plan.precision.uncalibrated and any(value is not None for value in asked):
+        raise RequestError(
+            f"nothing is calibrated for {plan.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
+            "--calibration-captions out"
+        )
     others = []
     for size in sizes[1:]:
         sized = load_transformer(
@@ -233,12 +276,14 @@ def command(
     for each in (plan, *others):
         _announce(console, each)
         if each.transformer.prompts is not None:
-            # What stands around prompts must fit at least.
-            each.conditioner().check([Prompt("")])
+            # What stands around prompts must fit at least, and the tokenizer must take usual words as they are.
+            each.conditioner().check([Prompt(""), *each.conditioner().usual()])
     shown = ConditionRequest(prompt_file=calibration_prompts, captions=calibration_captions).settle(
         conditioner
     )
-    calibration = Calibration(calibration_images, conditions=shown or None)
+    calibration = Calibration(
+        Calibration.images if calibration_images is None else calibration_images, conditions=shown or None
+    )
     with console.status("exporting") as status:
 
         def report(line: str) -> None:
@@ -275,7 +320,7 @@ def parse_parts(kept: Sequence[str], layers: int) -> dict[str, Precision]:
         part, _, precision = text.partition("=")
         if part not in named or precision not in list(Precision):
             raise click.BadParameter(
-                f"{text!r}: say PART=PRECISION with a part among embedding, output, first, last and 0 to "
+                f"{shortened(text, 60)!r}: say PART=PRECISION with a part among embedding, output, first, last and 0 to "
                 f"{layers - 1}, and a precision among {', '.join(Precision)}"
             )
         parts[named[part]] = Precision(precision)
@@ -342,6 +387,15 @@ def _announce(console: Console, plan: ExportPlan) -> None:
         f"{plan.transformer.family.title} in {plan.transformer.layout.who} layout: {config.layers} layers, width {config.dim}, "
         f"{config.heads} heads of {config.head_dim}, {config.vocab_size} tokens; draws {plan.condition.text}"
     )
+    checkpoints = dict.fromkeys(
+        (loaded.checkpoint.text, loaded.checkpoint.remarks)
+        for loaded in (plan.transformer, plan.image_decoder, plan.text_encoder)
+        if loaded is not None
+    )
+    for text, passed_over in checkpoints:
+        console.print(f"read: {text}{''.join(f'; {remark}' for remark in passed_over)}")
+    for remark in plan.transformer.remarks:
+        console.print(f"note: {remark}")
     console.print(f"weights: {plan.precision.spec.text}; {size_text(plan.weight_bytes)}")
     console.print(
         f"image: {raster.lines} x {raster.line_width} tokens, "

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -19,7 +19,6 @@ from rich.table import Table
 
 from exporter.parity import validate
 from exporter.parity_report import Bounds, Check, Choices, Report
-from exporter.quality import QualityCost, quality_cost
 from exporter.sources import load_sources
 from runtime.backends import BackendName, BackendOptions
 from runtime.bundle import Bundle
@@ -28,13 +27,18 @@ from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest, condition_options
+from runtime.conditioning import open_conditioner
+from runtime.conditions import Conditioner
 from runtime.engines import built_flavours, missing_plugins, read_engines
 from runtime.errors import LinertError, RequestError
 from runtime.generator import PixelDecoder, make_batch
 from runtime.loop import Batch
-from runtime.metrics import load_metrics
+from runtime.metric_source import load_metrics
 from runtime.samples import Sample, plan_samples
 from runtime.trace import Trace, read_trace
+
+if TYPE_CHECKING:
+    from exporter.quality import QualityCost
 
 
 @click.command()
@@ -107,23 +111,30 @@ def command(
     """
     opened = place.open()
     manifest = opened.manifest
-    asked = conditions.settle(opened.conditioner)
+    conditioner = open_conditioner(opened, options)
+    asked = conditions.settle(conditioner)
     transformer, image_decoder = load_sources(opened, checkpoint, vq)
     if trace is not None:
         if not replace(conditions, captions=None).empty or seed or greedy or not cache.empty:
             raise RequestError("--trace brings its own images and settings: leave the others out")
-        batch, recorded, compared = _recorded(read_trace(trace), opened)
+        batch, recorded, compared = _recorded(read_trace(trace), opened, conditioner)
     else:
-        compared = plan_samples(asked or opened.conditioner.usual()[: manifest.images], manifest.images, seed)
+        compared = plan_samples(asked or conditioner.usual()[: manifest.images], manifest.images, seed)
         settings = cache.settle_for(manifest)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
-        batch, recorded = make_batch(opened, compared, sampling, settings), None
+        batch, recorded = make_batch(manifest, conditioner, compared, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=trace is not None)
     if by_stages and options.name is BackendName.CPU:
         raise RequestError("--stages compares a backend with the CPU: say which with --backend")
     measures = load_metrics(metrics) if metrics else []
+    # What an option needs is missed before the work, not after.
+    comparing = None
+    if metrics:
+        comparing = _with_extra("exporter.quality", "--metrics", "compare")
+        _with_extra("exporter.intervals", "--metrics", "compare").require_images(measures, samples)
+    staging = _with_extra("exporter.stage_parity", "--stages", "stages") if by_stages else None
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
@@ -144,10 +155,11 @@ def command(
         )
         bar.update(task, completed=manifest.raster.lines)
         quality = []
-        if measures:
-            drawn = plan_samples(asked or opened.conditioner.usual(), samples, seed)
-            quality = quality_cost(
+        if comparing:
+            drawn = plan_samples(asked or conditioner.usual(), samples, seed)
+            quality = comparing.quality_cost(
                 opened,
+                conditioner,
                 transformer,
                 image_decoder,
                 drawn,
@@ -160,10 +172,9 @@ def command(
                 ),
             )
         differences = []
-        if by_stages:
+        if staging:
             on_cpu = BackendOptions(threads=options.threads)
-            compare = _stage_parity().compare_stages
-            differences = compare(
+            differences = staging.compare_stages(
                 *(chosen.open(opened, manifest.stages) for chosen in (on_cpu, options)),
                 batch,
                 lambda stage: bar.update(task, description=stage),
@@ -198,20 +209,23 @@ def plan_checks(bundle: Bundle) -> list[Check]:
     ]
 
 
-def _stage_parity() -> Any:
+def _with_extra(module: str, option: str, extra: str) -> Any:
+    """A module of ours that needs packages of ``extra``, which not everybody has."""
     try:
-        return importlib.import_module("exporter.stage_parity")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise LinertError(f"--stages needs {error.name}: pip install 'linert[stages]'") from error
+        raise LinertError(f"{option} needs {error.name}: pip install 'linert[{extra}]'") from error
 
 
-def _recorded(trace: Trace, bundle: Bundle) -> tuple[Batch, np.ndarray, list[Sample]]:
+def _recorded(
+    trace: Trace, bundle: Bundle, conditioner: Conditioner
+) -> tuple[Batch, np.ndarray, list[Sample]]:
     """A batch of the trace's first images, their tokens ``[I, N]``, and themselves."""
     manifest, header = bundle.manifest, trace.header
     trace.check(manifest)
     images = [min(image, len(trace.tokens) - 1) for image in range(manifest.images)]
     samples = [header.samples[image] for image in images]
-    batch = make_batch(bundle, samples, header.sampling, header.cache)
+    batch = make_batch(bundle.manifest, conditioner, samples, header.sampling, header.cache)
     return replace(batch, replay=trace.batch(images)), trace.tokens[images], samples
 
 
@@ -222,7 +236,11 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
         f"mean {logits.mean_abs:.2e}, KL {logits.kl_mean:.2e} (max {logits.kl_max:.2e}), "
         f"top-1 agreement {logits.top1_agreement:.2%}; reference std {logits.reference_std:.2f}"
     )
-    if report.lines:
+    if any(line.scores_max_abs is None for line in report.lines):
+        console.print(
+            f"line ends: the trace's evictions were imposed on both sides at all {len(report.lines)}"
+        )
+    elif report.lines:
         table = Table(
             "line", "scores, max abs error", "write slots equal", title="line ends", title_justify="left"
         )
@@ -245,11 +263,14 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
     if quality:
         table = Table("metric", "bundle", "float32", "difference", "", title="quality", title_justify="left")
         for cost in quality:
-            cells = [
-                f"{found.value:.4g} [{found.low:.4g}, {found.high:.4g}]"
-                for found in (cost.bundle, cost.float32, cost.difference)
-            ]
-            table.add_row(cost.metric, *cells, "worse" if cost.worse else "")
+            estimates = ((cost.bundle, ""), (cost.float32, ""), (cost.difference, "+"))
+            name = cost.metric
+            if cost.distance:
+                name = f"{cost.metric}, without its bias"
+                measured = [f"{found.measured:{sign}.{cost.digits}f}" for found, sign in estimates]
+                table.add_row(cost.metric, *measured, "")
+            cells = [found.text(cost.digits, sign) for found, sign in estimates]
+            table.add_row(name, *cells, "worse" if cost.worse else "")
         console.print(table)
     table = Table("check", "measured", "bound", "", title="verdict", title_justify="left")
     for check in report.checks:

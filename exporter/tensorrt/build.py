@@ -17,7 +17,7 @@ import msgspec
 import onnx
 from onnx import helper
 
-from exporter.bundle_export import new_folder
+from exporter.bundle_folder import PLANS
 from exporter.tensorrt.build_stage import Event, Job
 from runtime import plugins
 from runtime.bundle import Bundle, file_sha256
@@ -25,6 +25,7 @@ from runtime.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, 
 from runtime.errors import BundleError, ExportError
 from runtime.plugins import OPERATIONS, tuning
 from runtime.plugins.base import Launch, TensorKind
+from runtime.replacement import new_folder, scratch_folder
 from runtime.trt_flavour import Flavour
 
 PLUGIN_SOURCES = (
@@ -130,7 +131,7 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
     manifest = plan.bundle.manifest
     plans = {}
     target = engines_folder(plan.bundle, plan.flavour.name)
-    with new_folder(target, force=True) as folder, environment_of(plan.flavour) as environment:
+    with new_folder(target, PLANS, force=True) as folder, environment_of(plan.flavour) as environment:
         # What TensorRT may refuse comes before what takes long.
         for stage, spec in sorted(manifest.stages.items(), key=lambda item: item[0].startswith("decode")):
             file = f"{stage}.plan"
@@ -156,6 +157,7 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
                 end.aliases,
                 end.weights_bytes,
                 end.activation_bytes,
+                end.user_allocation,
             )
             if plan.plugin and plans[stage].plugins != end.operations:
                 raise ExportError(
@@ -194,7 +196,10 @@ def run_job(job: Job, environment: dict[str, str], report: Callable[[Event], Non
     """
     command = [sys.executable, "-m", "exporter.tensorrt.build_stage", msgspec.json.encode(job).decode()]
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
+        # It ends when its standard input does, which this process holds open, however this process ends.
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=environment
+        )
         last = Event(error="")
         try:
             for line in process.stdout or ():
@@ -218,11 +223,11 @@ def environment_of(flavour: Flavour) -> Iterator[dict[str, str]]:
     # The interpreter is for tests of the kernels: here they are compiled.
     environment.pop("TRITON_INTERPRET", None)
     file = flavour.shared_object()
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         if file is not None:
-            (Path(folder) / flavour.soname).symlink_to(file)
+            (folder / flavour.soname).symlink_to(file)
             held = environment.get("LD_LIBRARY_PATH")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, held)))
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), held)))
         yield environment
 
 

@@ -7,8 +7,10 @@ when the process starts. JOB is a :class:`Job` as JSON; events go to standard ou
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +26,7 @@ from runtime.plugins import NAMESPACE
 from runtime.plugins.base import Launch, Operation
 from runtime.plugins.kernels import KernelSet
 from runtime.plugins.trt import register
+from runtime.replacement import output_error
 from runtime.trt_flavour import FLAVOURS, make_logger
 
 MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
@@ -43,7 +46,7 @@ class Job(msgspec.Struct, frozen=True):
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """Progress (``phase``, ``step`` of ``steps``), a failure (``error``), or the end (the rest).
 
-    ``operations``, ``aliases`` and the bytes are those of :class:`runtime.engines.Plan`.
+    ``operations``, ``aliases``, the bytes and ``user_allocation`` are those of :class:`runtime.engines.Plan`.
     """
 
     phase: str = ""
@@ -56,6 +59,7 @@ class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     aliases: dict[str, str] = {}
     weights_bytes: int | None = None
     activation_bytes: int | None = None
+    user_allocation: bool = False
 
 
 def emit(event: Event) -> None:
@@ -109,12 +113,23 @@ def build(job: Job) -> Event:
         config.num_compute_capabilities = len(job.capabilities)
         for index, capability in enumerate(job.capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
+    # A plan of TensorRT for RTX that allocates memory while it runs cannot be captured as a CUDA graph. TensorRT has no such flag.
+    allocation = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
+    if allocation is not None:
+        config.set_flag(allocation)
     layers, aliases = described(trt, network)
-    with Path(job.plan).open("wb") as file:
-        if not builder.build_serialized_network_to_stream(network, config, make_writer(trt, file)):
-            return Event(
-                error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}"
-            )
+    failures: list[OSError] = []
+    built = False
+    try:
+        with Path(job.plan).open("wb") as file:
+            writer = make_writer(trt, file, failures.append)
+            built = builder.build_serialized_network_to_stream(network, config, writer)
+    except OSError as error:
+        failures.append(error)
+    if failures:
+        return Event(error=str(output_error(Path(job.plan), failures[0])))
+    if not built:
+        return Event(error=f"TensorRT cannot build {job.onnx}: {'; '.join(messages) or 'no reason given'}")
     return Event(
         seconds=time.perf_counter() - begun,
         layers=layers,
@@ -122,6 +137,7 @@ def build(job: Job) -> Event:
         aliases=aliases,
         weights_bytes=memory.get("Weights"),
         activation_bytes=memory.get("Activation"),
+        user_allocation=allocation is not None and config.get_flag(allocation),
     )
 
 
@@ -172,7 +188,15 @@ def capability_at_hand() -> int:
     return current_capability(driver, checked(driver, driver.cuDeviceGet(0)))
 
 
+def end_with_parent() -> None:
+    """End this process at once when whoever started it has: a killed build must not go on writing."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
 def main(arguments: Sequence[str]) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
     emit(build(msgspec.json.decode(arguments[0], type=Job)))
 
 

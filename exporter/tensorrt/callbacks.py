@@ -31,8 +31,11 @@ def make_monitor(trt: Any, on_progress: Callable[[str, int, int], None]) -> Any:
     return Monitor()
 
 
-def make_writer(trt: Any, file: BinaryIO) -> Any:
-    """Writes a plan to ``file`` while it is serialised, so that it is never whole in memory."""
+def make_writer(trt: Any, file: BinaryIO, on_failure: Callable[[OSError], None]) -> Any:
+    """Writes a plan to ``file`` while it is serialised, so that it is never whole in memory.
+
+    TensorRT takes no notice of what cannot be written: whether anything failed is known by ``on_failure`` alone.
+    """
 
     class Writer(trt.IStreamWriter):
         """Gets the plan in parts of 64 MiB."""
@@ -41,6 +44,10 @@ def make_writer(trt: Any, file: BinaryIO) -> Any:
             trt.IStreamWriter.__init__(self)
 
         def write(self, data: bytes) -> int:
-            return file.write(data)
+            try:
+                return file.write(data)
+            except OSError as error:
+                on_failure(error)
+                return 0
 
     return Writer()

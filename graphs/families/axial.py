@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Block, FamilyConfig, RasterTransformer, SquareRaster
+from graphs.families.base import Block, FamilyConfig, RasterTransformer, SquareRaster, raster_faults
 from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
 from graphs.rotary import axial_table
 
@@ -32,6 +32,7 @@ class AxialSizes(SquareRaster):
 
     dim: int
     heads: int
+    prefix_len: int
 
     @property
     def head_dim(self) -> int:
@@ -48,6 +49,8 @@ class AxialSizes(SquareRaster):
             for name, value in vars(self).items()
             if isinstance(value, int) and value < (name not in optional)
         ]
+        if not found:
+            found = raster_faults(self.grid, self.grid, self.prefix_len)
         if not found and self.dim % self.heads:
             found.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
         elif not found and self.head_dim % 4:

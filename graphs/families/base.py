@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.families.given import Given, Layout, ModelOption
 from graphs.line_buffer import LineBuffer
 from graphs.memory import Memory
 from graphs.stage import Geometry
 from graphs.tensor_spec import TensorSpec
+
+MOST_LINES = 512
+"""Lines of an image, and tokens in one: four times as many as were ever measured. What is larger is taken for a slip."""
+
+MOST_PROMPT = 1 << 16
+"""Tokens of a prompt, likewise."""
+
+
+def raster_faults(lines: int, columns: int, prefix_len: int) -> list[str]:
+    """What is wrong with an image of so many ``lines`` of so many tokens behind ``prefix_len`` positions."""
+    found = []
+    if not 1 <= min(lines, columns) <= max(lines, columns) <= MOST_LINES:
+        found.append(f"an image of {lines} lines of {columns} tokens; must be 1 to {MOST_LINES} of each")
+    if not 1 <= prefix_len <= MOST_PROMPT:
+        found.append(f"prompts of {prefix_len} tokens; must be 1 to {MOST_PROMPT}")
+    return found
 
 
 class FamilyConfig(Protocol):
@@ -203,88 +219,6 @@ def part_of(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How the files of a family name its tensors.
-
-    ``who``: whose files. ``names``: their names, as patterns, and ours. ``ignored``: patterns of what draws no images.
-    ``landmark``: the tensor that the layout is known by.
-    """
-
-    who: str
-    names: Mapping[str, str]
-    landmark: str
-    ignored: tuple[str, ...] = ()
-
-    def rename(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-        """Names of a checkpoint to our own, and those that belong to nothing that is known."""
-        found, unknown = {}, []
-        for name in names:
-            for pattern, ours in self.names.items():
-                if match := re.fullmatch(pattern, name):
-                    found[name] = match.expand(ours)
-                    break
-            else:
-                if not any(re.fullmatch(pattern, name) for pattern in self.ignored):
-                    unknown.append(name)
-        return found, unknown
-
-
-@dataclass(frozen=True)
-class Given:
-    """What is known of a checkpoint when its configuration is made.
-
-    Args:
-        shapes: name to shape of its tensors, by our names.
-        settings: its ``config.json``; empty if there is none.
-        processing: the ``processor_config.json`` and ``tokenizer_config.json`` beside it, joined.
-        vocabulary: ids of its tokenizer's tokens by name; empty if it has none.
-        grid, heads, prefix_len: what a user says of the model; None leaves them open.
-        side: pixels along the side of the images, as far as the file's name tells.
-        size: width and height of the images in pixels, as a user asks for.
-        patch: pixels along the side of a token.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    processing: Mapping[str, Any] = field(default_factory=dict)
-    vocabulary: Mapping[str, int] = field(default_factory=dict)
-    grid: int | None = None
-    heads: int | None = None
-    prefix_len: int | None = None
-    side: int | None = None
-    size: tuple[int, int] | None = None
-    patch: int = 16
-
-    def layers(self) -> int:
-        """Number of layers.
-
-        Raises:
-            KeyError: there are none.
-        """
-        numbers = [int(name.split(".")[1]) for name in self.shapes if name.startswith("layers.")]
-        if not numbers:
-            raise KeyError("layers.0")
-        return max(numbers) + 1
-
-    def named(self, key: str) -> str:
-        """A special token's name, as the tokenizer's settings have it under ``key``; empty if they do not."""
-        found = self.processing.get(key) or ""
-        return str(found["content"]) if isinstance(found, Mapping) else str(found)
-
-    def token(self, *names: str) -> int:
-        """The id of the first of ``names`` that the vocabulary has; empty ones are left out.
-
-        Raises:
-            ValueError: it has none.
-        """
-        wanted = list(dict.fromkeys(name for name in names if name))
-        for name in wanted:
-            if name in self.vocabulary:
-                return self.vocabulary[name]
-        raise ValueError(f"the tokenizer has no special token {' or '.join(wanted)}: it is not this model's")
-
-
-@dataclass(frozen=True)
 class PromptFormat:
     """How a prompt becomes tokens: ids, the tokens of ``template`` with the prompt in place of ``{prompt}``, ids.
 
@@ -309,13 +243,14 @@ class Family(ABC):
     """A kind of model: how its files are read, and how it is asked for images.
 
     ``name``: in the manifest. ``title``: for people. ``reads_prompts``: needs a tokenizer. ``cached``: its layers
-    keep keys and values, for which there are policies.
+    keep keys and values, for which there are policies. ``takes``: what may be said of its models when they are exported.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reads_prompts: ClassVar[bool] = False
     cached: ClassVar[bool] = True
+    takes: ClassVar[frozenset[ModelOption]]
     layouts: ClassVar[tuple[Layout, ...]]
     config_type: ClassVar[type[Any]]
 
@@ -343,6 +278,10 @@ class Family(ABC):
             KeyError: one is missing; the argument is its name.
         """
         return dict(found)
+
+    def remarks(self, config: Any, given: Given) -> list[str]:
+        """What a user should know of how the configuration was made."""
+        return []
 
     def caption_dim(self, config: Any) -> int:
         """Width of the features of captions that the model sees; 0 if it sees none."""

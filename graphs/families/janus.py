@@ -15,17 +15,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.base import (
+    MOST_LINES,
     Condition,
     Family,
-    Given,
     KeyValueCache,
-    Layout,
     PromptFormat,
     SquareRaster,
     UsualSampling,
+    raster_faults,
     unless_given,
 )
-from graphs.families.llama import LlamaBlock, PromptedLlama, rope_base
+from graphs.families.given import Given, Layout, ModelOption, shape_of
+from graphs.families.llama import (
+    LlamaBlock,
+    PromptedLlama,
+    check_positions,
+    decoder_sizes,
+    norm_eps,
+    rope_base,
+)
 
 GRID = 24
 """Tokens in an image row of every published size (384 px, patch 16)."""
@@ -99,16 +107,19 @@ class JanusConfig(SquareRaster, KeyValueCache):
 
     def __post_init__(self) -> None:
         faults = []
-        if self.dim % self.heads or self.heads % self.kv_heads:
+        if min(self.heads, self.kv_heads) < 1 or self.dim % self.heads or self.heads % self.kv_heads:
             faults.append(f"{self.heads} heads, {self.kv_heads} of keys, do not divide a width of {self.dim}")
+        elif self.head_dim % 2:
+            faults.append(f"head size {self.head_dim} is odd, and numbers are turned in pairs")
         if ids := [
             number
             for number in (self.begin_of_sentence, self.begin_of_image, self.padding)
             if not 0 <= number < self.text_vocab_size
         ]:
             faults.append(f"token {ids[0]} is outside a vocabulary of {self.text_vocab_size}")
-        if min(self.layers, self.prefix_len, self.grid) < 1:
-            faults.append("layers, prefix_len and grid must be at least 1")
+        if self.layers < 1:
+            faults.append("there must be a layer at least")
+        faults += raster_faults(self.grid, self.grid, self.prefix_len)
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -123,10 +134,49 @@ class JanusConfig(SquareRaster, KeyValueCache):
 
 
 def fold_image_embedding(tensors: Mapping[str, Tensor]) -> Tensor:
-    """The table ``[V, dim]`` that ``gen_embed`` and ``gen_aligner`` are, as a function of the token alone."""
+    """The table ``[V, dim]`` that ``gen_embed`` and ``gen_aligner`` are, as a function of the token alone.
+
+    Raises:
+        KeyError: one is missing; the argument is its name.
+        ValueError: their shapes do not fit.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    _, width = shape_of(shapes, "gen_embed.weight", 2)
+    dim, _ = shape_of(shapes, "gen_aligner.1.weight", 2)
+    for name, wanted in (
+        ("gen_aligner.0.weight", (dim, width)),
+        ("gen_aligner.0.bias", (dim,)),
+        ("gen_aligner.1.weight", (dim, dim)),
+        ("gen_aligner.1.bias", (dim,)),
+    ):
+        if shapes[name] != wanted:
+            raise ValueError(f"{name} has shape {list(shapes[name])}, not {list(wanted)}")
     x = tensors["gen_embed.weight"].float()
     x = F.linear(x, tensors["gen_aligner.0.weight"].float(), tensors["gen_aligner.0.bias"].float())
     return F.linear(F.gelu(x), tensors["gen_aligner.1.weight"].float(), tensors["gen_aligner.1.bias"].float())
+
+
+def told_grids(given: Given) -> dict[str, int]:
+    """Tokens in an image row by where ``config.json`` tells them.
+
+    Raises:
+        ValueError: it tells a number of tokens that is no square, or a size that is no whole number of tokens.
+    """
+    vision, told = given.config.section("vision_config"), {}
+    if tokens := vision.integer("num_image_tokens", 1, MOST_LINES**2):
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(vision.fault("num_image_tokens", "the tokens of a square"))
+        told["vision_config.num_image_tokens"] = math.isqrt(tokens)
+    if rows := given.config.section("vq_config").integer("num_patches", 1, MOST_LINES):
+        told["vq_config.num_patches"] = rows
+    for where in (vision, vision.section("params")):
+        if side := where.integer("image_size"):
+            if side % given.patch:
+                raise ValueError(
+                    where.fault("image_size", f"a multiple of the {given.patch} pixels of a token")
+                )
+            told["vision_config.image_size"] = side // given.patch
+    return told
 
 
 class Head(nn.Module):
@@ -166,36 +216,56 @@ class JanusFamily(Family):
     name = "janus"
     title = "Janus"
     reads_prompts = True
+    takes = frozenset(
+        {
+            ModelOption.GRID,
+            ModelOption.HEADS,
+            ModelOption.PROMPT_TOKENS,
+            ModelOption.TOKENIZER,
+            ModelOption.TEMPLATE,
+        }
+    )
     config_type = JanusConfig
     layouts = (ORIGINAL, TRANSFORMERS)
 
     def configure(self, given: Given) -> JanusConfig:
-        text = given.settings.get("language_config") or given.settings.get("text_config") or {}
-        layers, dim = given.layers(), given.shapes["norm.weight"][0]
-        heads = given.heads or text.get("num_attention_heads") or PUBLISHED_HEADS.get((layers, dim))
-        if heads is None:
-            raise ValueError(
-                f"{layers} layers of width {dim} are not a published size of Janus, and there is no config.json that tells the "
-                "number of attention heads: give it with --heads"
-            )
+        text = given.config.section("language_config", "text_config")
+        sizes = decoder_sizes(given, given.shape("norm.weight", 1)[0], text, PUBLISHED_HEADS, self.title)
+        vocab_size, _ = given.shape("head.vision_head.weight")
+        text_vocab_size, _ = given.shape("text_embedding.weight")
         # What config.json leaves out is as in transformers' LlamaConfig.
-        drawn = (given.settings.get("vision_config") or {}).get("num_image_tokens", GRID * GRID)
-        return JanusConfig(
-            layers=layers,
-            dim=dim,
-            heads=heads,
-            kv_heads=given.shapes["layers.0.self_attn.k_proj.weight"][0] * heads // dim,
-            ffn_dim=given.shapes["layers.0.mlp.gate_proj.weight"][0],
-            vocab_size=given.shapes["head.vision_head.weight"][0],
-            text_vocab_size=given.shapes["text_embedding.weight"][0],
-            prefix_len=given.prefix_len or PREFIX_LEN,
+        config = JanusConfig(
+            **sizes._asdict(),
+            vocab_size=vocab_size,
+            text_vocab_size=text_vocab_size,
+            prefix_len=PREFIX_LEN if given.prefix_len is None else given.prefix_len,
             begin_of_sentence=given.token(given.named("bos_token"), BEGIN_OF_SENTENCE),
             begin_of_image=given.token(given.named("image_start_tag"), BEGIN_OF_IMAGE),
             padding=given.token(given.named("pad_tag"), PADDING, given.named("pad_token")),
-            grid=given.grid or math.isqrt(drawn),
-            norm_eps=text.get("rms_norm_eps", 1e-6),
+            grid=self._grid(given),
+            norm_eps=norm_eps(text, 1e-6),
             rope_base=rope_base(text),
         )
+        check_positions(config, text, "give less --prompt-tokens")
+        return config
+
+    def _grid(self, given: Given) -> int:
+        """Tokens in an image row: as the files say, else as asked for, else as in every published size.
+
+        Raises:
+            ValueError: the files contradict each other or what is asked for.
+        """
+        told = told_grids(given)
+        if given.grid is not None and (not told or given.grid in told.values()):
+            return given.grid
+        shown = ", ".join(f"{grid} by {where}" for where, grid in told.items())
+        if given.grid is not None:
+            raise ValueError(
+                f"an image row has {shown} tokens, and --grid {given.grid} is asked for: leave it out"
+            )
+        if len(set(told.values())) > 1:
+            raise ValueError(f"an image row has {shown} tokens: say which with --grid")
+        return next(iter(told.values()), GRID)
 
     def build(self, config: JanusConfig) -> Janus:
         return Janus(config)

@@ -11,6 +11,7 @@ Checkpoints are a folder of ``model.safetensors`` with the names of this module'
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,15 +23,11 @@ from torch.nn import functional as F
 
 from graphs.decay_memory import DecayMemory
 from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from graphs.families.base import (
-    Condition,
-    Family,
-    Given,
-    Layout,
-    RasterTransformer,
-    UsualSampling,
-)
+from graphs.families.base import Condition, Family, RasterTransformer, UsualSampling
+from graphs.families.given import Given, Layout, count_of, shape_of
 from graphs.families.layers import RMSNorm, Rope
+from graphs.families.llama import MOST_ROPE_BASE
+from graphs.families.settings import Settings
 from graphs.memory import Memory
 from graphs.rotary import rotate_interleaved
 from graphs.spatial_decay import Decay, attend, weights
@@ -250,26 +247,29 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], settings: Mapping[str, A
         KeyError: a tensor that tells the size is missing; the argument is its name.
         ValueError: a setting is missing or not known.
     """
-    if settings.get("model_type") != MODEL_TYPE:
+    config = Settings(settings)
+    if config.text("model_type") != MODEL_TYPE:
         raise ValueError(f'there is no config.json with "model_type": "{MODEL_TYPE}" beside it')
-    missing = [key for key in ("variant", "num_attention_heads", "grid_size") if key not in settings]
+    missing = [key for key in ("variant", "num_attention_heads", "grid_size") if key not in config]
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
-    if settings["variant"] not in list(Variant):
-        raise ValueError(f"config.json: variant {settings['variant']!r} is none of {', '.join(Variant)}")
-    vocab_size, dim = shapes["tok_embeddings.weight"]
+    variant = config.text("variant")
+    if variant not in list(Variant):
+        raise ValueError(f"config.json: variant {reprlib.repr(variant)} is none of {', '.join(Variant)}")
+    vocab_size, dim = shape_of(shapes, "tok_embeddings.weight", 2)
+    norm_eps, rope_base = config.number("rms_norm_eps", 0, 1), config.number("rope_theta", 1, MOST_ROPE_BASE)
     return LASADGenConfig(
-        layers=Given(shapes).layers(),
+        layers=count_of(shapes, "layers"),
         dim=dim,
-        heads=int(settings["num_attention_heads"]),
-        ffn_dim=shapes["layers.0.feed_forward.w1.weight"][0],
+        heads=config.integer("num_attention_heads") or 0,
+        ffn_dim=shape_of(shapes, "layers.0.feed_forward.w1.weight", 2)[0],
         vocab_size=vocab_size,
-        num_classes=shapes["cls_embedding.weight"][0] - 1,
-        grid=int(settings["grid_size"]),
-        variant=Variant(settings["variant"]),
-        gate_rank=shapes["layers.0.attention.gate_down.weight"][0],
-        norm_eps=float(settings.get("rms_norm_eps", 1e-5)),
-        rope_base=float(settings.get("rope_theta", 10000.0)),
+        num_classes=shape_of(shapes, "cls_embedding.weight", 2)[0] - 1,
+        grid=config.integer("grid_size") or 0,
+        variant=Variant(variant),
+        gate_rank=shape_of(shapes, "layers.0.attention.gate_down.weight", 2)[0],
+        norm_eps=1e-5 if norm_eps is None else norm_eps,
+        rope_base=rope_base or 10000.0,
     )
 
 
@@ -277,6 +277,7 @@ class LASADGenFamily(Family):
     name = "lasadgen"
     title = "LASADGen"
     cached = False
+    takes = frozenset()
     config_type = LASADGenConfig
     layouts = (
         Layout(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.base import Block, FamilyConfig, RasterTransformer, prompt_inputs
+from graphs.families.given import Given
 from graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
+from graphs.families.settings import Settings
 from graphs.rotary import rotate_halves, sequence_table
 from graphs.tensor_spec import TensorSpec
+
+MOST_ROPE_BASE = 1e12
 
 
 class LlamaConfig(FamilyConfig, Protocol):
@@ -28,10 +33,102 @@ class LlamaConfig(FamilyConfig, Protocol):
     def text_vocab_size(self) -> int: ...
 
 
-def rope_base(settings: Mapping[str, Any]) -> float:
-    """The base of the rotary embedding in a ``config.json``, old or new; 10,000 where it has none."""
-    parameters = settings.get("rope_parameters") or {}
-    return float(parameters.get("rope_theta") or settings.get("rope_theta") or 10000.0)
+USUAL_ROPE = (None, "default")
+USUAL_ACTIVATIONS = (None, "silu", "swish")
+
+
+class DecoderSizes(NamedTuple):
+    """What tensors and a ``config.json`` tell of a decoder."""
+
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    ffn_dim: int
+
+
+def decoder_sizes(
+    given: Given, dim: int, settings: Settings, published: Mapping[tuple[int, int], int], title: str
+) -> DecoderSizes:
+    """Sizes of a checkpoint's decoder.
+
+    Args:
+        dim: its width.
+        settings: the object of ``config.json`` that tells of the decoder.
+        published: attention heads by layers and width, where neither a user nor ``settings`` tell them.
+        title: of the family, for messages.
+
+    Raises:
+        KeyError: a tensor that tells a size is missing; the argument is its name.
+        ValueError: sizes are not known or contradict each other, or the decoder is of another kind than those built here.
+    """
+    layers = given.layers()
+    told = settings.integer("num_attention_heads")
+    if told is not None and given.heads not in (None, told):
+        raise ValueError(
+            f"{settings.where} tells {told} attention heads, and --heads {given.heads}: leave --heads out"
+        )
+    heads = told if given.heads is None else given.heads
+    if heads is None:
+        heads = published.get((layers, dim))
+    if heads is None:
+        raise ValueError(
+            f"{layers} layers of width {dim} are not a published size of {title}, and there is no config.json that tells the "
+            "number of attention heads: give it with --heads"
+        )
+    if heads < 1 or dim % heads:
+        raise ValueError(f"{heads} attention heads do not divide a width of {dim}")
+    keys, _ = given.shape("layers.0.self_attn.k_proj.weight")
+    kv_heads, uneven = divmod(keys * heads, dim)
+    if uneven or heads % max(1, kv_heads):
+        raise ValueError(
+            f"keys of {keys} numbers are no heads of {dim // heads}: is {heads} the number of attention heads?"
+        )
+    for key, found in (("num_key_value_heads", kv_heads), ("head_dim", dim // heads), ("hidden_size", dim)):
+        if settings.integer(key) not in (None, found):
+            raise ValueError(
+                settings.fault(key, f"{found}, as the tensors are: the file belongs to another model")
+            )
+    if settings.text("hidden_act") not in USUAL_ACTIVATIONS:
+        raise ValueError(settings.fault("hidden_act", "silu: no other activation is built"))
+    ffn_dim, _ = given.shape("layers.0.mlp.gate_proj.weight")
+    return DecoderSizes(layers, dim, heads, kv_heads, ffn_dim)
+
+
+def rope_base(settings: Settings) -> float:
+    """The base of the rotary embedding in a ``config.json``, old or new; 10,000 where it has none.
+
+    Raises:
+        ValueError: positions are scaled, or only a part of a head is turned: neither is built.
+    """
+    parameters = settings.section("rope_parameters")
+    for section in (parameters, settings.section("rope_scaling")):
+        for key in ("rope_type", "type"):
+            if section.text(key) not in USUAL_ROPE and section.number("factor", 0, math.inf) != 1:
+                raise ValueError(section.fault(key, "default: no scaled rotary embedding is built"))
+        if section.number("partial_rotary_factor", 0, 1) not in (None, 1.0):
+            raise ValueError(section.fault("partial_rotary_factor", "1: heads are turned as a whole"))
+    told = [section.number("rope_theta", 1, MOST_ROPE_BASE) for section in (parameters, settings)]
+    bases = {base for base in told if base is not None}
+    if len(bases) > 1:
+        raise ValueError(settings.fault("rope_theta", f"{told[0]:g}, as in rope_parameters"))
+    return bases.pop() if bases else 10000.0
+
+
+def norm_eps(settings: Settings, usual: float) -> float:
+    """What norms add to the mean square: in a ``config.json``, else the ``usual``."""
+    found = settings.number("rms_norm_eps", 0, 1)
+    return usual if found is None else found
+
+
+def check_positions(config: FamilyConfig, settings: Settings, remedy: str) -> None:
+    """Raise :class:`ValueError` where a prompt and an image take more positions than a ``config.json`` says there are."""
+    most = settings.integer("max_position_embeddings", 1, 1 << 30)
+    if most is not None and config.prefix_len + config.image_tokens > most:
+        raise ValueError(
+            f"a prompt of {config.prefix_len} tokens and an image of {config.image_tokens} are more than the {most} positions "
+            f"that the model was made for: {remedy}"
+        )
 
 
 class LlamaAttention(nn.Module):

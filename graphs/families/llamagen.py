@@ -6,6 +6,7 @@ two-dimensional rotary embedding. Parameter names equal the published checkpoint
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,15 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from graphs.families.base import (
-    Condition,
-    Family,
-    Given,
-    KeyValueCache,
-    Layout,
-    UsualSampling,
-    unless_given,
-)
+from graphs.families.base import Condition, Family, KeyValueCache, UsualSampling, unless_given
+from graphs.families.given import Given, Layout, ModelOption, count_of, shape_of
 from graphs.families.layers import RMSNorm, Rope
 from graphs.rotary import rotate_interleaved
 from graphs.tensor_spec import TensorSpec
@@ -85,16 +79,16 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int
         KeyError: a tensor that tells the size is missing; the argument is its name.
         ValueError: the head count is needed and not given, or contradicts the width.
     """
-    vocab_size, dim = shapes["tok_embeddings.weight"]
-    ffn_dim = shapes["layers.0.feed_forward.w1.weight"][0]
+    vocab_size, dim = shape_of(shapes, "tok_embeddings.weight", 2)
+    ffn_dim, _ = shape_of(shapes, "layers.0.feed_forward.w1.weight", 2)
     prefix_len, caption_dim, classes = 1, 0, 0
     if "cls_embedding.cap_proj.fc1.weight" in shapes:
-        prefix_len, caption_dim = shapes["cls_embedding.uncond_embedding"]
+        prefix_len, caption_dim = shape_of(shapes, "cls_embedding.uncond_embedding", 2)
     else:
-        classes = shapes["cls_embedding.embedding_table.weight"][0] - 1
-    numbers = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
-    layers = max(numbers) + 1
-    heads = heads or PUBLISHED_HEADS.get((layers, dim))
+        classes = shape_of(shapes, "cls_embedding.embedding_table.weight", 2)[0] - 1
+    layers = count_of(shapes, "layers")
+    if heads is None:
+        heads = PUBLISHED_HEADS.get((layers, dim))
     if heads is None:
         raise ValueError(
             f"{layers} layers of width {dim} are not a published LlamaGen size, "
@@ -225,9 +219,33 @@ class LlamaGen(AxialTransformer):
         return Condition(self.cls_embedding.cap_proj(captions), starts)
 
 
+def told_grids(given: Given) -> dict[str, int]:
+    """Tokens in an image row by what of a file tells them: the arguments of its training, or a table of rotary angles."""
+    told = {}
+    side, patch = (given.training.get(key) for key in ("image_size", "downsample_size"))
+    if isinstance(side, int) and isinstance(patch, int | None) and side > 0:
+        told["training arguments"] = side // (patch or given.patch)
+    if shape := given.buffers.get("freqs_cis"):
+        prefix_len = given.shapes.get("cls_embedding.uncond_embedding", (1,))[0]
+        tokens = shape[0] - prefix_len
+        if tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
+            told["freqs_cis"] = math.isqrt(tokens)
+    return told
+
+
+def buffered_heads(given: Given) -> int | None:
+    """Attention heads by a table of rotary angles ``[positions, head_dim / 2, 2]``, if a file has one."""
+    shape = given.buffers.get("freqs_cis", ())
+    dim = given.shapes.get("tok_embeddings.weight", ())[-1:]
+    if len(shape) < 2 or not dim or not shape[1] or dim[0] % (2 * shape[1]):
+        return None
+    return dim[0] // (2 * shape[1])
+
+
 class LlamaGenFamily(Family):
     name = "llamagen"
     title = "LlamaGen"
+    takes = frozenset({ModelOption.GRID, ModelOption.HEADS, ModelOption.TEXT_ENCODER})
     config_type = LlamaGenConfig
     layouts = (
         Layout(
@@ -237,19 +255,37 @@ class LlamaGenFamily(Family):
                 r"((?:cls_embedding|layers)\..+)": r"\1",
             },
             landmark="layers.0.attention.wqkv.weight",
-            # What old checkpoints carry of the rotary embedding.
-            ignored=("freqs_cis",),
         ),
     )
 
     def configure(self, given: Given) -> LlamaGenConfig:
-        grid = given.grid or (given.side // given.patch if given.side else None)
+        grid, told = given.grid, told_grids(given)
+        if grid is None and len(set(told.values())) > 1:
+            shown = ", ".join(f"{tokens} by its {where}" for where, tokens in told.items())
+            raise ValueError(f"an image row has {shown}: say how many tokens it has with --grid")
+        if grid is None:
+            grid = next(iter(told.values()), None)
+        if grid is None and given.side is not None:
+            grid = given.side // given.patch
         if grid is None:
             raise ValueError(
                 "the checkpoint does not hold the size of its image, and the file name has no _256, _384 or _512: give the "
                 "tokens in an image row with --grid (16, 24, 32, ...)"
             )
-        return infer_config(given.shapes, grid=grid, heads=given.heads)
+        heads = given.heads
+        if heads is None and (turned := buffered_heads(given)):
+            heads = turned
+        return infer_config(given.shapes, grid=grid, heads=heads)
+
+    def remarks(self, config: LlamaGenConfig, given: Given) -> list[str]:
+        told = told_grids(given)
+        if given.side is not None:
+            told["name"] = given.side // given.patch
+        return [
+            f"an image row is taken to have {config.grid} tokens, and has {grid} by the checkpoint's {where}"
+            for where, grid in told.items()
+            if grid != config.grid
+        ]
 
     def build(self, config: LlamaGenConfig) -> LlamaGen:
         return LlamaGen(config)

@@ -17,21 +17,33 @@ from torch.nn import functional as F
 from graphs.families.base import (
     Condition,
     Family,
-    Given,
     KeyValueCache,
-    Layout,
     PromptFormat,
     UsualSampling,
+    raster_faults,
     unless_given,
 )
+from graphs.families.given import Given, Layout, ModelOption
 from graphs.families.layers import Rope
-from graphs.families.llama import LlamaAttention, LlamaBlock, PromptedLlama, rope_base
+from graphs.families.llama import (
+    DecoderSizes,
+    LlamaAttention,
+    LlamaBlock,
+    PromptedLlama,
+    check_positions,
+    decoder_sizes,
+    norm_eps,
+    rope_base,
+)
 
 PREFIX_LEN = 128
 """Longest prompt, in tokens, unless another is asked for."""
 
 PUBLISHED_HEADS = {(32, 4096): 32, (48, 8192): 64}
 """Attention heads by layers and width: the tensors do not tell them."""
+
+PUBLISHED_SWIN_NORM = ((48, 8192),)
+"""Layers and width of what has its norms behind each half of a layer, which the tensors do not tell either."""
 
 BEGIN_OF_SENTENCE = "<s>"
 BEGIN_OF_IMAGE = "<racm3:break>"
@@ -95,12 +107,15 @@ class LuminaConfig(KeyValueCache):
 
     def __post_init__(self) -> None:
         faults = []
-        if self.dim % self.heads or self.heads % self.kv_heads:
+        if min(self.heads, self.kv_heads) < 1 or self.dim % self.heads or self.heads % self.kv_heads:
             faults.append(f"{self.heads} heads, {self.kv_heads} of keys, do not divide a width of {self.dim}")
+        elif self.head_dim % 2:
+            faults.append(f"head size {self.head_dim} is odd, and numbers are turned in pairs")
         if max(self.first_image_token + self.vocab_size - 1, self.newline_id) >= self.text_vocab_size:
             faults.append(f"image tokens or the newline are outside a vocabulary of {self.text_vocab_size}")
-        if self.prefix_len < UNCONDITIONAL or min(self.layers, self.rows, self.columns) < 1:
-            faults.append("layers, rows and columns must be at least 1, and prefix_len at least 3")
+        if self.prefix_len < UNCONDITIONAL or self.layers < 1:
+            faults.append(f"there must be a layer at least, and prompts of {UNCONDITIONAL} tokens")
+        faults += raster_faults(self.rows, self.columns, self.prefix_len)
         if faults:
             raise ValueError("; ".join(faults))
 
@@ -191,6 +206,15 @@ class LuminaFamily(Family):
     name = "lumina"
     title = "Lumina-mGPT"
     reads_prompts = True
+    takes = frozenset(
+        {
+            ModelOption.SIZE,
+            ModelOption.HEADS,
+            ModelOption.PROMPT_TOKENS,
+            ModelOption.TOKENIZER,
+            ModelOption.TEMPLATE,
+        }
+    )
     config_type = LuminaConfig
     layouts = (
         Layout(
@@ -206,15 +230,9 @@ class LuminaFamily(Family):
     )
 
     def configure(self, given: Given) -> LuminaConfig:
-        settings = given.settings
-        layers = given.layers()
-        text_vocab_size, dim = given.shapes["embed_tokens.weight"]
-        heads = given.heads or settings.get("num_attention_heads") or PUBLISHED_HEADS.get((layers, dim))
-        if heads is None:
-            raise ValueError(
-                f"{layers} layers of width {dim} are not a published size of Lumina-mGPT, and there is no config.json that tells "
-                "the number of attention heads: give it with --heads"
-            )
+        settings = given.config
+        text_vocab_size, dim = given.shape("embed_tokens.weight")
+        sizes = decoder_sizes(given, dim, settings, PUBLISHED_HEADS, self.title)
         width, height = self._size(given)
         images = sorted(number for name, number in given.vocabulary.items() if IMAGE_TOKEN.fullmatch(name))
         if not images or images != list(range(images[0], images[0] + len(images))):
@@ -224,29 +242,25 @@ class LuminaFamily(Family):
                 "text_tokenizer.json of Chameleon, with --tokenizer"
             )
         config = LuminaConfig(
-            layers=layers,
-            dim=dim,
-            heads=heads,
-            kv_heads=given.shapes["layers.0.self_attn.k_proj.weight"][0] * heads // dim,
-            ffn_dim=given.shapes["layers.0.mlp.gate_proj.weight"][0],
+            **sizes._asdict(),
             vocab_size=len(images),
             first_image_token=images[0],
             newline_id=given.token(NEWLINE),
             text_vocab_size=text_vocab_size,
-            prefix_len=given.prefix_len or PREFIX_LEN,
+            prefix_len=PREFIX_LEN if given.prefix_len is None else given.prefix_len,
             rows=height // given.patch,
             columns=width // given.patch,
-            swin_norm=bool(settings.get("swin_norm", False)),
-            norm_eps=settings.get("rms_norm_eps", 1e-5),
+            swin_norm=self._swin_norm(given, sizes),
+            norm_eps=norm_eps(settings, 1e-5),
             rope_base=rope_base(settings),
         )
-        most = settings.get("max_position_embeddings")
-        if most and config.prefix_len + config.image_tokens > most:
-            raise ValueError(
-                f"a prompt of {config.prefix_len} tokens and an image of {config.image_tokens} are more than the {most} positions "
-                "that the model was made for: give a smaller --size or less --prompt-tokens"
-            )
+        check_positions(config, settings, "give a smaller --size or less --prompt-tokens")
         return config
+
+    @staticmethod
+    def _swin_norm(given: Given, sizes: DecoderSizes) -> bool:
+        told = given.config.flag("swin_norm")
+        return (sizes.layers, sizes.dim) in PUBLISHED_SWIN_NORM if told is None else told
 
     def build(self, config: LuminaConfig) -> Lumina:
         return Lumina(config)
@@ -265,7 +279,7 @@ class LuminaFamily(Family):
         for name, tensor in found.items():
             if ".q_norm." in name or ".k_norm." in name:
                 heads = config.heads if ".q_norm." in name else config.kv_heads
-                if tensor.ndim != 2 or heads % len(tensor):
+                if tensor.ndim != 2 or not len(tensor) or heads % len(tensor):
                     raise ValueError(
                         f"{name} has shape {list(tensor.shape)}, which {heads} heads cannot share"
                     )

@@ -13,17 +13,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphs.families.given import DERIVED, count_of, shape_of
+
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 
 PREFIXES = ("", "gen_vision_model.", "model.vqmodel.")
 """What stands before the keys of a tokenizer by itself, and in both layouts of Janus."""
 
+LANDMARK = "quantize.embedding.weight"
+"""The tensor that a tokenizer is known by, behind its prefix."""
+
 ENCODER_PREFIXES = ("encoder.", "quant_conv.")
 """Keys of the half that draws no images."""
 
 IGNORED = (*ENCODER_PREFIXES, "quantize.codebook_used", "loss.")
 """Beginnings of the keys that are left in the file: the encoder's, and what training left."""
+
+MOST_LEVELS = 8
+"""Resolutions of a decoder: twice as many as were ever published, and a bound for the image's size."""
 
 MIDDLE = {"mid.block_1.": "mid.0.", "mid.attn_1.": "mid.1.", "mid.block_2.": "mid.2."}
 """Names of the transformers library and Chameleon, and ours."""
@@ -80,18 +88,18 @@ def naming(names: Iterable[str]) -> Naming | None:
     """
     listed = list(names)
     for prefix in PREFIXES:
-        if f"{prefix}quantize.embedding.weight" in listed and f"{prefix}decoder.conv_in.weight" in listed:
+        if f"{prefix}{LANDMARK}" in listed and f"{prefix}decoder.conv_in.weight" in listed:
             break
     else:
         return None
     inner = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
-    levels = {int(found[1]) for name in inner if (found := re.match(r"decoder\.up\.(\d+)\.", name))}
+    levels = {int(found[1]) for name in inner if (found := re.match(r"decoder\.up\.([0-9]{1,4})\.", name))}
     # The highest resolution is the one that is not enlarged any more; a single one is Chameleon's where it stands by itself.
     reverse = bool(levels) and "decoder.up.0.upsample.conv.weight" not in inner
     reverse = reverse and (len(levels) > 1 or not prefix)
     ours, unknown = {}, []
     for name in inner:
-        if name.startswith(IGNORED):
+        if name.startswith(IGNORED) or DERIVED.fullmatch(name):
             continue
         if not name.startswith(("decoder.", "post_quant_conv.", "quantize.")):
             unknown.append(prefix + name)
@@ -99,7 +107,7 @@ def naming(names: Iterable[str]) -> Naming | None:
         mine = name
         for theirs, own in MIDDLE.items():
             mine = mine.replace(theirs, own)
-        if found := re.fullmatch(r"decoder\.up\.(\d+)\.(.+)", mine):
+        if found := re.fullmatch(r"decoder\.up\.([0-9]{1,4})\.(.+)", mine):
             level = max(levels) - int(found[1]) if reverse else int(found[1])
             mine = f"decoder.conv_blocks.{level}.{found[2].replace('block.', 'res.')}"
         ours[prefix + name] = mine
@@ -117,19 +125,19 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, unit_codes: bool = Tr
         KeyError: a tensor that tells the size is missing; the argument is its name.
         ValueError: the sizes do not fit the architecture.
     """
-    codebook_size, code_dim = shapes["quantize.embedding.weight"]
-    z_channels = shapes["post_quant_conv.weight"][0]
-    levels = {int(name.split(".")[2]) for name in shapes if name.startswith("decoder.conv_blocks.")}
-    if not levels:
-        raise KeyError("decoder.conv_blocks.0.res.0.conv1.weight")
+    codebook_size, code_dim = shape_of(shapes, LANDMARK, 2)
+    z_channels = shape_of(shapes, "post_quant_conv.weight", 4)[0]
+    levels = range(count_of(shapes, "decoder.conv_blocks"))
+    if len(levels) > MOST_LEVELS:
+        raise ValueError(
+            f"{len(levels)} levels, each of which doubles the image; there are {MOST_LEVELS} at most"
+        )
     channels = tuple(
-        shapes[f"decoder.conv_blocks.{level}.res.0.conv1.weight"][0] for level in range(max(levels) + 1)
+        shape_of(shapes, f"decoder.conv_blocks.{level}.res.0.conv1.weight", 4)[0] for level in levels
     )
-    blocks = {int(name.split(".")[4]) for name in shapes if name.startswith("decoder.conv_blocks.0.res.")}
-    attention = tuple(
-        level for level in sorted(levels) if f"decoder.conv_blocks.{level}.attn.0.q.weight" in shapes
-    )
-    return VQConfig(codebook_size, code_dim, z_channels, channels, max(blocks), attention, unit_codes)
+    blocks = count_of(shapes, "decoder.conv_blocks.0.res")
+    attention = tuple(level for level in levels if f"decoder.conv_blocks.{level}.attn.0.q.weight" in shapes)
+    return VQConfig(codebook_size, code_dim, z_channels, channels, blocks - 1, attention, unit_codes)
 
 
 class GroupNorm(nn.GroupNorm):

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from graphs.line_evict import Importance
 
+EMPTY_STEP = 1e30
+"""Between the keys of empty slots, and from them to every importance."""
+
 
 class LineEndParams(NamedTuple):
     """Run-time settings of the cache, int64, of shape ``[]`` unless said otherwise.
@@ -82,7 +85,7 @@ class Policy(ABC):
 
     @abstractmethod
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
-        """Importance ``[R, C]`` float32, finite; the least important unprotected slots go first."""
+        """Importance ``[R, C]`` float32, between -1e30 and infinity; the least important unprotected slots go first."""
 
     def score_window(self, line_width: int) -> int:
         """The ``score_window`` input of decode: scores restart this many queries before a line's end; 0 never."""
@@ -144,10 +147,12 @@ def choose_slots(importance: Tensor, slot_pos: Tensor, protected: Tensor, width:
     Returns:
         ``[R, width]`` int64.
     """
-    key = torch.where(slot_pos < 0, float("-inf"), importance)
-    key = torch.where(protected, float("inf"), key)
     slots = slot_pos.shape[1]
-    by_position = _ascending(slot_pos, slots)
+    # Empty slots are told apart by their index: ONNX Runtime's TopK on CUDA orders equal values as it likes above 256 slots.
+    empty = torch.arange(-slots, 0, dtype=torch.int32)
+    key = torch.where(slot_pos < 0, empty.float() * EMPTY_STEP, importance)
+    key = torch.where(protected, float("inf"), key)
+    by_position = _ascending(torch.where(slot_pos < 0, empty, slot_pos), slots)
     least = _ascending(key.gather(1, by_position), width)
     return by_position.gather(1, least.gather(1, _ascending(least, width)))
 
@@ -179,5 +184,14 @@ def end_line(
     protected = protected_slots(line, capacity, params)
     importance = shared_importance(policy.importance(line, params), line, params)
     chosen = choose_slots(importance, line.slot_pos, protected, line.line_width)
-    scores = line.scores if policy.carries_scores else torch.zeros_like(line.scores)
+    scores = line.scores if policy.carries_scores else restarted(line)
     return chosen, evict(line.slot_pos, chosen, params.strict), scores
+
+
+def restarted(line: FinishedLine) -> Tensor:
+    """Scores ``[R, C]`` of zero.
+
+    In a graph they depend on what the slots hold: a runtime copies a constant output from the host once the operators have run,
+    and does not when it replays them as a CUDA graph.
+    """
+    return torch.where(line.slot_pos < -1, line.scores, 0.0)

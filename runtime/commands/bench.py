@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,21 +17,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from runtime.backends import BackendName, BackendOptions
-from runtime.bench import Limit, Measured, NodeTime, Timings, limit_of, measure, profile
+from runtime.bench import Measured, NodeTime, Timings, measure, profile, step_work
 from runtime.bundle import Bundle
 from runtime.cache_request import CacheRequest
 from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
+from runtime.conditioning import open_conditioner
 from runtime.errors import LinertError, RequestError
 from runtime.machine import (
-    ReadBandwidth,
     default_threads,
     forget_peak,
-    peak_macs,
     peak_resident_bytes,
     processor_name,
 )
+from runtime.manifest import Manifest
+from runtime.replacement import check_target, scratch_folder
 from runtime.samples import plan_samples
 from runtime.text import size_text
 
@@ -95,7 +95,7 @@ class PeerTimes:
     "--checkpoint", type=click.Path(path_type=Path), help="The checkpoint, if it is no longer where it was."
 )
 @click.option("--vq", type=click.Path(path_type=Path), help="The VQ checkpoint, likewise.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON line alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def command(
     place: BundlePlace,
     cache: CacheRequest,
@@ -110,10 +110,10 @@ def command(
     vq: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE against the limit of this machine, which is printed first.
+    """Measure BUNDLE against the limit of this machine.
 
     A decode step cannot be faster than reading its weights and state at the bandwidth that is measured here, in the same
-    rounds. Times are medians; the last line of the output is one JSON object.
+    rounds. What it reads is printed first; times are medians.
     """
     if rounds < 1 or image_rounds < 0:
         raise RequestError("--rounds must be at least 1 and --images at least 0")
@@ -121,6 +121,9 @@ def command(
         raise RequestError("--sweep makes its own bundles: leave --profile and cache options out")
     if plot and not sweep:
         raise RequestError("--plot draws a sweep: give --sweep")
+    check_target(plot)
+    if plot:
+        _needing("exporter.sweep_plot", "compare").check_format(plot)
     if options.name is not BackendName.CPU and (sweep or profiled):
         raise RequestError(f"--sweep and --profile measure the CPU: leave --backend {options.name} out")
     threads = options.threads or default_threads()
@@ -142,18 +145,16 @@ def command(
             compare_pytorch=compare_pytorch,
             plot=plot,
         )
-        click.echo(json.dumps({"machine": machine, **result}))
+        if as_json:
+            click.echo(json.dumps({"machine": machine, **result}))
         return
     settled = cache.settle_for(opened.manifest)
-    if options.name is BackendName.CPU:
-        # Before anything of the bundle is in memory.
-        _print_limit(console, limit_of(opened.manifest, ReadBandwidth(threads).measure(), peak_macs()))
+    _print_work(console, opened.manifest)
     forget_peak()
     measured = Measured(place.path, settled, options, place.size)
     if device := measured.backend.device_memory():
         machine["gpu"] = device.name
         console.print(f"device: {device.name}, {options.name}")
-        _print_limit(console, limit_of(opened.manifest, device.copy_bandwidth(), None))
     if image_rounds:
         measured.image()
     peak = peak_resident_bytes()
@@ -172,7 +173,8 @@ def command(
         kinds, nodes = profile(measured.generator.bundle, measured.batch, threads=threads)
         _print_profile(console, kinds, nodes)
         result["profile"] = {node.name: node.ms for node in kinds}
-    click.echo(json.dumps(result))
+    if as_json:
+        click.echo(json.dumps(result))
 
 
 def _sweep(
@@ -195,10 +197,10 @@ def _sweep(
     checkpoints = _needing("exporter.sources", "export").Checkpoints.find(bundle, checkpoint, vq)
     loaded = {grid: checkpoints.load(grid) for grid in sorted({cell.grid for cell in wanted})}
     peers: dict[str, Peer] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         paths: list[Path] = []
         with console.status("exporting") as status:
-            for path in sweep.export_cells(bundle, wanted, Path(folder), loaded):
+            for path in sweep.export_cells(bundle, wanted, folder, loaded):
                 paths.append(path)
                 status.update(f"exporting: {len(paths)} of {len(wanted)} ...")
         sizes = sorted({(cell.grid, cell.batch) for cell in wanted}) if compare_pytorch else []
@@ -306,8 +308,10 @@ def measure_beside(
 def _peers(console: Console, bundle: Bundle, loaded: Any, threads: int, batch: int) -> dict[str, Peer]:
     """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works."""
     peers = _needing("exporter.peers", "export")
-    samples = plan_samples(bundle.conditioner.usual(), batch, seed=0)
-    inputs = bundle.conditioner.inputs([sample.condition for sample in samples])
+    conditioner = open_conditioner(bundle)
+    samples = plan_samples(conditioner.usual(), batch, seed=0)
+    inputs = conditioner.inputs([sample.condition for sample in samples])
+    conditioner.close()
     guidance = bundle.manifest.sampling.guidance
     peers.set_threads(threads)
     made: dict[str, Peer] = {}
@@ -348,28 +352,26 @@ def _progress(quiet: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _print_limit(console: Console, limit: Limit) -> None:
+def _print_work(console: Console, manifest: Manifest) -> None:
+    """What a step has to do; how long that takes at the least is known when the machine was measured beside it."""
+    work = step_work(manifest)
     console.print(
-        f"one decode step reads {size_text(limit.weight_bytes)} of weights and {size_text(limit.state_bytes)} of state; "
-        f"at {limit.read_bandwidth / 1e9:.1f} GB/s that takes {limit.read_ms:.2f} ms"
+        f"one decode step reads {size_text(work.weight_bytes)} of weights and {size_text(work.state_bytes)} of state, and "
+        f"multiplies {work.macs / 1e6:.0f} M times"
     )
-    if limit.mac_rate:
-        console.print(
-            f"and multiplies {limit.macs / 1e6:.0f} M times; at {limit.mac_rate / 1e9:.0f} GMAC/s (float32) "
-            f"that takes {limit.compute_ms:.2f} ms"
-        )
-    console.print(f"limit: {limit.floor_ms:.2f} ms a step")
 
 
-def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], peak: int) -> None:
+def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], peak: int | None) -> None:
     limit = timings.limit
+    console.print(
+        f"limit: {limit.floor_ms:.2f} ms a step, at {limit.read_bandwidth / 1e9:.1f} GB/s"
+        + (f" and {limit.mac_rate / 1e9:.0f} GMAC/s in float32" if limit.mac_rate else "")
+    )
     table = Table("stage", "median", "", title="stages", title_justify="left")
     table.add_row(
         "decode",
         f"{timings.decode_ms:.2f} ms",
-        f"{timings.over_limit:.2f} x the limit of {limit.floor_ms:.2f} ms "
-        f"({limit.read_bandwidth / 1e9:.1f} GB/s in the same rounds); "
-        f"{timings.bandwidth_share:.0%} of the bandwidth"
+        f"{timings.over_limit:.2f} x the limit; {timings.bandwidth_share:.0%} of the bandwidth"
         + (f", {timings.compute_share:.0%} of the float32 rate" if limit.mac_rate else ""),
     )
     table.add_row(
@@ -384,7 +386,7 @@ def _print(console: Console, timings: Timings, peers: Mapping[str, PeerTimes], p
         "resident after the first token": size_text(timings.resident_bytes)
         if timings.resident_bytes
         else "unknown",
-        "most resident, a batch drawn": size_text(peak),
+        "most resident, a batch drawn": "unknown" if peak is None else size_text(peak),
         "state": size_text(timings.state_bytes),
         "files": size_text(timings.file_bytes),
     }

@@ -10,6 +10,7 @@ import click
 
 from runtime.bundle import Bundle, open_bundle
 from runtime.commands.option_group import Decorator, option_group
+from runtime.samples import shortened
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class BundlePlace:
 
 def parse_size(text: str) -> str:
     """``768x512``: width and height in pixels."""
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
-        raise click.BadParameter(f"{text!r} is no size like 768x512")
+    if not re.fullmatch("[1-9][0-9]{0,5}x[1-9][0-9]{0,5}", text):
+        raise click.BadParameter(f"{shortened(text, 60)!r} is no size like 768x512")
     return text
 
 
@@ -38,7 +39,7 @@ def bundle_argument() -> Decorator:
         click.option(
             "--size",
             metavar="WIDTHxHEIGHT",
-            callback=lambda c, p, text: parse_size(text) if text else None,
+            callback=lambda c, p, text: None if text is None else parse_size(text),
             help="Size of the images, of those that the bundle draws. Default: the first that was exported.",
         ),
     ]

@@ -10,6 +10,7 @@ import click
 from runtime.cache_request import CacheRequest
 from runtime.commands.option_group import Decorator, option_group
 from runtime.geometry import Aggregation, HeadScores, Mode
+from runtime.samples import MOST_COUNT
 
 
 def cache_options(policy: bool = True) -> Decorator:
@@ -21,7 +22,7 @@ def cache_options(policy: bool = True) -> Decorator:
         click.option("--policy", help="Cache policy, of those that the bundle holds."),
         click.option(
             "--budget-lines",
-            callback=lambda c, p, text: int(text) if re.fullmatch(r"-?\d+", text or "") else text,
+            callback=lambda c, p, text: int(text) if re.fullmatch("-?[0-9]{1,9}", text or "") else text,
             help="Lines in the cache, the one in progress included; or a share of the image's, like 1/6.",
         ),
         click.option(
@@ -35,7 +36,9 @@ def cache_options(policy: bool = True) -> Decorator:
             help="Whether an evicted slot empties at once or stays visible until it is overwritten.",
         ),
         click.option("--recent-lines", type=float, help="Newest lines that stay; 0.5 is half a line."),
-        click.option("--anchor-tokens", type=int, help="First image tokens that stay."),
+        click.option(
+            "--anchor-tokens", type=click.IntRange(max=MOST_COUNT), help="First image tokens that stay."
+        ),
         click.option(
             "--aggregation",
             type=click.Choice([str(a) for a in Aggregation]),

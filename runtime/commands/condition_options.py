@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import click
 from runtime.commands.option_group import Decorator, option_group
 from runtime.conditions import CaptionConditioner, Conditioner
 from runtime.errors import RequestError
-from runtime.samples import ClassLabel, Condition, Prompt
+from runtime.samples import MOST_IMAGES, ClassLabel, Condition, Prompt, shortened
+from runtime.text_files import read_lines
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,7 @@ class ConditionRequest:
         """The prompts of the file, one a line; blank lines are none."""
         if self.prompt_file is None:
             return []
-        try:
-            lines = self.prompt_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"cannot read {self.prompt_file}: {error}") from error
-        texts = [line for line in lines if line.strip()]
+        texts = [line for line in read_lines(self.prompt_file, RequestError) if line.strip()]
         if not texts:
             raise RequestError(f"{self.prompt_file} holds no prompts")
         return texts
@@ -63,15 +61,24 @@ class ConditionRequest:
 
 def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """``3,7`` or ``0-9`` or a mixture."""
-    if not text:
+    if text is None:
         return None
     classes: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        try:
-            classes += range(int(first), int(last) + 1) if dash else [int(first)]
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is no list of classes like 3,7 or 0-9") from None
+        found = re.fullmatch("([0-9]+)(?:-([0-9]+))?", part.strip())
+        if found is None:
+            raise click.BadParameter(f"{shortened(text, 60)!r} is no list of classes like 3,7 or 0-9")
+        first, last = found[1], found[2] or found[1]
+        # Numbers with more digits than the bound are not worth reading.
+        if max(len(first), len(last)) > len(str(MOST_IMAGES)) or int(last) - int(first) >= MOST_IMAGES:
+            raise click.BadParameter(
+                f"{shortened(part.strip(), 60)} are more than the {MOST_IMAGES} classes that a request may have"
+            )
+        if int(last) < int(first):
+            raise click.BadParameter(f"{part.strip()} counts down: say {last}-{first}")
+        classes += range(int(first), int(last) + 1)
+        if len(classes) > MOST_IMAGES:
+            raise click.BadParameter(f"more than the {MOST_IMAGES} classes that a request may have")
     return tuple(classes)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
@@ -17,6 +19,10 @@ from runtime.engines import built_flavours, read_engines
 from runtime.geometry import CacheSettings, cache_text
 from runtime.manifest import Manifest
 from runtime.text import lines_text, size_text
+from runtime.trt_flavour import FLAVOURS, Flavour
+
+if TYPE_CHECKING:
+    from runtime.trt_graphs import StageGraph
 
 
 @click.command()
@@ -24,18 +30,66 @@ from runtime.text import lines_text, size_text
 @click.option(
     "--layers", "stage", metavar="STAGE", help="List the layers of a stage's TensorRT plans as well."
 )
+@click.option(
+    "--graphs",
+    "graphs_of",
+    type=click.Choice(sorted(FLAVOURS)),
+    help="Load these plans on the GPU at hand, capture every stage as a CUDA graph and list what the graphs hold.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
-def command(place: BundlePlace, stage: str | None, as_json: bool) -> None:
-    """Tell what BUNDLE is, costs and needs, and what plans it has. Reads records and file sizes; loads no weights."""
+def command(place: BundlePlace, stage: str | None, graphs_of: str | None, as_json: bool) -> None:
+    """Tell what BUNDLE is, costs and needs, and what plans it has. Reads records and file sizes; loads no weights unless asked for
+    graphs."""
     opened = place.open(digests=False)
     if stage is not None:
         opened.stage_path(stage)
+    graphs = [] if graphs_of is None else _graphs(opened, FLAVOURS[graphs_of])
     if as_json:
-        click.echo(json.dumps(describe(opened), indent=1))
+        told = describe(opened)
+        if graphs_of is not None:
+            told["graphs"] = [asdict(graph) for graph in graphs]
+        click.echo(json.dumps(told, indent=1))
         return
     console = Console(highlight=False)
     _print(opened, console)
     _print_plans(opened, stage, console)
+    if graphs:
+        _print_graphs(graphs, console)
+
+
+def _graphs(bundle: Bundle, flavour: Flavour) -> list[StageGraph]:
+    # Needs a driver and TensorRT, which everything else here does not.
+    from runtime.trt import TrtBackend
+    from runtime.trt_graphs import captured_graphs
+
+    with TrtBackend(bundle, bundle.manifest.stages, flavour) as backend:
+        return captured_graphs(backend)
+
+
+def _print_graphs(graphs: Sequence[StageGraph], console: Console) -> None:
+    table = Table(
+        *("graph", "operations", "copied back", "copies by TensorRT itself"),
+        box=None,
+        padding=(0, 2, 0, 0),
+        title="CUDA graphs",
+        title_justify="left",
+    )
+    for graph in graphs:
+        kinds = [
+            f"{count} {name.removeprefix('CU_GRAPH_NODE_TYPE_').lower()}"
+            for name, count in graph.nodes.items()
+        ]
+        table.add_row(
+            graph.stage, "\n".join(kinds), size_text(graph.copied_back), "\n".join(graph.unasked) or "none"
+        )
+    console.print(table)
+    for graph in graphs:
+        if graph.unasked:
+            console.print(
+                f"warning: {graph.stage} copies {len(graph.unasked)} tensors that nobody asked TensorRT to copy; each costs its "
+                "bytes twice a run",
+                style="yellow",
+            )
 
 
 def describe(bundle: Bundle) -> dict[str, object]:

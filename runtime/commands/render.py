@@ -5,23 +5,45 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+import msgspec
 import numpy as np
 
 from runtime.backends import BackendOptions
 from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.errors import OutputError, RequestError
+from runtime.errors import RequestError
 from runtime.generator import PixelDecoder, picture
-from runtime.output import (
-    SHEET_NAME,
-    check_target,
-    contact_sheet,
-    make_folder,
-    read_tokens,
-    write_arrays,
-    write_png,
-)
+from runtime.output import SHEET_NAME, contact_sheet, read_tokens, write_arrays, write_png
+from runtime.replacement import FolderKind, atomic_file, check_target, claim_folder, new_folder, visible
 from runtime.samples import shortened
+
+RENDER_NAME = "render.json"
+
+
+def foreign_to_pictures(folder: Path) -> list[str] | None:
+    """Names in ``folder`` that ``linert render`` did not put there; None if it has put nothing there."""
+    names = visible(folder)
+    if RENDER_NAME not in names:
+        return None
+    try:
+        count = msgspec.json.decode((folder / RENDER_NAME).read_bytes(), type=dict[str, int])["images"]
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        return None
+    own = {RENDER_NAME, SHEET_NAME}
+    return [name for name in names if name not in own and not _is_picture(name, count)]
+
+
+def picture_name(number: int) -> str:
+    """The file of a picture."""
+    return f"image_{number:06d}.png"
+
+
+def _is_picture(name: str, count: int) -> bool:
+    number = name.removeprefix("image_").removesuffix(".png")
+    return number.isdecimal() and int(number) < count and name == picture_name(int(number))
+
+
+PICTURES = FolderKind("pictures of linert render", foreign_to_pictures)
 
 
 @click.command()
@@ -33,7 +55,7 @@ from runtime.samples import shortened
     type=click.Path(path_type=Path),
     help="Also write the pixels (float32 NCHW before clamping) to this npz file.",
 )
-@click.option("--force", is_flag=True, help="Write into OUT though it exists.")
+@click.option("--force", is_flag=True, help="Replace OUT if it is a folder of rendered pictures.")
 @backend_options()
 def command(
     place: BundlePlace,
@@ -44,10 +66,7 @@ def command(
     options: BackendOptions,
 ) -> None:
     """Turn the saved TOKENS of ``linert run --save-tokens`` into pictures again, with BUNDLE's image decoder."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file, not a folder; give another --out")
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists; give another --out, or --force to write into it")
+    click.get_current_context().with_resource(claim_folder(out, PICTURES, force=force))
     check_target(save_pixels)
     arrays = read_tokens(tokens)
     rows = arrays["tokens"]
@@ -58,14 +77,16 @@ def command(
         if values.shape != rows.shape[:1]:
             raise RequestError(f"{tokens}: {len(rows)} images and {values.shape} {name}")
     pixels = PixelDecoder(place.open(), options)(rows)
-    make_folder(out)
     shown = [picture(image) for image in pixels]
-    captions = []
-    for number, image in enumerate(shown):
-        write_png(out / f"image_{number:06d}.png", image)
-        label = "".join(f" · {shortened(str(values[number]))}" for values in asked.values())
-        captions.append(f"{number}{label}")
-    write_png(out / SHEET_NAME, contact_sheet(shown, captions))
+    with new_folder(out, PICTURES, force=force) as folder:
+        captions = []
+        for number, image in enumerate(shown):
+            write_png(folder / picture_name(number), image)
+            label = "".join(f" · {shortened(str(values[number]))}" for values in asked.values())
+            captions.append(f"{number}{label}")
+        write_png(folder / SHEET_NAME, contact_sheet(shown, captions))
+        with atomic_file(folder / RENDER_NAME) as file:
+            file.write(msgspec.json.encode({"images": len(shown)}) + b"\n")
     if save_pixels is not None:
         write_arrays(save_pixels, {"pixels": pixels.astype(np.float32, copy=False)})
     click.echo(f"{len(shown)} images: {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,24 +23,24 @@ from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest, condition_options
+from runtime.conditioning import open_conditioner
 from runtime.errors import RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
 from runtime.generator import Generator, Replay, Tokens, picture
 from runtime.geometry import CacheSettings, cache_text
 from runtime.output import (
-    PREVIEW_NAME,
     SHEET_IMAGES,
     SHEET_NAME,
     Recipe,
-    RunFolder,
-    RunRequest,
-    check_target,
     contact_sheet,
+    is_whole,
     sheet_columns,
     write_arrays,
     write_png,
 )
-from runtime.samples import Sample, plan_samples
+from runtime.replacement import check_target
+from runtime.run_folder import PREVIEW_NAME, RunFolder, RunRequest, check_run_folder, run_folder
+from runtime.samples import MOST_COUNT, Sample, plan_samples
 from runtime.trace import Trace, TraceHeader, per_image, read_trace
 
 
@@ -51,9 +52,11 @@ from runtime.trace import Trace, TraceHeader, per_image, read_trace
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
 @click.option("--greedy", is_flag=True, help="Take the most likely token instead of a draw.")
 @click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's, like the next four.")
-@click.option("--guidance-interval", type=int, help="Last guided decode step; -1 guides all.")
+@click.option(
+    "--guidance-interval", type=click.IntRange(max=MOST_COUNT), help="Last guided decode step; -1 guides all."
+)
 @click.option("--temperature", type=float)
-@click.option("--top-k", type=int, help="0 keeps all tokens.")
+@click.option("--top-k", type=click.IntRange(max=MOST_COUNT), help="0 keeps all tokens.")
 @click.option("--top-p", type=float, help="1 keeps all tokens.")
 @cache_options()
 @click.option(
@@ -78,7 +81,9 @@ from runtime.trace import Trace, TraceHeader, per_image, read_trace
 )
 @click.option("--preview", is_flag=True, help=f"Refresh OUT/{PREVIEW_NAME} as lines finish.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run in OUT.")
-@click.option("--force", is_flag=True, help="Write into OUT though it exists.")
+@click.option(
+    "--force", is_flag=True, help="Begin anew in OUT, a run's folder; what that run drew is removed."
+)
 @backend_options()
 def command(
     place: BundlePlace,
@@ -109,8 +114,15 @@ def command(
     """
     check_target(save_tokens)
     check_target(record_trace)
+    if (
+        record_trace is not None
+        and save_tokens is not None
+        and record_trace.resolve() == save_tokens.resolve()
+    ):
+        raise RequestError(f"--record-trace and --save-tokens both name {save_tokens}; give two files")
     if record_trace is not None and resume:
         raise RequestError("--record-trace cannot record what an earlier run drew: leave --resume out")
+    check_run_folder(out, resume=resume, force=force)
     given = {
         "guidance": guidance,
         "guidance_interval": guidance_interval,
@@ -137,11 +149,12 @@ def command(
     for option, value in (("--eviction-map", eviction_map), ("--record-trace", record_trace)):
         if value is not None:
             manifest.require_cache(option)
-    asked_conditions = conditions.settle(opened.conditioner)
+    conditioner = open_conditioner(opened, options)
+    asked_conditions = conditions.settle(conditioner)
     if trace is not None:
         trace.check(manifest)
         samples = list(trace.header.samples)
-        opened.conditioner.check(sample.condition for sample in samples)
+        conditioner.check(sample.condition for sample in samples)
         sampling, settings = trace.header.sampling, trace.header.cache
     else:
         samples = plan_samples(asked_conditions, num_images, seed or 0)
@@ -150,21 +163,21 @@ def command(
     if faults := sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(settings, replayed=trace is not None)
-    generator = Generator(opened, options)
+    generator = Generator(opened, options, conditioner)
     request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
-    folder = RunFolder(out, request, resume=resume, force=force)
     console = Console(stderr=True, highlight=False)
-    console.print(f"cache: {cache_text(settings)}")
-    map_kind = MapKind(eviction_map) if eviction_map else None
-    run = _Run(generator, request, folder, trace, map_kind, record_trace is not None, preview)
-    run.draw(console)
-    if trace is not None:
-        drawn = folder.arrays()["tokens"]
-        console.print(f"tokens equal to the trace's: {np.mean(drawn == trace.tokens):.2%}")
-    if record_trace is not None:
-        run.trace().write(record_trace)
-        click.echo(f"trace: {record_trace}")
-    _finish(folder, save_tokens)
+    with run_folder(out, request, resume=resume, force=force) as folder:
+        console.print(f"cache: {cache_text(settings)}")
+        map_kind = MapKind(eviction_map) if eviction_map else None
+        run = _Run(generator, request, folder, trace, map_kind, record_trace is not None, preview)
+        run.draw(console)
+        if trace is not None:
+            drawn = folder.arrays()["tokens"]
+            console.print(f"tokens equal to the trace's: {np.mean(drawn == trace.tokens):.2%}")
+        if record_trace is not None:
+            run.trace().write(record_trace)
+            click.echo(f"trace: {record_trace}")
+        _finish(folder, save_tokens)
 
 
 @dataclass
@@ -208,7 +221,7 @@ class _Run:
                 for number, group in enumerate(groups):
                     indices = range(first, first + len(group))
                     first += len(group)
-                    if all(index in folder.done for index in indices):
+                    if self._is_finished(group, indices):
                         tokens = np.stack([folder.done[index] for index in indices])
                         self._write_pictures(group, tokens, missing=True)
                     else:
@@ -219,6 +232,18 @@ class _Run:
                     progress.update(task, completed=(number + 1) * lines)
         finally:
             preview_path.unlink(missing_ok=True)
+
+    def _is_finished(self, group: Sequence[Sample], indices: Sequence[int]) -> bool:
+        """Whether a group's tokens are recorded and its maps drawn; maps need the cache, which is not recorded."""
+        if any(index not in self.folder.done for index in indices):
+            return False
+        return self.map_kind is None or all(
+            is_whole(self.folder.eviction_map(sample), self._recipe(sample), self.map_kind)
+            for sample in group
+        )
+
+    def _recipe(self, sample: Sample) -> Recipe:
+        return Recipe.of(self.generator.manifest, sample, self.request.sampling, self.request.cache)
 
     def _draw_batch(
         self, group: Sequence[Sample], indices: Sequence[int], on_line: Callable[[int], None]
@@ -246,34 +271,40 @@ class _Run:
         self._write_pictures(group, tokens)
         if self.map_kind is not None and residency is not None:
             for number, sample in enumerate(group):
-                path = self.folder.path / sample.file_name
-                with PIL.Image.open(path) as finished:
+                with PIL.Image.open(self.folder.picture(sample)) as finished:
                     drawn = draw_map(finished, residency.image(number), manifest, self.map_kind)
-                write_png(path.with_suffix(".evictions.png"), drawn)
+                write_png(self.folder.eviction_map(sample), drawn, self._recipe(sample), self.map_kind)
         self.folder.record(indices[0], tokens)
 
     def _write_pictures(self, group: Sequence[Sample], tokens: Tokens, *, missing: bool = False) -> None:
-        """Write a group's pictures, or only those that are missing."""
-        request = self.request
+        """Write a group's pictures, or only those that are missing, damaged or of other settings."""
         for sample, row in zip(group, tokens, strict=True):
-            path = self.folder.path / sample.file_name
-            if missing and path.exists():
-                continue
-            recipe = Recipe.of(self.generator.manifest, sample, request.sampling, request.cache)
-            write_png(path, picture(self.generator.decoder(row[None])[0]), recipe)
+            path, recipe = self.folder.picture(sample), self._recipe(sample)
+            if not (missing and is_whole(path, recipe)):
+                write_png(path, picture(self.generator.decoder(row[None])[0]), recipe)
 
 
 def _advance(progress: Progress, task: TaskID, before: int, lines: int) -> None:
     progress.update(task, completed=before + lines)
 
 
+PREVIEW_SHARE = 0.1
+"""Of a run's time that goes into previews at the most: decoding a batch's pixels can take longer than drawing a line of tokens."""
+
+
 def _line_report(
     generator: Generator, count: int, preview_path: Path | None, advance: Callable[[int], object]
 ) -> Callable[[int], None]:
+    due = time.monotonic()
+
     def report(lines: int) -> None:
+        nonlocal due
         advance(lines)
-        if preview_path is not None:
+        begun = time.monotonic()
+        if preview_path is not None and begun >= due:
             write_png(preview_path, _preview(generator, generator.tokens(count), lines))
+            ended = time.monotonic()
+            due = ended + (ended - begun) * (1 / PREVIEW_SHARE - 1)
 
     return report
 
@@ -289,7 +320,7 @@ def _finish(folder: RunFolder, save_tokens: Path | None) -> None:
     samples = folder.request.samples
     shown = []
     for sample in samples[:SHEET_IMAGES]:
-        with PIL.Image.open(folder.path / sample.file_name) as image:
+        with PIL.Image.open(folder.picture(sample)) as image:
             shown.append(image.convert("RGB"))
     captions = [sample.label for sample in samples]
     columns = sheet_columns(len({sample.condition for sample in samples}), len(samples))

@@ -41,7 +41,7 @@ class KernelSet(msgspec.Struct, frozen=True):
 
 
 class LoadedKernel:
-    """A kernel on the current device, ready to be launched.
+    """A kernel on the current device, ready to be launched; unloaded with the object.
 
     Args:
         kernel: what to load.
@@ -55,8 +55,10 @@ class LoadedKernel:
     def __init__(self, kernel: CompiledKernel, driver: Any, capability: int) -> None:
         self.kernel, self.driver = kernel, driver
         # The text must end with a zero.
-        self._module = checked(driver, driver.cuModuleLoadData(kernel.image(capability) + b"\0"))
-        self._function = checked(driver, driver.cuModuleGetFunction(self._module, kernel.name.encode()))
+        module = checked(driver, driver.cuModuleLoadData(kernel.image(capability) + b"\0"))
+        # The end of the process unloads everything, in an order of its own.
+        weakref.finalize(self, driver.cuModuleUnload, module).atexit = False
+        self._function = checked(driver, driver.cuModuleGetFunction(module, kernel.name.encode()))
         if kernel.shared_bytes > 48 << 10:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
             checked(driver, driver.cuFuncSetAttribute(self._function, attribute, kernel.shared_bytes))
@@ -78,9 +80,6 @@ class LoadedKernel:
             ),
         )
 
-    def unload(self) -> None:
-        checked(self.driver, self.driver.cuModuleUnload(self._module))
-
 
 class DeviceKernels:
     """The kernels of one plugin on the current device, and the small tables that they read.
@@ -93,7 +92,7 @@ class DeviceKernels:
         self.driver = driver
         self._kernels = kernels
         self._tables: dict[tuple[int, ...], int] = {}
-        weakref.finalize(self, _free_host, driver, self._tables)
+        weakref.finalize(self, _free_host, driver, self._tables).atexit = False
 
     def __getitem__(self, name: str) -> LoadedKernel:
         return self._kernels[name]

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from typing import Any
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -29,14 +30,18 @@ class Contents(msgspec.Struct, frozen=True):
     kernels: KernelSet
 
 
-class Devices:
-    """Kernels loaded on the current device, each once however many layers use it."""
+class LoadedKernels(dict[str, LoadedKernel]):
+    """Loaded kernels by name; unlike a plain dictionary it can be referred to weakly."""
+
+
+class Contexts:
+    """Kernels loaded in CUDA contexts, each once however many layers use it, as long as one of them does."""
 
     def __init__(self) -> None:
-        self._loaded: dict[tuple[int, bytes], dict[str, LoadedKernel]] = {}
+        self._loaded: WeakValueDictionary[tuple[int, bytes], LoadedKernels] = WeakValueDictionary()
 
     def load(self, kernels: KernelSet) -> DeviceKernels:
-        """Ready-made launches of ``kernels``.
+        """Ready-made launches of ``kernels`` in the current context.
 
         Raises:
             RuntimeError: the driver refuses them.
@@ -44,14 +49,17 @@ class Devices:
         """
         from cuda.bindings import driver
 
-        device = checked(driver, driver.cuCtxGetDevice())
-        key = int(device), msgspec.msgpack.encode(kernels)
-        if key not in self._loaded:
-            capability = current_capability(driver, device)
-            self._loaded[key] = {
-                name: LoadedKernel(kernel, driver, capability) for name, kernel in kernels.kernels.items()
-            }
-        return DeviceKernels(self._loaded[key], driver)
+        # Unlike its address, the number of a context is never given to another.
+        context = checked(driver, driver.cuCtxGetId(checked(driver, driver.cuCtxGetCurrent())))
+        key = int(context), msgspec.msgpack.encode(kernels)
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            capability = current_capability(driver, checked(driver, driver.cuCtxGetDevice()))
+            loaded = LoadedKernels(
+                (name, LoadedKernel(kernel, driver, capability)) for name, kernel in kernels.kernels.items()
+            )
+            self._loaded[key] = loaded
+        return DeviceKernels(loaded, driver)
 
 
 def register(trt: Any, compile_kernels: Compile | None = None, capabilities: Sequence[int] = ()) -> None:
@@ -75,7 +83,7 @@ def make_creator(
     capabilities: Sequence[int] = (),
 ) -> Any:
     """A plugin creator for one operation; see :func:`register`."""
-    devices = Devices()
+    contexts = Contexts()
     types = {name: getattr(trt, name) for name in (*HELD_TYPES, "int32", "int64", "bool")}
     names = {kind: name for name, kind in types.items()}
     attributes = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -161,7 +169,7 @@ def make_creator(
         def attach_to_context(self, context: Any) -> Any:
             copy = self.clone()
             if copy.kernels is not None:
-                copy.loaded = devices.load(copy.kernels)
+                copy.loaded = contexts.load(copy.kernels)
             return copy
 
         def enqueue(

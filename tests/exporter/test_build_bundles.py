@@ -18,6 +18,7 @@ from random_checkpoint import random_tensors, transformer_shapes, vq_shapes
 from exporter.lasadgen_folder import write_lasadgen
 from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
 from runtime.bundle import Bundle, open_bundle
+from runtime.conditioning import open_conditioner
 from runtime.conditions import conditions_of
 from runtime.engines import Engines, missing_plugins, read_engines
 from runtime.generator import make_batch
@@ -129,7 +130,7 @@ def test_spatial_decay_on_an_emulated_gpu(
             }
         stages = list(bundle.manifest.stages)
         samples = plan_samples(conditions_of([1, 4]), 2, seed=4)
-        batch = make_batch(bundle, samples, bundle.manifest.sampling, None)
+        batch = make_batch(bundle.manifest, open_conditioner(bundle), samples, bundle.manifest.sampling, None)
         here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
         found, wanted = generate(here, batch), generate(reference, batch)
         assert (found == wanted).all()
@@ -149,7 +150,7 @@ def test_prompts_newlines_and_grouped_queries_on_an_emulated_gpu(
     manifest = bundle.manifest
     stages = [name for name in manifest.stages if name != "decode"]
     samples = plan_samples(conditions_of(["a red fox", "snow"]), 2, seed=4)
-    batch = make_batch(bundle, samples, manifest.sampling, manifest.cache)
+    batch = make_batch(manifest, open_conditioner(bundle), samples, manifest.sampling, manifest.cache)
     here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
     found, wanted = generate(here, batch), generate(reference, batch)
     assert (found == wanted).all()

@@ -13,9 +13,15 @@ from random_folder import write_tokenizer
 from tokenizers import Tokenizer, processors
 
 from graphs.families import vq
+from runtime.backends import BackendOptions
+from runtime.bundle import open_bundle
+from runtime.errors import BundleError
+from runtime.text_encoder import TextEncoder
+from runtime.tokenizer import TextTokenizer
 from tests.conftest import Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
 from tests.graphs.test_text_encoder import published
+from tests.onnxruntime_cuda import cuda_faults
 
 Linert = Callable[..., Result]
 
@@ -173,12 +179,26 @@ def test_prompts_pass_the_text_encoder(
     texts = [part for prompt in prompts for part in ("--prompt", prompt)]
     wanted = tokens("features", "--captions", tmp_path / "captions.npy")
     assert (tokens("prompts", *texts) == wanted).all()
+    assert not cuda_faults(bundle)
     assert (tokens("away", *texts, "--negative-prompt", "blurred") != wanted).any()
     result = linert("validate", bundle)
     assert result.code == 0, result.out + result.err
     result = linert("run", bundle, "--prompt", "word " * 200, "--out", tmp_path / "long")
     assert result.code == 2
     assert "trained with at most 120" in result.err
+    # A bundle of before, whose tokenizer was not held to the encoder's table.
+    extended = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    extended.add_tokens([f"word{number}" for number in range(100)])
+    extended.save(str(tmp_path / "tokenizer.json"))
+    opened = open_bundle(bundle)
+    encode = TextEncoder(
+        lambda: BackendOptions().open(opened, ["text_encoder"]),
+        lambda: TextTokenizer(tmp_path / "tokenizer.json"),
+        120,
+    )
+    assert encode(cleaned[0]).any()
+    with pytest.raises(BundleError, match="no embedding for a token of 'word99'"):
+        encode("word99")
 
 
 def test_an_encoder_of_another_width_is_refused(

@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from exporter.checkpoint import load_tensors, open_checkpoint
+from exporter.checkpoint import open_checkpoint
 from exporter.models import LoadedTransformer, ModelRequest, load_image_decoder, load_transformer
 from graphs.families import llamagen
 from runtime.errors import CheckpointError
@@ -90,7 +90,7 @@ def test_ema_is_an_option_and_never_a_default(tmp_path: Path) -> None:
 def test_zip_checkpoints_are_memory_mapped(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"model": weights()}, path)
-    tensors, _ = load_tensors(path)
+    tensors = open_checkpoint(path).tensors
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("this system does not list its mappings")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -16,16 +19,22 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from exporter.compare import forced_logits
 from exporter.compare_grid import Grid, budget_lines, labels_of
-from exporter.timing import decode_backend
+from exporter.quality import measure_rows
+from exporter.timing import ResizedBackend, step_times
+from graphs.families.llamagen import LlamaGen
+from graphs.families.vq import VQModel
 from runtime import Generator
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
-from runtime.generator import make_batch
+from runtime.generator import PixelDecoder, make_batch
+from runtime.metrics import Metric
+from runtime.replacement import working_folder
 from runtime.samples import ClassLabel, Sample
-from tests.conftest import ROOT, TINY, Result
+from tests.conftest import ROOT, TINY, TINY_VQ, Result, random_state
 
 Linert = Callable[..., Result]
 METRICS = """
@@ -99,6 +108,31 @@ def test_every_cell_is_measured(compared: tuple[Path, str], many_bundle: Path) -
         assert cell["first_divergence"] >= (budget - 1) * TINY.line_width
 
 
+def test_the_tables_fit_a_terminal(compared: tuple[Path, str]) -> None:
+    out, printed = compared
+    lines = printed.splitlines()
+    tables = [line for line in lines if not line.startswith(("caution", "report"))]
+    assert max(map(len, tables)) <= 100
+    # Seven images of three features.
+    assert "caution: Fréchet distance: 7 images are few for 3 features" in printed
+    for title in ("agreement with the full cache", "class accuracy (higher", "Fréchet distance (lower"):
+        assert title in printed
+    for cell in cells_of(out):
+        # Numbers are not folded, and state whole intervals.
+        far = cell["metrics_minus_full"]["Fréchet distance"]
+        assert (
+            cell["label"] == "full"
+            or f"{far['value']:+.2f} [{far['low']:+.2f}, {far['high']:+.2f}]" in printed
+        )
+        assert f"{cell['kl_mean']:.4f}" in printed
+
+
+def test_the_full_cache_is_measured_beside_itself(compared: tuple[Path, str]) -> None:
+    full = cells_of(compared[0])[0]
+    assert {*full["metrics_minus_full"]["class accuracy"].values()} == {0.0}
+    assert full["metrics"]["Fréchet distance"]["measured"] >= full["metrics"]["Fréchet distance"]["value"]
+
+
 class Page(HTMLParser):
     """Collects what a page refers to and the tags left open."""
 
@@ -131,7 +165,8 @@ def test_the_page_needs_nothing_beside_it(compared: tuple[Path, str]) -> None:
     assert not re.search(r"url\((?!#)|@import", text)
     cells = len(cells_of(out))
     assert page.tags.count("img") == cells
-    assert page.tags.count("tr") == cells + 1
+    # A table of costs and one a metric.
+    assert page.tags.count("tr") == 3 * (cells + 1)
     # Two metrics, KL by budget and by line, time by state.
     assert page.tags.count("svg") == 5
 
@@ -191,6 +226,110 @@ def test_an_interrupted_comparison_goes_on(
     assert found == wanted
 
 
+def test_metrics_whose_code_changed_are_measured_again(
+    linert: Linert, many_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a module of a package, whose function is in another."""
+    package = tmp_path / "code" / "judges"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "brightness.py").write_text(
+        "from runtime.metrics import Metric\n"
+        "class Brightness(Metric):\n"
+        "    name, higher_is_better = 'brightness', True\n"
+        "    def measure(self, pixels, asked):\n"
+        "        from judges.scale import scaled\n"
+        "        return scaled(pixels.mean((1, 2, 3), dtype='float64')[:, None])\n"
+        "    def score(self, rows):\n"
+        "        return float(rows.mean())\n"
+        "def metrics():\n"
+        "    return [Brightness()]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "code"))
+    out = tmp_path / "out"
+    request = (
+        "compare",
+        many_bundle,
+        "--out",
+        out,
+        "--policies",
+        "linear",
+        "--budgets",
+        "1/2",
+        "--samples",
+        2,
+    )
+    measured = []
+    for scale in (1, 1, 3):
+        (package / "scale.py").write_text(f"def scaled(rows):\n    return {scale}.0 * rows\n")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "judges"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        result = linert(
+            *request, "--metrics", "judges.brightness", "--no-timing", *["--resume"] * out.exists()
+        )
+        assert result.code == 0, result.err
+        rows = sorted(out.glob("cells/*/metrics.npz"))
+        value = cells_of(out)[0]["metrics"]["brightness"]["value"]
+        measured.append((value, [path.stat().st_mtime_ns for path in rows]))
+    first, again, changed = measured
+    assert again == first
+    assert changed[0] == pytest.approx(3 * first[0], rel=1e-12)
+    assert all(later > before for later, before in zip(changed[1], first[1], strict=True))
+
+
+def test_damaged_measurements_are_made_again(
+    compared: tuple[Path, str],
+    request_options: tuple[object, ...],
+    linert: Linert,
+    many_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    out = Path(shutil.copytree(compared[0], tmp_path / "out"))
+    for pattern in ("metrics.npz", "forced_0001.npz", "tokens.npz"):
+        path = sorted(out.glob(f"cells/*/{pattern}"))[-1]
+        path.write_bytes(path.read_bytes()[:100])
+    (out / "cells" / ".x.0123456789abcdef.partial").touch()
+    result = linert("compare", many_bundle, "--out", out, *request_options, "--resume", "--no-timing")
+    assert result.code == 0, result.err
+    timed = ("decode_ms", "line_end_ms")
+    found, wanted = (
+        [{name: value for name, value in cell.items() if name not in timed} for cell in cells_of(folder)]
+        for folder in (out, compared[0])
+    )
+    assert found == wanted
+
+
+def test_a_comparison_begins_in_an_empty_folder_and_in_no_other(
+    linert: Linert, many_bundle: Path, tmp_path: Path
+) -> None:
+    request = (
+        "compare",
+        many_bundle,
+        "--policies",
+        "linear",
+        "--budgets",
+        "1/2",
+        "--samples",
+        1,
+        "--no-timing",
+    )
+    for name, options in (("a", ()), ("b", ("--resume",))):
+        (tmp_path / name).mkdir()
+        result = linert(*request, "--out", tmp_path / name, *options)
+        assert result.code == 0, result.err
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "holiday.jpg").touch()
+    for options in ((), ("--resume",)):
+        assert linert(*request, "--out", mine, *options).code == 2
+    assert [path.name for path in mine.iterdir()] == ["holiday.jpg"]
+    with working_folder(tmp_path / "a"):
+        result = linert(*request, "--out", tmp_path / "a", "--resume")
+    assert result.code == 2
+    assert "another linert is writing" in " ".join(result.err.split())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -216,20 +355,27 @@ def test_another_request_is_refused(
     ("options", "message"),
     [
         (("--policies", "nonsense"), "holds no policy nonsense"),
-        (("--budgets", "0"), "budget 0"),
-        (("--budgets", "3/2"), "budget 3/2"),
+        (("--budgets", "0"), "budget '0'"),
+        (("--budgets", "3/2"), "budget '3/2'"),
         (("--budgets", "many"), "budget 'many'"),
         (("--budgets", "7"), "no cell of the grid fits"),
         (("--mode", "eager"), "give some of strict, lazy"),
         (("--metrics", "missing.py"), "no file missing.py"),
         (("--forced-images", 0), "at least 1"),
         (("--samples", 0), "0 images asked for"),
+        (("--samples", 1, "--metrics", "{metrics}"), "Fréchet distance needs at least 2 images"),
     ],
 )
 def test_bad_grids_are_refused_and_write_nothing(
-    options: tuple[object, ...], message: str, linert: Linert, many_bundle: Path, tmp_path: Path
+    options: tuple[object, ...],
+    message: str,
+    linert: Linert,
+    many_bundle: Path,
+    metric_file: Path,
+    tmp_path: Path,
 ) -> None:
-    result = linert("compare", many_bundle, "--out", tmp_path / "out", *options)
+    given = [str(option).format(metrics=metric_file) for option in options]
+    result = linert("compare", many_bundle, "--out", tmp_path / "out", *given)
     assert result.code == 2
     assert message in " ".join(result.err.split())
     assert not (tmp_path / "out").exists()
@@ -280,20 +426,74 @@ def test_a_resized_decode_graph_is_that_of_a_smaller_bundle(
     small = Generator(export(*tiny_files, *options))
     backend = small.backend
     samples = [Sample(ClassLabel(1), 2), Sample(ClassLabel(3), 4)]
-    batch = make_batch(small.bundle, samples, small.manifest.sampling, small.manifest.cache)
+    batch = make_batch(
+        small.manifest, small.conditioner, samples, small.manifest.sampling, small.manifest.cache
+    )
     tokens = small.draw(samples)
     for _ in zip(range(20), forced_logits(backend, batch, tokens), strict=False):
         pass
-    with decode_backend(open_bundle(many_bundle), "decode.unfiltered", (3, 2), 1) as resized:
-        for name in resized.specs:
-            if not name.startswith("logits"):
-                resized.write(name, backend.read(name))
-        resized.run("decode.unfiltered")
-        backend.run("decode.unfiltered")
-        for name in resized.specs:
-            np.testing.assert_allclose(
-                resized.read(name), backend.read(name), atol=1e-5, rtol=0, err_msg=name
-            )
+    resized = ResizedBackend(open_bundle(many_bundle), "decode.unfiltered", (3, 2), 1)
+    for name in resized.specs:
+        if not name.startswith("logits"):
+            resized.write(name, backend.read(name))
+    resized.run("decode.unfiltered")
+    backend.run("decode.unfiltered")
+    for name in resized.specs:
+        np.testing.assert_allclose(resized.read(name), backend.read(name), atol=1e-5, rtol=0, err_msg=name)
+
+
+def test_timing_reads_weights_where_they_are(many_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is linked or copied: there may be no room for it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(many_bundle / "no such folder"))
+    before = {path: path.stat().st_nlink for path in many_bundle.iterdir()}
+    bundle = open_bundle(many_bundle)
+    backend = ResizedBackend(bundle, "decode.unfiltered", (2, 1), 1)
+    assert len(step_times(backend, "decode.unfiltered", bundle.manifest)) == TINY.line_width
+    assert {path: path.stat().st_nlink for path in many_bundle.iterdir()} == before
+
+
+def test_logits_that_are_not_finite_are_reported(
+    linert: Linert, export: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Finite weights whose products no float32 holds."""
+    state = random_state(LlamaGen(TINY))
+    state["output.weight"] *= 1e38
+    torch.save({"model": state}, tmp_path / "model.pt")
+    torch.save({"model": random_state(VQModel(TINY_VQ))}, tmp_path / "vq.pt")
+    options = ("--grid", 6, "--heads", 4, "--batch", 2, "--policy", "linear,full")
+    bundle = export(tmp_path / "model.pt", tmp_path / "vq.pt", *options)
+    result = linert("compare", bundle, "--samples", 2, "--budgets", 3, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "finite" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("measured", "message"),
+    [
+        (lambda images: np.zeros(images), r"an array \[2\] of 2 images"),
+        (lambda images: np.zeros((images + 1, 1)), r"an array \[3, 1\] of 2 images"),
+        (lambda images: np.full((images, 1), np.nan), "not finite"),
+        (lambda images: "nothing", "cannot measure images: ValueError"),
+        (lambda images: {}["features"], "cannot measure images: KeyError"),
+    ],
+)
+def test_metrics_that_measure_wrongly_are_named(
+    measured: Callable[[int], object], message: str, many_bundle: Path
+) -> None:
+    class Faulty(Metric):
+        name, higher_is_better = "faulty", True
+
+        def measure(self, pixels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+            return measured(len(pixels))  # type: ignore[return-value]
+
+        def score(self, rows: np.ndarray) -> float:
+            return float(rows.mean())
+
+    decoder = PixelDecoder(open_bundle(many_bundle))
+    samples = [Sample(ClassLabel(1), 2), Sample(ClassLabel(3), 4)]
+    with pytest.raises(RequestError, match=f"faulty.*{message}"):
+        measure_rows([Faulty()], decoder, np.zeros((2, TINY.image_tokens), np.int64), samples)
 
 
 def test_labels_say_what_differs(many_bundle: Path) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 import onnx
 import pytest
 import torch
@@ -19,15 +22,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporter import bundle_export
+from exporter.bundle_folder import foreign_to_bundle
 from exporter.commands.export import cache_plan
 from exporter.models import ModelRequest, load_models
+from exporter.sources import family_config, precision_plan
 from exporter.weights_file import WeightsFile
 from graphs.families import llamagen
 from graphs.line_attention import DOMAIN, OP_TYPE
 from runtime.bundle import open_bundle
 from runtime.cache_request import CacheRequest
-from runtime.errors import ExportError, GeometryError, OutputError
+from runtime.errors import BundleError, ExportError, GeometryError, OutputError
 from runtime.geometry import Raster
+from runtime.locks import Lock, lock_path
 from runtime.manifest import SamplingSettings
 from tests.conftest import ROOT, TINY, Result, cache_settings, random_state
 
@@ -36,7 +42,7 @@ Files = tuple[Path, Path]
 TINY_OPTIONS = ("--grid", 6, "--heads", 4)
 
 
-def test_a_bundle_holds_static_opset_24_stages_and_one_weights_file(tiny_bundle: Path) -> None:
+def test_a_bundle_holds_static_stages_and_one_weights_file(tiny_bundle: Path) -> None:
     names = {path.name for path in tiny_bundle.iterdir()}
     stages = {
         "prefill.onnx",
@@ -49,7 +55,8 @@ def test_a_bundle_holds_static_opset_24_stages_and_one_weights_file(tiny_bundle:
     assert names == {"manifest.json", "weights.bin", *stages}
     for name in stages:
         model = onnx.load(tiny_bundle / name, load_external_data=False)
-        assert {o.domain: o.version for o in model.opset_import}[""] == 24
+        opset = 24 if name.startswith("decode") else 21
+        assert {o.domain: o.version for o in model.opset_import}[""] == opset
         for value in (*model.graph.input, *model.graph.output):
             assert all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim), value.name
         for tensor in model.graph.initializer:
@@ -175,18 +182,83 @@ def plan_of(model: Path, vq_file: Path) -> bundle_export.ExportPlan:
     )
 
 
-def test_an_existing_folder_needs_force(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    out.mkdir()
-    (out / "keep").write_text("me")
+def test_a_bundle_is_replaced_by_force_alone(
+    linert: Linert, tiny_files: Files, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     arguments = ("export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", out)
     result = linert(*arguments)
     assert result.code == 2
     assert "--force" in result.err
-    assert (out / "keep").read_text() == "me"
-    assert linert(*arguments, "--force").code == 0
+    assert open_bundle(out).manifest.images == 2
+    result = linert(*arguments, "--force")
+    assert result.code == 0, result.err
     assert open_bundle(out).manifest.images == 1
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_force_replaces_nothing_but_a_bundle_and_says_so_first(
+    linert: Linert, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Before the checkpoint is looked for, which is not there."""
+    photographs, run, more = (tmp_path / name for name in ("photographs", "run", "more"))
+    for folder, name in ((photographs, "holiday.jpg"), (run, "run.json")):
+        folder.mkdir()
+        (folder / name).write_text("{}")
+    shutil.copytree(tiny_bundle, more)
+    (more / "engines" / "mine").mkdir(parents=True)
+    (more / "engines" / "mine" / "notes.md").write_text("mine")
+    link = tmp_path / "link"
+    link.symlink_to(photographs)
+    before = sorted(tmp_path.rglob("*"))
+    for out in (photographs, run, more, link, tmp_path, Path.home(), Path("/")):
+        result = linert("export", "no.pt", "--out", out, "--force")
+        said = " ".join(result.err.split())
+        assert result.code == 2
+        assert "not a bundle" in said or "more than a bundle" in said or "mount point" in said
+        assert "no.pt" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+    other = Lock.take(lock_path(tmp_path / "new"))
+    assert other is not None
+    result = linert("export", "no.pt", "--out", tmp_path / "new")
+    other.release()
+    assert "another linert is writing" in " ".join(result.err.split())
+    assert "checkpoint" in linert("export", "no.pt", "--out", tmp_path / "new").err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_belongs_to_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    assert foreign_to_bundle(out) == []
+    # Plans, other sizes, what was left unfinished, and a manifest of another version belong to it.
+    for name in ("engines/rtx/engine.json", "engines/rtx.64x32/decode.plan", "engines/.rtx.linert-lock"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    (out / "engines" / ".rtx.0123456789abcdef.partial").mkdir()
+    (out / "engines" / ".rtx.0123456789abcdef.partial" / "decode.plan").touch()
+    held = json.loads((out / "manifest.json").read_text())
+    held |= {"schema": 3, "files": {**held["files"], "older.onnx": {}}, "of_another_version": 1}
+    (out / "manifest.64x32.json").write_text(json.dumps(held))
+    (out / "older.onnx").touch()
+    assert foreign_to_bundle(out) == []
+    foreign = ["engines/rtx/notes", "engines/tensorrt", "link", "notes", "tokenizer/words"]
+    for name in ("engines/rtx/notes", "notes", "tokenizer/words", "engines/tensorrt"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+    (out / "link").symlink_to(tmp_path)
+    assert foreign_to_bundle(out) == foreign
+    for text in (
+        "",
+        "[]",
+        "{}",
+        '{"files": {}}',
+        '{"files": 3, "producer": {"linert": "1"}}',
+        "\xff",
+        "[" * 100_000,
+    ):
+        (out / "manifest.json").write_text(text, encoding="latin-1")
+        (out / "manifest.64x32.json").unlink(missing_ok=True)
+        assert foreign_to_bundle(out) is None
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
@@ -199,27 +271,31 @@ def test_a_folder_that_cannot_be_made_is_an_error(linert: Linert, tiny_files: Fi
 
 
 def test_a_full_disk_is_an_error_and_leaves_the_old_bundle(
-    monkeypatch: pytest.MonkeyPatch, tiny_files: Files, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_files: Files, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     def full(self: WeightsFile, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    out = tmp_path / "bundle"
-    out.mkdir()
-    (out / "old").write_text("bundle")
+    out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     plan = plan_of(*tiny_files)
     monkeypatch.setattr(WeightsFile, "_write", full)
     with pytest.raises(OutputError, match="disk is full"):
         bundle_export.export_bundle(plan, out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
-    assert (out / "old").read_text() == "bundle"
+    assert open_bundle(out).manifest == open_bundle(tiny_bundle).manifest
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("delay", [0.0, 1.5, 3.0])
+@pytest.mark.parametrize(
+    ("kind", "delay"),
+    [
+        *((kind, delay) for kind in ("SIGINT", "SIGTERM") for delay in (0.0, 1.5, 3.0)),
+        ("SIGHUP", 1.5),
+        ("SIGQUIT", 1.5),
+    ],
+)
 def test_an_interrupted_export_leaves_nothing(
-    kind: signal.Signals, delay: float, tiny_files: Files, tmp_path: Path
+    kind: str, delay: float, tiny_files: Files, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
     command = [sys.executable, "-c", "from runtime.cli import main; main()", "export", tiny_files[0], "--vq"]
@@ -234,7 +310,7 @@ def test_an_interrupted_export_leaves_nothing(
         if "state memory" in line:
             break
     time.sleep(delay)
-    process.send_signal(kind)
+    process.send_signal(getattr(signal, kind))
     code = process.wait(timeout=60)
     if out.exists():
         assert code == 0
@@ -289,3 +365,30 @@ def test_a_budget_is_accepted_exactly_when_a_line_can_always_be_evicted(
     else:
         with pytest.raises(GeometryError):
             cache.check(Raster(1, width, lines), (lines,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"family": "diffusion"}, "holds a diffusion, and there are llamagen"),
+        ({"config": {}}, "is no llamagen's"),
+        ({"config": {"layers": "two"}}, "is no llamagen's"),
+        ({"config": {**asdict(TINY), "heads": 0}}, "heads is 0, must be at least 1"),
+        ({"config": {**asdict(TINY), "grid": 10**9}}, "must be 1 to 512 of each"),
+    ],
+)
+def test_a_manifest_of_no_model_is_refused(
+    change: dict[str, object], message: str, tiny_bundle: Path
+) -> None:
+    bundle = open_bundle(tiny_bundle)
+    model = msgspec.structs.replace(bundle.manifest.model, **change)
+    forged = replace(bundle, manifest=msgspec.structs.replace(bundle.manifest, model=model))
+    with pytest.raises(BundleError, match=message):
+        family_config(forged)
+
+
+def test_a_manifest_of_no_precision_is_refused(tiny_bundle: Path) -> None:
+    spec = open_bundle(tiny_bundle).manifest.precision
+    for change in ({"weights": "fp8"}, {"activations": ""}, {"method": "magic"}, {"parts": {"0": "int3"}}):
+        with pytest.raises(BundleError, match="a precision that there is not"):
+            precision_plan(msgspec.structs.replace(spec, **change))

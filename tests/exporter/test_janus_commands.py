@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from runtime.output import read_recipe
 from tests.conftest import Result
 from tests.graphs.test_janus import original, published
+from tests.onnxruntime_cuda import cuda_faults
 from tests.text_models import (
     JANUS_VOCABULARY,
     PRECISIONS,
@@ -301,3 +302,4 @@ def test_every_precision(
     precision: str, janus_folders: dict[str, Path], linert: Linert, tmp_path: Path
 ) -> None:
     check_precision(precision, (janus_folders["deepseek-ai's"], "--grid", GRID), linert, tmp_path)
+    assert not cuda_faults(tmp_path / "bundle")

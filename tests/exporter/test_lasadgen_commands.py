@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -18,8 +20,12 @@ from graphs import stages
 from graphs.families import vq
 from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
 from runtime.bundle import open_bundle
+from runtime.loop import generate
+from runtime.ort import OrtBackend
 from tests.conftest import TINY_VQ, Result, random_state
 from tests.eager import Eager
+from tests.onnxruntime_cuda import CapturingBackend, cuda_faults
+from tests.runtime.test_ort import tiny_batch
 from tests.text_models import broken, without
 
 Linert = Callable[..., Result]
@@ -87,6 +93,18 @@ def test_pictures_are_those_of_pytorch(
     report = json.loads(result.out)
     assert report["tokens_agreement"] == 1.0
     assert not report["lines"]
+    assert not cuda_faults(out)
+
+
+def test_captured_sessions_draw_the_cpu_s_tokens(bundle: Path) -> None:
+    """ONNX Runtime runs a stage three times when it captures it, and the end of a row updates its state too."""
+    stages = ("prefill", "decode", "decode.unfiltered", "line_end")
+    opened = open_bundle(bundle)
+    captured, reference = CapturingBackend(opened, stages, device="cpu"), OrtBackend(opened, stages)
+    for seed, top_k in ((0, 0), (5, 20), (0, 0)):
+        usual = tiny_batch(reference, seed)
+        batch = replace(usual, sampling=msgspec.structs.replace(usual.sampling, top_k=top_k))
+        assert (generate(captured, batch) == generate(reference, batch)).all()
 
 
 def test_inspect_says_what_is_kept(bundle: Path, linert: Linert) -> None:
@@ -185,9 +203,9 @@ def test_another_variant_is_another_checkpoint(
 
 
 def test_bench_over_grids(bundle: Path, linert: Linert) -> None:
-    result = linert("bench", bundle, "--sweep", "grid=6,8", "--rounds", 1, "--images", 0)
+    result = linert("bench", bundle, "--sweep", "grid=6,8", "--rounds", 1, "--images", 0, "--json")
     assert result.code == 0, result.err
-    small, large = json.loads(result.out.splitlines()[-1])["cells"]
+    small, large = json.loads(result.out)["cells"]
     assert small["state_bytes"] < large["state_bytes"]
 
 

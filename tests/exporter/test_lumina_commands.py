@@ -19,6 +19,7 @@ from graphs.policies import POLICIES
 from runtime.bundle import open_bundle
 from tests.conftest import Result, random_state
 from tests.graphs.test_lumina import chameleon
+from tests.onnxruntime_cuda import cuda_faults
 from tests.text_models import (
     LUMINA_CODES,
     LUMINA_FIRST,
@@ -218,3 +219,4 @@ def test_what_lumina_needs_is_said(
 def test_every_precision(precision: str, linert: Linert, tmp_path: Path) -> None:
     folder, image_decoder = write_lumina(tmp_path / "tiny", kv_heads=2)
     check_precision(precision, (folder, "--vq", image_decoder, "--size", "64x64"), linert, tmp_path)
+    assert not cuda_faults(tmp_path / "bundle")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from graphs.families.llamagen import LlamaGen
+from graphs.families.vq import VQModel
+from runtime import metrics
 from runtime.bundle import open_bundle
 from runtime.loop import Batch, begin, run_step, uniform_row
 from runtime.manifest import SamplingSettings
 from runtime.ort import OrtBackend
-from tests.conftest import Result
+from tests.conftest import TINY, TINY_VQ, Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
 
 Linert = Callable[..., Result]
@@ -195,6 +199,82 @@ def test_another_model_fails_validation(
     failed = {check["name"] for check in report["checks"] if not check["passed"]}
     assert "logits, max abs error" in failed
     assert "pixels, max abs error" not in failed
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "options", "whose"),
+    [
+        ("output.weight", 1e38, (), "PyTorch's logits before token 0"),
+        (
+            "layers.0.attention.wqkv.weight",
+            4e4,
+            ("--activations", "fp16"),
+            "the bundle's logits before token 0 (PyTorch's are)",
+        ),
+    ],
+)
+def test_logits_that_are_not_finite_are_reported(
+    name: str,
+    scale: float,
+    options: tuple[object, ...],
+    whose: str,
+    linert: Linert,
+    export: Callable[..., Path],
+    tiny_files: Files,
+    tmp_path: Path,
+) -> None:
+    """Weights are finite; what is computed of them is too large for float32, or for halves."""
+    state = random_state(LlamaGen(TINY))
+    state[name] *= scale
+    torch.save({"model": state}, tmp_path / "model.pt")
+    bundle = export(tmp_path / "model.pt", tiny_files[1], "--grid", 6, "--heads", 4, "--batch", 2, *options)
+    result = linert("validate", bundle)
+    assert result.code == 2
+    told = " ".join(result.err.split())
+    assert f"{whose} are not finite" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("options", "package", "extra"),
+    [
+        (("--metrics", "runtime.metrics:some_metrics"), "scipy", "compare"),
+        (("--stages", "--backend", "cuda"), "polygraphy", "stages"),
+    ],
+)
+def test_what_an_option_needs_is_missed_before_the_work(
+    options: tuple[object, ...],
+    package: str,
+    extra: str,
+    linert: Linert,
+    lazy_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("exporter.quality", "exporter.intervals", "exporter.stage_parity"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(metrics, "some_metrics", lambda: [metrics.ClassAccuracy(len)], raising=False)
+    result = linert("validate", lazy_bundle, *options)
+    assert result.code == 2
+    assert f"needs {package}" in result.err
+    assert f"linert[{extra}]" in result.err
+    assert "teacher-forced" not in result.out
+
+
+def test_pixels_that_are_not_finite_are_reported(
+    linert: Linert, export: Callable[..., Path], tiny_files: Files, tmp_path: Path
+) -> None:
+    """They are finite in PyTorch's float64."""
+    state = random_state(VQModel(TINY_VQ))
+    name = next(name for name in state if name.endswith("conv_out.weight"))
+    state[name] *= 1e38
+    torch.save({"model": state}, tmp_path / "vq.pt")
+    bundle = export(tiny_files[0], tmp_path / "vq.pt", "--grid", 6, "--heads", 4, "--batch", 2)
+    result = linert("validate", bundle)
+    assert result.code == 2
+    assert "the bundle's pixels (PyTorch's are) are not finite" in " ".join(result.err.split())
 
 
 def test_a_guided_request_of_an_unguided_bundle_is_refused(

@@ -5,10 +5,7 @@ Kernels may touch what they were given and nothing else, whatever that holds.
 
 from __future__ import annotations
 
-import ctypes
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,23 +13,21 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
-from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
-from exporter.tensorrt.compile import ALIGNMENT
 from graphs.line_attention import reference
-from graphs.line_buffer import LineEnd
 from graphs.spatial_decay_step import reference as decay_reference
 from runtime.cuda import Device
 from runtime.plugins.base import Call, Launch, Operation, TensorKind
 from runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
 from runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from runtime.plugins.line_evict import LineEvict
-from runtime.plugins.spatial_decay_step import INPUTS, SpatialDecayStep, SpatialDecayStepLaunch
-from tests.emulated_gpu import CAPABILITY, EmulatedDriver, Kernel
+from runtime.plugins.spatial_decay_step import SpatialDecayStep, SpatialDecayStepLaunch
+from tests.emulated_gpu import CAPABILITY, EmulatedDriver
 from tests.exporter.test_line_attention_kernels import inputs_of
 from tests.exporter.test_line_evict_kernels import NAMES, Case, tensors_of
 from tests.exporter.test_spatial_decay_step_kernels import inputs_of as decay_inputs_of
 from tests.exporter.watched_memory import watched
 from tests.graphs.test_line_attention import bundled
+from tests.interpreted_kernels import interpreted_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled, not interpreted")
 
@@ -42,39 +37,17 @@ BEYOND = (-1, -(2**31), -(2**63), 9, 10, 1000, 2**31 - 1, 2**31, 2**32, 2**32 + 
 """Numbers that no slot, matrix or position has; in less than 64 bits what is left of them."""
 
 
-def interpreted(function: Any, types: Mapping[str, torch.dtype], constants: Mapping[str, int]) -> Kernel:
-    """A kernel as the emulated driver takes it; ``types`` of what pointers point to, other parameters are int32."""
-    names = [name for name in inspect.signature(function.fn).parameters if name not in constants]
-
-    def launch(grid: tuple[int, int, int], parameters: Sequence[int]) -> Callable[[], None]:
-        values = []
-        for number, name in enumerate(names):
-            if name in types:
-                address = ctypes.c_void_p.from_address(parameters[number]).value or 0
-                # Kernels are compiled with this promise.
-                assert address % ALIGNMENT == 0
-                # The interpreter takes of a tensor its address and type.
-                memory = (ctypes.c_char * 8).from_address(address)
-                values.append(torch.frombuffer(memory, dtype=types[name], count=1))
-            else:
-                values.append(ctypes.c_int32.from_address(parameters[number]).value)
-        return lambda: function[grid](*values, **constants)
-
-    return launch
-
-
-def enqueue(
-    operation: Operation, kernels: Mapping[str, Kernel], inputs: Sequence[torch.Tensor]
-) -> tuple[list[torch.Tensor], Launch]:
+def enqueue(operation: Operation, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], Launch]:
     """Run an operation as a plugin does, on a copy of ``inputs``; returns its outputs, aliased ones as they are afterwards.
 
     Raises:
         AssertionError: a kernel touches what it was not given.
     """
-    driver = EmulatedDriver(kernels)
-    device = Device(driver)
     kinds = [TensorKind(TYPES[tensor.dtype], tuple(tensor.shape)) for tensor in inputs]
     launch = operation.launch(kinds)
+    kernels = interpreted_kernels(operation, launch, kinds)
+    driver = EmulatedDriver(kernels)
+    device = Device(driver)
     addresses = [device.allocate(tensor.nbytes) for tensor in inputs]
     for address, tensor in zip(addresses, inputs, strict=True):
         device.upload(address, tensor.numpy())
@@ -123,25 +96,13 @@ def _garbage(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.where(torch.rand(like.shape, generator=generator) < 0.5, drawn, numbers)
 
 
-def attention_kernels(launch: LineAttentionLaunch, inputs: Mapping[str, torch.Tensor]) -> dict[str, Kernel]:
-    pointers = {name: tensor.dtype for name, tensor in inputs.items()} | dict.fromkeys(
-        ("attended", "logits", "partial"), torch.float32
-    )
-    return {
-        name: interpreted(getattr(line_attention_kernels, name), pointers, launch.constants(name))
-        for name in ("attend", "combine")
-    }
-
-
 @pytest.mark.parametrize("slots", [33, 603])
 @pytest.mark.parametrize("group", [1, 3])
 def test_line_attention(slots: int, group: int) -> None:
     inputs = inputs_of(2, group, slots, 16, torch.float32)
     launch = LineAttentionLaunch.tuned(2, group, slots, 16, "float32")
     assert launch.split == (slots > 100)
-    (attended, *state), used = enqueue(
-        LineAttention(), attention_kernels(launch, inputs), list(inputs.values())
-    )
+    (attended, *state), used = enqueue(LineAttention(), list(inputs.values()))
     assert used == launch
     wanted, after = reference(bundled(inputs))
     torch.testing.assert_close(attended, wanted, atol=3e-6, rtol=0)
@@ -153,17 +114,15 @@ def test_line_attention(slots: int, group: int) -> None:
 @pytest.mark.parametrize("slots", [9, 200])
 def test_line_attention_on_memory_that_holds_anything(slots: int) -> None:
     like = inputs_of(2, 1, slots, 8, torch.float32)
-    kernels = attention_kernels(LineAttentionLaunch.tuned(2, 1, slots, 8, "float32"), like)
     for seed in range(20):
-        enqueue(LineAttention(), kernels, garbage_like(list(like.values()), seed))
+        enqueue(LineAttention(), garbage_like(list(like.values()), seed))
 
 
 @pytest.mark.parametrize("write_slot", BEYOND)
 def test_a_token_for_no_slot_is_attended_to_by_nobody(write_slot: int) -> None:
     inputs = inputs_of(2, 1, 9, 8, torch.float32)
     inputs["write_slot"] = torch.tensor([write_slot, 4])
-    kernels = attention_kernels(LineAttentionLaunch.tuned(2, 1, 9, 8, "float32"), inputs)
-    (attended, *state), _ = enqueue(LineAttention(), kernels, list(inputs.values()))
+    (attended, *state), _ = enqueue(LineAttention(), list(inputs.values()))
     # The reference has no such slot: an empty one takes its place, and is left as it was.
     more = inputs | {"write_slot": torch.tensor([9, 4])}
     for name in ("k_cache", "v_cache"):
@@ -177,20 +136,13 @@ def test_a_token_for_no_slot_is_attended_to_by_nobody(write_slot: int) -> None:
         torch.testing.assert_close(ours, theirs.narrow(slots, 0, 9), atol=3e-6, rtol=0)
 
 
-def decay_kernels(launch: SpatialDecayStepLaunch, tensors: Sequence[torch.Tensor]) -> dict[str, Kernel]:
-    kinds = [tensor.dtype for tensor in (*tensors, tensors[0])]
-    pointers = dict(zip((*INPUTS, "attended"), kinds, strict=True))
-    kernel = interpreted(spatial_decay_step_kernels.spatial_decay_step, pointers, launch.constants)
-    return {"spatial_decay_step": kernel}
-
-
 @pytest.mark.parametrize("rows", [2, 300])
 def test_spatial_decay_step(rows: int) -> None:
     inputs = decay_inputs_of(rows, 9, 5, 20, 36, torch.float32)
     launch = SpatialDecayStepLaunch(rows, 9, 5, 20, 36, "float32")
     assert (launch.parts > 1) == (rows == 2)
     tensors = inputs.flat()
-    (attended, *line), used = enqueue(SpatialDecayStep(), decay_kernels(launch, tensors), tensors)
+    (attended, *line), used = enqueue(SpatialDecayStep(), tensors)
     assert used == launch
     clean = inputs._replace(state=type(inputs.state)(*(part.nan_to_num() for part in inputs.state)))
     wanted, *after = decay_reference(clean)
@@ -202,23 +154,18 @@ def test_spatial_decay_step(rows: int) -> None:
 @LOUD
 def test_a_spatial_decay_step_on_memory_that_holds_anything() -> None:
     like = decay_inputs_of(2, 9, 5, 20, 36, torch.float32).flat()
-    kernels = decay_kernels(SpatialDecayStepLaunch(2, 9, 5, 20, 36, "float32"), like)
     for seed in range(20):
-        enqueue(SpatialDecayStep(), kernels, garbage_like(like, seed))
+        enqueue(SpatialDecayStep(), garbage_like(like, seed))
 
 
 @pytest.mark.parametrize("beyond", BEYOND)
 def test_a_spatial_decay_step_of_no_slot_and_no_matrix(beyond: int) -> None:
     inputs = decay_inputs_of(2, 9, 5, 20, 36, torch.float32)
     inputs = inputs._replace(state=type(inputs.state)(*(part.nan_to_num() for part in inputs.state)))
-    launch = SpatialDecayStepLaunch(2, 9, 5, 20, 36, "float32")
-    kernels = decay_kernels(launch, inputs.flat())
     slot, matrix = (
         torch.stack([torch.tensor(beyond), held[1]]) for held in (inputs.write_slot, inputs.matrix)
     )
-    (attended, *line), _ = enqueue(
-        SpatialDecayStep(), kernels, inputs._replace(write_slot=slot, matrix=matrix).flat()
-    )
+    (attended, *line), _ = enqueue(SpatialDecayStep(), inputs._replace(write_slot=slot, matrix=matrix).flat())
     # A row that writes nothing is one that writes what is there; one that reads no matrix, one that gives it no weight.
     there = [part[0, :, :1] for part in inputs.state[:2]]
     k, v = (torch.stack([old, new[1]]) for old, new in zip(there, (inputs.k, inputs.v), strict=True))
@@ -228,14 +175,6 @@ def test_a_spatial_decay_step_of_no_slot_and_no_matrix(beyond: int) -> None:
     torch.testing.assert_close(attended, wanted, atol=3e-6 * wanted.abs().max().item(), rtol=0)
     for ours, theirs in zip(line, after, strict=True):
         assert torch.equal(ours, theirs)
-
-
-def evict_kernels(operation: LineEvict, stage: LineEnd, inputs: Sequence[torch.Tensor]) -> dict[str, Kernel]:
-    kinds = [TensorKind(TYPES[tensor.dtype], tuple(tensor.shape)) for tensor in inputs]
-    names = ("table", *(spec.name for spec in stage.inputs[:8]), "write_slots")
-    pointers = dict.fromkeys(names, torch.int64) | {"scratch": torch.int32}
-    constants = operation.launch(kinds).constants
-    return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, constants)}
 
 
 @LOUD
@@ -248,12 +187,11 @@ def test_a_line_end_on_memory_that_holds_anything(policy: str, valid_settings: b
     assert attributes is not None
     operation = LineEvict(**attributes)
     like = [tensor for part in tensors_of(case, stage) for tensor in part]
-    kernels = evict_kernels(operation, stage, like)
     for seed in range(4):
         given = garbage_like(like, seed)
         if valid_settings:
             given[:8] = like[:8]
-        (write_slots, *_), _ = enqueue(operation, kernels, given)
+        (write_slots, *_), _ = enqueue(operation, given)
         for layer, slots in zip(write_slots, stage.geometry.capacities, strict=True):
             for row in layer.tolist():
                 assert len(set(row)) == len(row)
@@ -269,7 +207,7 @@ def test_line_evict(policy: str) -> None:
     assert attributes is not None
     operation = LineEvict(**attributes)
     inputs = [tensor for part in tensors_of(case, stage) for tensor in part]
-    found, _ = enqueue(operation, evict_kernels(operation, stage, inputs), inputs)
+    found, _ = enqueue(operation, inputs)
     for spec, ours, theirs in zip(stage.outputs, found, stage(*inputs), strict=True):
         assert torch.equal(ours, theirs), spec.name
 

@@ -35,6 +35,7 @@ from runtime.errors import ExportError
 from runtime.manifest import PrecisionSpec
 from runtime.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
 from tests.conftest import ROOT, TINY, Result
+from tests.onnxruntime_cuda import cuda_faults
 
 Files = tuple[Path, Path]
 OPTIONS = ("--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
@@ -297,6 +298,22 @@ def test_bf16_activations_are_refused_on_the_cpu(
     assert "--activations fp32" in result.err
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--precision", "fp16", "--activations", "fp16"),
+        ("--precision", "bf16", "--activations", "bf16"),
+        ("--precision", "int8"),
+        ("--precision", "int4"),
+    ],
+    ids=lambda options: "-".join(options[1::2]),
+)
+def test_onnxruntime_has_cuda_kernels_for_what_is_stored_so(
+    precise: Callable[..., Path], options: tuple[str, ...]
+) -> None:
+    assert not cuda_faults(precise(*options))
+
+
 def test_files_shrink(precise: Callable[..., Path], tiny_bundle: Path) -> None:
     sizes = [
         (bundle / "weights.bin").stat().st_size
@@ -385,7 +402,7 @@ def test_what_a_precision_costs_is_told_in_metrics(
     source = tmp_path / "brightness.py"
     source.write_text(
         "import numpy as np\n"
-        "from runtime.metrics import Metric\n"
+        "from runtime.metrics import FrechetDistance, Metric\n"
         "class Brightness(Metric):\n"
         "    name, higher_is_better = 'brightness', True\n"
         "    def measure(self, pixels, classes):\n"
@@ -393,11 +410,17 @@ def test_what_a_precision_costs_is_told_in_metrics(
         "    def score(self, rows):\n"
         "        return float(rows.mean())\n"
         "def metrics():\n"
-        "    return [Brightness()]\n"
+        "    real = np.random.default_rng(0).normal(size=(50, 1))\n"
+        "    return [Brightness(), FrechetDistance(lambda pixels: pixels.mean((2, 3))[:, :1], real)]\n"
     )
-    result = linert("validate", precise("--precision", "fp16"), "--metrics", source, "--samples", 5, "--json")
+    options = ("--metrics", source, "--samples", 6)
+    result = linert("validate", precise("--precision", "fp16"), *options, "--json")
     assert result.code == 0, result.err
-    [cost] = json.loads(result.out)["quality"]
+    cost, distance = json.loads(result.out)["quality"]
+    assert distance["bundle"]["low"] <= distance["bundle"]["value"] <= distance["bundle"]["measured"]
+    told = linert("validate", precise("--precision", "fp16"), *options).out
+    assert "without its bias" in " ".join(told.split())
+    assert max(map(len, told.splitlines())) <= 100
     assert cost["metric"] == "brightness"
     difference = cost["difference"]
     assert difference["value"] == pytest.approx(cost["bundle"]["value"] - cost["float32"]["value"])

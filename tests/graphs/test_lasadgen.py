@@ -107,7 +107,7 @@ def test_a_configuration_survives_its_container(variant: Variant) -> None:
         ({"grid_size": None}, "config.json lacks grid_size"),
         ({"num_attention_heads": 5}, "dim 32 is not a multiple of heads 5"),
         ({"num_attention_heads": 16}, "head size 2 is not a multiple of 4"),
-        ({"grid_size": 0}, "grid is 0, must be at least 1"),
+        ({"grid_size": 0}, "grid_size is 0, must be a whole number from 1"),
     ],
 )
 def test_bad_settings_are_named(change: dict[str, object], message: str) -> None:

@@ -13,7 +13,7 @@ from random_folder import chameleon_names
 
 from graphs import stages
 from graphs.families import lumina, vq
-from graphs.families.base import Given
+from graphs.families.given import Given
 from tests.conftest import random_state
 from tests.eager import Eager
 from tests.golden_weights import golden_outputs, golden_state

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs.policies import POLICIES, FinishedLine, LineEndParams, choose_slots, end_line
+from graphs.policies import POLICIES, FinishedLine, LineEndParams, base, choose_slots, end_line
 from graphs.policies.base import shared_importance
 from tests.graphs import policy_reference as reference
 
@@ -199,6 +199,21 @@ def test_equal_importance_goes_by_lowest_position_whatever_the_slot() -> None:
     slot_pos = torch.tensor([[9, 3, 7, 5]], dtype=torch.int32)
     chosen = choose_slots(torch.ones(1, 4), slot_pos, torch.zeros(1, 4, dtype=torch.bool), 3)
     assert chosen.tolist() == [[1, 3, 2]]
+
+
+def test_empty_slots_go_by_index_whatever_order_a_runtime_gives_equal_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def by_highest_index(values: torch.Tensor, count: int) -> torch.Tensor:
+        backwards = torch.sort(values.flip(1), dim=1, stable=True).indices
+        return values.shape[1] - 1 - backwards[:, :count]
+
+    monkeypatch.setattr(base, "_ascending", by_highest_index)
+    slot_pos = torch.tensor([[4, -1, 2, -1, -1, 3]], dtype=torch.int32)
+    importance = torch.tensor([[-8.0, 0.0, -9.0, 0.0, 0.0, 5.0]])
+    for width, wanted in ((2, [1, 3]), (4, [1, 3, 4, 2])):
+        chosen = choose_slots(importance, slot_pos, torch.zeros(1, 6, dtype=torch.bool), width)
+        assert chosen.tolist() == [wanted]
 
 
 def test_rows_choose_independently() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -133,13 +136,13 @@ def test_evictions_can_be_imposed(opened: Open, planned_bundle: Path) -> None:
 def test_unfit_values_are_refused(opened: Open, planned_bundle: Path) -> None:
     backend = opened(open_bundle(planned_bundle), STAGES)
     for name, value, message in (
-        ("nonsense", 0, "no loaded stage"),
+        ("nonsense", 0, "no stage of this backend"),
         ("class_ids", np.zeros(3, np.int64), "shape"),
         ("class_ids", np.zeros(2, np.float32), "int64"),
     ):
         with pytest.raises(RequestError, match=message):
             backend.write(name, value)
-    with pytest.raises(RequestError, match="not loaded"):
+    with pytest.raises(RequestError, match="does not hold stage"):
         backend.run("vq_decoder")
 
 
@@ -154,9 +157,9 @@ def test_a_token_costs_one_launch(planned_bundle: Path) -> None:
     steps = backend.bundle.manifest.prefix_steps + sum(1 for _ in raster.schedule())
     # The prefill is captured in this, its second run.
     assert launches["graph"] - before["graph"] == 1 + steps
-    # Nothing else but what the batch writes, and the tokens read at the end.
+    # Nothing else but what the batch writes, the logits looked at once a line, and the tokens read at the end.
     written = len(batch.conditions) + 1 + sum(name in backend.specs for name in SETTINGS)
-    assert launches["operation"] - before["operation"] == written + 1
+    assert launches["operation"] - before["operation"] == written + raster.lines + 1
     nodes = backend.graphs["decode.unfiltered"].nodes
     # Caches, scores and positions are updated in place; the loop's three small states are copied.
     assert nodes == {"CU_GRAPH_NODE_TYPE_KERNEL": 1, "CU_GRAPH_NODE_TYPE_MEMCPY": 3}
@@ -209,6 +212,141 @@ def test_falling_back_from_graphs_is_an_error(planned_bundle: Path, monkeypatch:
     monkeypatch.setattr(Device, "copy", refuse)
     with pytest.raises(DeviceError, match="--no-cuda-graphs"):
         generate(backend, tiny_batch(backend))
+
+
+def test_a_plan_that_allocates_while_it_runs_is_refused_when_it_is_loaded(planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
+    backend, plain = emulated(bundle, STAGES), emulated(bundle, STAGES, cuda_graphs=False)
+    for here in (backend, plain):
+        plan = msgspec.structs.replace(here.engines.plans["prefill"], user_allocation=False)
+        here.trt._stages[plan.sha256] = "prefill", plan
+    with pytest.raises(DeviceError, match=r"prefill.*allocates.*--no-cuda-graphs.*linert build"):
+        backend.load("prefill")
+    plain.run("prefill")
+
+
+@pytest.mark.parametrize("call", ["cuGraphInstantiate", "cuGraphLaunch", "cuStreamBeginCapture"])
+def test_what_the_driver_refuses_of_a_graph_says_what_to_do(
+    call: str, planned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests import emulated_gpu
+
+    backend = emulated(open_bundle(planned_bundle), STAGES)
+    driver = backend.device.driver
+    generate(backend, tiny_batch(backend))
+    monkeypatch.setattr(driver, call, lambda *arguments: (emulated_gpu.FULL, None))
+    with pytest.raises(DeviceError, match=r"stage prefill.*OUT_OF_MEMORY.*--no-cuda-graphs"):
+        generate(backend, tiny_batch(backend))
+    monkeypatch.undo()
+    backend.close()
+    backend.device.close()
+    assert not +driver.live
+
+
+def test_copies_that_nobody_asked_for_are_told(
+    planned_bundle: Path, linert: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    from tests.emulated_gpu import EmulatedDriver, EmulatedEngine, EmulatedTensorRT
+
+    bundle = open_bundle(planned_bundle)
+    driver = EmulatedDriver()
+    module = EmulatedTensorRT("rtx", FLAVOURS["rtx"].load(), bundle, driver)
+    monkeypatch.setattr("runtime.cuda._driver", lambda: driver)
+    monkeypatch.setattr(Flavour, "load", lambda flavour: module)
+    asked = linert("inspect", planned_bundle, "--graphs", "rtx")
+    assert asked.code == 0, asked.err
+    assert "1 kernel" in asked.out
+    assert "warning" not in asked.out
+    execute = EmulatedEngine.execute_async_v3
+
+    def with_a_copy(engine: EmulatedEngine, stream: int) -> bool:
+        cache = engine._addresses.get("k_cache.0")
+        if cache is not None:
+            driver.cuMemcpyDtoDAsync(cache, cache, 64, stream)
+        return execute(engine, stream)
+
+    monkeypatch.setattr(EmulatedEngine, "execute_async_v3", with_a_copy)
+    told = json.loads(linert("inspect", planned_bundle, "--graphs", "rtx", "--json").out)["graphs"]
+    graphs = {graph["stage"]: graph for graph in told}
+    assert graphs["decode"]["unasked"] == ["k_cache.0 onto itself, 64 bytes"]
+    assert graphs["decode"]["copied_back"] > 0
+    assert not graphs["vq_decoder"]["unasked"]
+    assert "warning: decode copies 1" in linert("inspect", planned_bundle, "--graphs", "rtx").out.replace(
+        "\n", " "
+    )
+    assert not +driver.live
+
+
+def test_everything_is_given_back(planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
+    backend = emulated(bundle, STAGES)
+    device = backend.device
+    driver = device.driver
+    with backend:
+        generate(backend, tiny_batch(backend))
+        generate(backend, tiny_batch(backend, seed=1))
+        assert driver.live["executable graph"] == len(backend.graphs) > 2
+    # The device is not the backend's own.
+    assert +driver.live == {"context": 1, "stream": 1}
+    with pytest.raises(RequestError, match="closed"):
+        backend.read("tokens")
+    with pytest.raises(RequestError, match="closed"):
+        backend.run("prefill")
+    device.close()
+    device.close()
+    assert not +driver.live
+
+
+def test_a_device_that_is_dropped_gives_everything_back() -> None:
+    pytest.importorskip("cuda.bindings")
+    from tests.emulated_gpu import EmulatedDriver
+
+    driver = EmulatedDriver()
+    device = Device(driver)
+    device.upload(device.allocate(8), np.zeros(2, np.int32))
+    assert device.copy_bandwidth(1 << 10) > 0
+    assert +driver.live == {"context": 1, "stream": 1, "memory": 2}
+    del device
+    assert not +driver.live
+
+
+def test_a_backend_that_cannot_be_made_keeps_no_device(
+    planned_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    from tests.emulated_gpu import EmulatedDriver, EmulatedTensorRT
+
+    bundle = open_bundle(planned_bundle)
+    driver = EmulatedDriver()
+    module = EmulatedTensorRT("rtx", FLAVOURS["rtx"].load(), bundle, driver)
+    flavour = cast("Flavour", SimpleNamespace(name="rtx", load=lambda: module))
+    monkeypatch.setattr("runtime.cuda._driver", lambda: driver)
+    monkeypatch.setattr(Device, "capability", 120)
+    with pytest.raises(BundleError, match="SM120"):
+        TrtBackend(bundle, STAGES, flavour)
+    assert not +driver.live
+    monkeypatch.setattr(Device, "capability", 89)
+    with TrtBackend(bundle, STAGES, flavour) as backend:
+        generate(backend, tiny_batch(backend))
+    assert not +driver.live
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda, on the CPU"])
+def test_a_closed_session_backend_holds_nothing(name: str, planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
+    with (
+        OrtBackend(bundle, STAGES)
+        if name == "cpu"
+        else OrtCudaBackend(bundle, STAGES, device="cpu") as backend
+    ):
+        backend.run("prefill")
+        tensor = weakref.ref(backend._values["k_cache.0"])
+        session = weakref.ref(backend._bindings["prefill"][0])
+    assert tensor() is None
+    assert session() is None
+    with pytest.raises(RequestError, match="closed"):
+        backend.run("prefill")
 
 
 @pytest.mark.parametrize("wrong", ["version", "capability", "plugin", "tensors"])

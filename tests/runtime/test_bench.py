@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +14,13 @@ import pytest
 
 from exporter.sources import Checkpoints
 from exporter.sweep import cell_plan, cells, parse_axes
+from runtime import memory
 from runtime.backends import BackendOptions
 from runtime.bench import Limit, Measured, limit_of, profile
 from runtime.bundle import open_bundle
 from runtime.errors import RequestError
 from runtime.machine import ReadBandwidth, forget_peak, peak_macs, peak_resident_bytes, resident_bytes
-from tests.conftest import TINY, Result
+from tests.conftest import ROOT, TINY, Result
 
 Linert = Callable[..., Result]
 
@@ -61,6 +66,33 @@ def test_the_machine_tells_sensible_numbers() -> None:
     assert peak_resident_bytes() <= before
 
 
+def test_other_systems_have_no_resource_module() -> None:
+    """Windows: commands are imported, and what is not known is not told."""
+    script = (
+        "import sys; sys.modules['resource'] = None\n"
+        "import runtime.commands.bench, runtime.commands.run\n"
+        "from pathlib import Path\n"
+        "from runtime import machine\n"
+        "def absent(self, *rest, **named): raise FileNotFoundError(self)\n"
+        "Path.read_text = absent\n"
+        "print(machine.peak_resident_bytes(), machine.resident_bytes(), machine.available_bytes())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["None", "None", "None"]
+
+
+def test_names_of_mapped_files_are_any_bytes(tmp_path: Path) -> None:
+    """A bundle may lie in a folder whose name is no UTF-8, or holds what ends a line of text."""
+    path = tmp_path / os.fsdecode(b"\xff\xe2\x80\xa8\x0b.bin")
+    path.write_bytes(bytes(8192))
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        assert len(mapped) == 8192
+        with memory.huge_pages():
+            pass
+
+
 def test_a_measured_bundle_still_draws_the_same_images(tiny_bundle: Path) -> None:
     measured = Measured(tiny_bundle, None, BackendOptions(threads=1))
     wanted = measured.generator.draw(measured.samples)
@@ -82,11 +114,18 @@ def test_profile_names_the_nodes(tiny_bundle: Path) -> None:
     assert sum(kind.ms for kind in kinds) == pytest.approx(sum(node.ms for node in nodes))
 
 
-def test_the_limit_is_printed_first_and_json_last(tiny_bundle: Path, linert: Linert) -> None:
-    result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--compare-pytorch")
+def test_one_limit_is_printed_before_the_tables(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--images", 0)
     assert result.code == 0, result.err
-    assert result.out.index("limit:") < result.out.index("stages")
-    values = json.loads(result.out.splitlines()[-1])
+    assert result.out.index("one decode step reads") < result.out.index("limit:") < result.out.index("stages")
+    assert result.out.count("GB/s") == 1
+    assert "{" not in result.out
+
+
+def test_json_holds_everything_that_was_measured(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--compare-pytorch", "--json")
+    assert result.code == 0, result.err
+    values = json.loads(result.out)
     assert values["decode_over_limit"] == pytest.approx(values["decode_ms"] / values["limit"]["floor_ms"])
     assert values["seconds_per_image"] * values["images_per_second"] == pytest.approx(1)
     assert values["resident_bytes"] <= values["peak_resident_bytes"]
@@ -106,10 +145,10 @@ def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, t
     plot = tmp_path / "sweep.png"
     result = linert(
         *("bench", tiny_bundle, "--sweep", "precision=fp32,int8", "--sweep", "policy=linear,full"),
-        *("--rounds", 1, "--plot", plot),
+        *("--rounds", 1, "--plot", plot, "--json"),
     )
     assert result.code == 0, result.err
-    found = json.loads(result.out.splitlines()[-1])["cells"]
+    found = json.loads(result.out)["cells"]
     assert [tuple(cell["labels"].values()) for cell in found] == [
         ("fp32", "linear"),
         ("fp32", "full"),
@@ -158,6 +197,8 @@ def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
         (("--sweep", "batch=two"), "not a number"),
         (("--sweep", "batch=1", "--profile"), "--profile"),
         (("--plot", "x.png"), "--sweep"),
+        (("--sweep", "batch=1", "--plot", "sweep.xyz"), "ends in one of"),
+        (("--sweep", "batch=1", "--plot", "no/sweep.png"), "there is no folder"),
         (("--rounds", 0), "--rounds"),
     ],
 )

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from runtime.bundle import open_bundle
-from runtime.errors import BundleError
-from runtime.manifest import SCHEMA, decode, encode, seal
+from runtime.errors import BundleError, RequestError
+from runtime.manifest import SCHEMA, SamplingSettings
+from runtime.manifest_file import decode, encode, seal
 from tests.conftest import Result
 
 Linert = Callable[..., Result]
@@ -116,7 +117,7 @@ def test_links_that_leave_the_folder_are_refused(bundle: Path) -> None:
     outside = bundle.parent / "weights.bin"
     (bundle / "weights.bin").rename(outside)
     (bundle / "weights.bin").symlink_to(outside)
-    with pytest.raises(BundleError, match="link that leaves"):
+    with pytest.raises(BundleError, match=r"link that leaves the bundle, .* by cp -rL .* COPY"):
         open_bundle(bundle)
 
 
@@ -168,3 +169,163 @@ def test_inspect_tells_costs_without_reading_weights(linert: Linert, bundle: Pat
     assert told["state_bytes_full_cache"] > told["state_bytes"]
     assert told["policies"] == ["linear"]
     assert told["decode_steps"] == 35
+
+
+def forged(bundle: Path, change: Callable[[dict], None]) -> None:  # type: ignore[type-arg]
+    """Change the manifest and seal it again, as somebody who knows the format can."""
+    values = json.loads((bundle / "manifest.json").read_text())
+    change(values)
+    (bundle / "manifest.json").write_bytes(encode(decode_unsealed(values)))
+
+
+def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[type-arg]
+    """Set what stands at a place like ``raster.lines`` or ``state.3.shape``."""
+
+    def change(values: dict) -> None:  # type: ignore[type-arg]
+        *path, last = (int(part) if part.isdecimal() else part for part in place.split("/"))
+        for part in path:
+            values = values[part]
+        values[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *[("images", value) for value in (0, -1, 10**6, 10**17)],
+        *[("raster/lines", value) for value in (0, 1, -3, 10**15)],
+        *[("raster/line_width", value) for value in (1, 10**12)],
+        *[("raster/prefix_len", value) for value in (0, -1, 10**9)],
+        ("raster/newlines", 2),
+        ("prefix_steps", 5),
+        ("capacity_lines", [3]),
+        ("capacity_lines", [0, 3]),
+        ("capacity_lines", [3, 4]),
+        ("capacity_lines", [10**9, 3]),
+        ("model/layers", 0),
+        ("model/layers", 10**9),
+        ("model/vocab_size", -5),
+        ("image_decoder/patch", 0),
+        ("image_decoder/patch", 10**9),
+        ("image_decoder/codebook_size", 0),
+        ("condition/num_classes", -1),
+        ("policies/linear/score_window", 10**9),
+        ("policies/linear/score_window", -1),
+        ("state/0/shape", [-1]),
+        ("state/0/shape", [10**15, 10**15, 10**15]),
+        ("state/0/shape", [2] * 500),
+        ("state/0/dtype", "float8"),
+        ("state/0/dtype", "int32"),
+        ("state/1/shape", [2, 35]),
+        ("state/6/shape", [8, 1, 20, 12]),
+        ("state/0/name", "a" * 5000),
+        ("state/0/name", "tokens"),
+        ("state/0/name", "../x"),
+        ("stages/decode/inputs/0/shape", [0]),
+        ("stages/decode/in_place", ["nothing"]),
+        ("stages/decode/updates", {}),
+        ("stages/decode/work/macs", -1),
+        ("files/weights.bin/bytes", -1),
+    ],
+)
+def test_numbers_that_no_model_has_are_refused_before_anything_is_allocated(
+    place: str, value: object, bundle: Path, linert: Linert
+) -> None:
+    forged(bundle, put(place, value))
+    with pytest.raises(BundleError, match=r"contradicts itself|bytes, the manifest says"):
+        open_bundle(bundle, digests=False)
+    result = linert("inspect", bundle)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def swap(one: str, other: str) -> Callable[[dict], None]:  # type: ignore[type-arg]
+    def change(values: dict) -> None:  # type: ignore[type-arg]
+        stages = values["stages"]
+        stages[one], stages[other] = stages[other], stages[one]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap("decode", "decode.unfiltered"),
+        swap("line_end.linear", "line_end.h2o"),
+        put("policies/snapkv/score_window", 3),
+        put("condition/num_classes", 9),
+        put("model/vocab_size", 63),
+        put("guided", False),
+        put("image_decoder/codebook_size", 63),
+    ],
+)
+def test_stages_run_under_no_manifest_but_their_own(
+    change: Callable[[dict], None],  # type: ignore[type-arg]
+    many_bundle: Path,
+    tmp_path: Path,
+    linert: Linert,
+) -> None:
+    copy = Path(shutil.copytree(many_bundle, tmp_path / "bundle"))
+    forged(copy, change)
+    result = linert("run", copy, "--classes", 1, "--top-k", 3, "--guidance", 1, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "export the bundle again" in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" * 100_000,
+        b'{"schema": 7, "producer": ' + b'{"a":' * 50_000,
+        b'{"schema": 7, "producer": ' + b"[" * 50_000,
+        b"\xff\xfe\x00",
+        b'{"schema": "\xff"}',
+        b'{"schema": 1e400}',
+        b'{"schema": 99999999999999999999999999}',
+        b"",
+        b"null",
+        b"7",
+    ],
+)
+def test_what_is_no_manifest_is_said(data: bytes, bundle: Path, linert: Linert) -> None:
+    (bundle / "manifest.json").write_bytes(data)
+    for size in ((), ("--size", "512x512")):
+        result = linert("inspect", bundle, *size)
+        assert result.code == 2
+        assert "manifest.json" in result.err
+        assert "Traceback" not in result.err
+
+
+def test_a_manifest_that_is_no_file_is_not_read(bundle: Path) -> None:
+    (bundle / "manifest.json").unlink()
+    os.mkfifo(bundle / "manifest.json")
+    with pytest.raises(BundleError, match="no regular file"):
+        open_bundle(bundle)
+    (bundle / "manifest.json").unlink()
+    (bundle / "manifest.json").symlink_to("/dev/zero")
+    with pytest.raises(BundleError, match=r"link that leaves|no regular file"):
+        open_bundle(bundle)
+
+
+def test_sizes_that_are_no_sizes_are_refused(bundle: Path) -> None:
+    (bundle.parent / "manifest.json").write_text("{}")
+    for size in ("../..", "x", "9x9", "../manifest"):
+        with pytest.raises(RequestError, match="draws no images of"):
+            open_bundle(bundle, size)
+
+
+def test_files_that_are_replaced_under_an_open_bundle_are_not_used(bundle: Path) -> None:
+    from runtime.generator import Generator
+
+    generator = Generator(bundle)
+    generator.generate([1])
+    weights = bundle / "weights.bin"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    other = bundle / "other"
+    other.write_bytes(data)
+    other.replace(weights)
+    with pytest.raises(BundleError, match=r"weights\.bin was changed since"):
+        generator.generate([1], sampling=SamplingSettings(top_k=2))

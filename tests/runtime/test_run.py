@@ -146,6 +146,9 @@ import signal, sys, time
 # A shell may have started the tests with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from runtime.generator import Generator
+# A shell may have started the tests with these ignored.
+for kind in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(kind, signal.SIG_DFL)
 draw = Generator.draw
 def slow(*arguments, **named):
     time.sleep(0.4)
@@ -157,9 +160,9 @@ main()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
-@pytest.mark.parametrize("finished", [1, 2])
+@pytest.mark.parametrize(("finished", "kind"), [(1, "SIGINT"), (2, "SIGINT"), (1, "SIGHUP"), (2, "SIGQUIT")])
 def test_an_interrupted_run_goes_on_and_gives_the_same_images(
-    finished: int, linert: Linert, tiny_bundle: Path, tmp_path: Path
+    finished: int, kind: str, linert: Linert, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     request = ("run", tiny_bundle, "--classes", "0,1,2", "--num-images", 8, "--seed", 2, "--preview")
     whole = drawn(linert(*request, "--out", tmp_path / "whole"), tmp_path / "whole")
@@ -171,13 +174,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_images(
     )
     while len(pictures(out)) < 2 * finished and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, kind))
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in err
     before = {path.name: os.stat(path).st_mtime_ns for path in out.glob("class_*.png")}
     assert 0 < len(before) < 8
-    assert not [path for path in out.iterdir() if "partial" in path.name]
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
     saved = tmp_path / "tokens.npz"
     assert drawn(linert(*request, "--out", out, "--resume", "--save-tokens", saved), out) == whole
@@ -198,7 +201,8 @@ def test_resume_needs_the_same_request(linert: Linert, tiny_bundle: Path, tmp_pa
     assert drawn(linert(*request, "--force"), out) == first
 
 
-def test_a_preview_is_refreshed_and_taken_away(tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_a_preview_is_refreshed_and_taken_away(share: float, tiny_bundle: Path, tmp_path: Path) -> None:
     seen = []
     from click.testing import CliRunner
 
@@ -208,14 +212,21 @@ def test_a_preview_is_refreshed_and_taken_away(tiny_bundle: Path, tmp_path: Path
 
     def spy(path: Path, image: PIL.Image.Image, recipe: object = None) -> None:
         if path.name == run.PREVIEW_NAME:
+            # Longer than a line of this model takes by far.
+            time.sleep(0.1)
             seen.append(image.tobytes())
         write(path, image, recipe)
 
     patch = pytest.MonkeyPatch()
     with patch.context() as patched:
         patched.setattr(run, "write_png", spy)
+        patched.setattr(run, "PREVIEW_SHARE", share)
         arguments = [str(tiny_bundle), "--classes", "1", "--preview", "--out", str(tmp_path / "out")]
         assert CliRunner().invoke(run.command, arguments).exit_code == 0
+    # As often as its share of the time allows.
+    if share < 1:
+        assert len(seen) == 1
+        return
     assert len(seen) == TINY.lines
     assert len(set(seen)) == TINY.lines
     assert not (tmp_path / "out" / run.PREVIEW_NAME).exists()
@@ -234,6 +245,18 @@ def test_a_preview_is_refreshed_and_taken_away(tiny_bundle: Path, tmp_path: Path
         (("--classes", "1", "--top-p", 0), "top_p 0.0"),
         (("--classes", "1", "--guidance", "nan"), "guidance nan"),
         (("--classes", "1", "--guidance-interval", -2), "guidance_interval -2"),
+        (("--classes", "1", "--guidance-interval", 10**30), "is not in the range"),
+        (("--classes", "1", "--top-k", 10**30), "is not in the range"),
+        (("--classes", "0-99999999999"), "more than the 1000000 classes"),
+        (("--classes", "9-3"), "counts down"),
+        (("--classes", "1", "--num-images", 10**11), "at most 1000000"),
+        (("--classes", "1", "--seed", 2**64), "out of range"),
+        (("--classes", "1", "--recent-lines", "nan"), "--recent-lines nan: give a number of lines"),
+        (("--classes", "1", "--recent-lines", "inf"), "--recent-lines inf: give a number of lines"),
+        (("--classes", "1", "--budget-lines", "1e999999999"), "neither a number of lines nor a fraction"),
+        (("--prompt", "a \udcff fox"), "say which with --classes"),
+        (("--captions", "absent.npy"), "for models that see features of captions"),
+        (("--size", "9" * 5000 + "x64"), "is no size like"),
     ],
 )
 def test_bad_requests_are_refused(

@@ -1,0 +1,1 @@
+"""What scripts/fuzz.py damages, how, and what it looks at afterwards."""

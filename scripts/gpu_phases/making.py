@@ -1,0 +1,253 @@
+"""Makes what travels to a GPU machine: cases with their references, compiled kernels, bundles without weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+
+import msgspec
+import torch
+from torch import Tensor
+
+from gpu_phases.cases import Case, Values
+from gpu_phases.place import ROOT
+from gpu_phases.speeds import Fill, Speed, Variant
+
+sys.path.insert(0, str(ROOT))
+
+from exporter.tensorrt.compile import kernels_of
+from graphs.line_attention import reference as attention_reference
+from graphs.spatial_decay import RowState
+from graphs.spatial_decay_step import reference as decay_reference
+from runtime.plugins.base import Launch, Operation, TensorKind
+from runtime.plugins.line_attention import LineAttention
+from runtime.plugins.line_evict import LineEvict
+from runtime.plugins.spatial_decay_step import SpatialDecayStep
+from tests.exporter.test_line_attention_kernels import TOLERANCE
+from tests.exporter.test_line_attention_kernels import inputs_of as attention_inputs
+from tests.exporter.test_line_evict_kernels import NAMES
+from tests.exporter.test_line_evict_kernels import Case as EvictCase
+from tests.exporter.test_line_evict_kernels import tensors_of as evict_inputs
+from tests.exporter.test_spatial_decay_step_kernels import inputs_of as decay_inputs
+from tests.graphs.test_line_attention import bundled
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def values(tensor: Tensor) -> Values:
+    """A tensor as it travels."""
+    plain = tensor.detach().contiguous()
+    bits = plain.view(torch.int16) if plain.dtype is torch.bfloat16 else plain
+    return Values(str(plain.dtype).removeprefix("torch."), tuple(plain.shape), bits.numpy().tobytes())
+
+
+def case(
+    name: str,
+    operation: Operation,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    tolerance: float,
+    capabilities: Sequence[int],
+) -> Case:
+    """A case with kernels compiled for ``capabilities``."""
+    sent, wanted = [values(tensor) for tensor in inputs], [values(tensor) for tensor in outputs]
+    launch = operation.launch([one.kind for one in sent], capabilities)
+    kernels = kernels_of(launch, capabilities)
+    return Case.of(name, operation, launch, kernels, sent, wanted, tolerance)
+
+
+def attention_case(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, capabilities: Sequence[int], *, keep_largest: bool
+) -> Case:
+    """LineAttention on ``(rows, query heads a KV head, slots, head size)``; what nobody wrote is not a number."""
+    inputs = attention_inputs(*shape, dtype)
+    inputs["score_max"] = torch.tensor(keep_largest)
+    for name in ("k_cache", "v_cache"):
+        inputs[name][:, 0][inputs["slot_pos"] < 0] = float("nan")
+    clean = {name: t.float().nan_to_num() if t.dtype is dtype else t for name, t in inputs.items()}
+    attended, after = attention_reference(bundled(clean))
+    caches, rows = [], torch.arange(shape[0])
+    for cache, new in (("k_cache", "k"), ("v_cache", "v")):
+        caches.append(inputs[cache].clone())
+        caches[-1][rows, 0, inputs["write_slot"]] = inputs[new][:, 0, 0]
+    outputs = [attended.to(dtype), *caches, after.scores, after.slot_pos]
+    name = f"LineAttention, {'x'.join(map(str, shape))}, {_name(dtype)}"
+    return case(name, LineAttention(), list(inputs.values()), outputs, TOLERANCE[dtype], capabilities)
+
+
+def decay_case(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, capabilities: Sequence[int]
+) -> Case:
+    """SpatialDecayStep on ``(rows, slots, matrices, key size, value size)``; what weighs nothing is not a number."""
+    inputs = decay_inputs(*shape, dtype)
+    clean = RowState(*(part.nan_to_num() for part in inputs.state))
+    attended, _, _ = decay_reference(inputs._replace(state=clean))
+    lines, rows = [], torch.arange(shape[0])
+    for line, new in zip(inputs.state[:2], (inputs.k, inputs.v), strict=True):
+        lines.append(line.clone())
+        lines[-1][rows, 0, inputs.write_slot] = new[:, 0, 0]
+    name = f"SpatialDecayStep, {'x'.join(map(str, shape))}, {_name(dtype)}"
+    return case(name, SpatialDecayStep(), inputs.flat(), [attended, *lines], TOLERANCE[dtype], capabilities)
+
+
+def evict_case(wish: EvictCase, capabilities: Sequence[int]) -> Case:
+    """LineEvict of a policy; whole numbers and zeros alone come out, so that all must be equal."""
+    stage = wish.stage
+    attributes = stage.plugin_attributes()
+    assert attributes is not None
+    inputs = [tensor for part in evict_inputs(wish, stage) for tensor in part]
+    name = f"LineEvict, {wish.policy}, budgets of {wish.budgets} lines"
+    return case(name, LineEvict(**attributes), inputs, stage(*inputs), 0.0, capabilities)
+
+
+def all_cases(capabilities: Sequence[int], *, few: bool = False) -> Iterator[Case]:
+    """The cases of phase kernels: whole and in parts, one query head a KV head and several, every policy that has a kernel.
+
+    Args:
+        few: the least that has every operation in it.
+    """
+    for dtype in DTYPES[-1:] if few else DTYPES:
+        shapes = [(2, 1, 33, 16)] if few else [(264, 1, 17, 64), (6, 1, 601, 64), (12, 4, 145, 128)]
+        for number, shape in enumerate(shapes):
+            yield attention_case(shape, dtype, capabilities, keep_largest=number == 1)
+        for sizes in [(2, 5, 2, 8, 8)] if few else [(264, 9, 2, 32, 32), (6, 25, 5, 64, 64)]:
+            yield decay_case(sizes, dtype, capabilities)
+    flags = (True, False, False, True)
+    for policy in ("linear",) if few else NAMES:
+        yield evict_case(EvictCase(policy, (3, 4), True, 2, 1, flags, 4), capabilities)
+    if not few:
+        # More slots than a program looks at a time, and rows that choose for themselves.
+        yield evict_case(
+            EvictCase("linear", (12, 20), False, 2, 1, (False, False, False, False), 5), capabilities
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+HEADS, HEAD_DIM, LAYERS = 20, 64, 36
+"""Of LlamaGen-XL, and of LASADGen in its size."""
+
+WAYS = [(warps, warps * of_warp) for warps in (1, 2, 4) for of_warp in (1024, 2048, 4096)]
+"""Warps of a program of LineAttention, and numbers of K that it reads before it reckons."""
+
+
+def all_speeds(capabilities: Sequence[int], *, few: bool = False) -> Iterator[Speed]:
+    """The shapes of phase speeds: batches of 1, 64 and 256 guided images, lines of 24 tokens, 4 and 25 of them in the buffer."""
+    for batch in (64, 256, 1)[: 1 if few else 3]:
+        rows = 2 if few else 2 * batch * HEADS
+        for slots in (33,) if few else (97, 601):
+            yield attention_speed(batch, rows, slots, capabilities, few=few)
+        yield decay_speed(batch, rows, capabilities, few=few)
+        for slots in (33,) if few else (97, 601):
+            yield evict_speed(batch, slots, capabilities, few=few)
+
+
+def attention_speed(batch: int, rows: int, slots: int, capabilities: Sequence[int], *, few: bool) -> Speed:
+    """LineAttention in fp16 with every slot visible: reads all keys and values."""
+    cache = Fill("float16", (rows, 1, slots, HEAD_DIM))
+    new = Fill("float16", (rows, 1, 1, HEAD_DIM))
+    inputs = (
+        *(new, new, new, cache, cache, Fill("float32", (rows, slots))),
+        Fill("int32", (rows, slots), 0, slots, counted=True),
+        Fill("int64", (rows,), 0, slots),
+        *[Fill("int32", (rows, 1), slots, slots + 1)] * 2,
+        Fill("bool", (), 0, 1),
+    )
+    return _speed(
+        f"LineAttention, batch {batch}, {slots} slots",
+        LineAttention(),
+        inputs,
+        WAYS[:2] if few else WAYS,
+        read_bytes=2 * cache.nbytes,
+        barred=batch >= 64,
+        capabilities=capabilities,
+    )
+
+
+def decay_speed(batch: int, rows: int, capabilities: Sequence[int], *, few: bool) -> Speed:
+    """SpatialDecayStep in fp16 in the middle of a row of 24 tokens: reads one matrix and the row's keys and values."""
+    slots, matrices = 25, 24
+    line = Fill("float16", (rows, 1, slots, HEAD_DIM))
+    new = Fill("float16", (rows, 1, 1, HEAD_DIM))
+    inputs = (
+        *(new, new, new, line, line, Fill("float32", (rows, matrices, HEAD_DIM, HEAD_DIM))),
+        *(Fill("int64", (rows,), 0, slots), Fill("int64", (rows,), 0, matrices)),
+        *(Fill("float32", (rows, 1, 1, slots)), Fill("float32", (rows, 1, 1, 1))),
+    )
+    return _speed(
+        f"SpatialDecayStep, batch {batch}",
+        SpatialDecayStep(),
+        inputs,
+        [],
+        read_bytes=rows * 4 * HEAD_DIM**2 + 2 * line.nbytes,
+        barred=batch >= 64,
+        capabilities=capabilities,
+    )
+
+
+def evict_speed(batch: int, slots: int, capabilities: Sequence[int], *, few: bool) -> Speed:
+    """LineEvict of the policy linear, all layers: reads scores and positions."""
+    layers, heads, width = (2, 1, 24) if few else (LAYERS, HEADS, 24)
+    sequences = 2 if few else 2 * batch
+    rows = sequences * heads
+    operation = LineEvict(
+        layers=layers,
+        line_width=width,
+        prefix_len=1,
+        kv_heads=heads,
+        branches=2,
+        importance=0,
+        carries_scores=0,
+    )
+    scores = Fill("float32", (rows, slots))
+    numbers = [(width, width + 1), (min(16, slots - width - 1), 17), (0, 1), (0, 1), (0, 1), (0, 1)]
+    inputs = (
+        Fill("int64", (layers,), slots, slots + 1),
+        *(Fill("int64", (), low, max(low + 1, high)) for low, high in numbers),
+        Fill("int64", (sequences,), slots, slots + 1),
+        *[scores] * layers,
+        *[Fill("int32", (rows, slots), 0, slots, counted=True)] * layers,
+    )
+    return _speed(
+        f"LineEvict, batch {batch}, {slots} slots",
+        operation,
+        inputs,
+        [],
+        read_bytes=2 * layers * scores.nbytes,
+        barred=False,
+        capabilities=capabilities,
+    )
+
+
+def _speed(
+    name: str,
+    operation: Operation,
+    inputs: Sequence[Fill],
+    ways: Sequence[tuple[int, int]],
+    *,
+    read_bytes: int,
+    barred: bool,
+    capabilities: Sequence[int],
+) -> Speed:
+    """The launch that a build takes, and others with so many warps and numbers at a time."""
+    usual = operation.launch([TensorKind(fill.dtype, fill.shape) for fill in inputs], capabilities)
+    launches: dict[str, Launch] = {_label(usual): usual}
+    for warps, tile in ways:
+        other = replace(usual, warps=warps, tile=tile)  # type: ignore[type-var]
+        launches.setdefault(_label(other), other)
+    variants = [
+        Variant(label, msgspec.to_builtins(launch), kernels_of(launch, capabilities))
+        for label, launch in launches.items()
+    ]
+    attributes = asdict(operation)  # type: ignore[call-overload]
+    return Speed(
+        name, operation.name, attributes, tuple(inputs), tuple(variants), read_bytes, barred, _label(usual)
+    )
+
+
+def _label(launch: Launch) -> str:
+    told = msgspec.to_builtins(launch)
+    return f"{told['warps']} warps, tile {told['tile']}" if "tile" in told else "as built"

@@ -1,0 +1,150 @@
+"""Phase onnxruntime: the CUDA backend draws the CPU's tokens; LlamaGen-XL's speed beside LineAR's published figures."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
+from gpu_phases.place import Place
+from runtime.backends import BackendName, BackendOptions
+from runtime.bench import Measured, measure
+from runtime.generator import Generator
+
+FOLDER = "bundles"
+DEMO_SEED = 7
+DEMO_CLASSES = (3, 8)
+DEMOS = ("demo_fp32", "demo_fp16")
+XL = "xl"
+
+CELLS = [
+    (batch, lines)
+    for batch, lines in (
+        *((64, 4), (256, 4), (256, 6), (64, 24), (256, 24), (1, 4), (8, 4), (64, 6), (1, 24)),
+        *((8, 24), (1, 6), (8, 6)),
+    )
+]
+"""Images a batch and lines of 24, what matters most first."""
+
+PUBLISHED = {
+    (256, 24): (64.75, 331.52, 0.77),
+    (256, 6): (25.51, 63.99, 4.00),
+    (256, 4): (20.97, 43.78, 5.85),
+}
+"""LineAR (arXiv 2512.04857) on LlamaGen-XL at 384 px in bf16, PyTorch: GB, seconds a batch, images a second."""
+
+
+def bundle_name(batch: int, lines: int) -> str:
+    """Of LlamaGen-XL with so many images a batch and lines in the cache."""
+    return f"{XL}_{batch}_{lines}"
+
+
+def checks(place: Place, recorder: Recorder) -> Iterator[tuple[str, Check]]:
+    """The demo in two precisions, with graphs and without; then the measurements, each while there is time."""
+    scratch = tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR"))
+    work = Path(scratch.name)
+    for name in DEMOS:
+        for graphs in (True, False):
+            what = "" if graphs else ", operations one by one"
+            yield f"{name}{what}", lambda name=name, graphs=graphs: demo(place, work, name, graphs)
+    made: dict[str, Path] = {}
+    for batch, lines in CELLS:
+        text = f"XL 384 px, batch {batch}, {lines} lines"
+        yield text, lambda batch=batch, lines=lines: speed(place, work, batch, lines, made)
+    yield "what was unpacked is removed", lambda: _remove(scratch)
+
+
+def options(place: Place, *, cuda_graphs: bool = True) -> BackendOptions:
+    """Of the CUDA backend; in a rehearsal the CPU's stands for it.
+
+    Raises:
+        NotRunError: this ONNX Runtime has no CUDA.
+    """
+    if place.rehearsal:
+        return BackendOptions(BackendName.CPU, threads=1)
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise NotRunError(f"ONNX Runtime {onnxruntime.__version__} has no CUDA: pip install 'linert[cuda]'")
+    return BackendOptions(BackendName.CUDA, cuda_graphs=cuda_graphs)
+
+
+def unpacked(place: Place, work: Path, name: str) -> Path:
+    """The folder of a bundle that was carried.
+
+    Raises:
+        NotRunError: it was not prepared.
+    """
+    target = work / name
+    if not target.exists():
+        with tarfile.open(place.prepared(f"{FOLDER}/{name}.tar.xz")) as archive:
+            archive.extractall(target, filter="data")
+    return target / "bundle"
+
+
+def demo(place: Place, work: Path, name: str, cuda_graphs: bool) -> Outcome:
+    """Draw two batches, and compare with the tokens that the CPU drew beforehand."""
+    bundle = unpacked(place, work, name)
+    wanted = np.load(bundle.parent / "tokens.npy")
+    with Generator(bundle, options(place, cuda_graphs=cuda_graphs)) as generator:
+        images = generator.generate(DEMO_CLASSES, num_images=len(wanted), seed=DEMO_SEED)
+    came = np.stack([image.tokens for image in images])
+    equal = float((came == wanted).mean())
+    text = f"{equal:.2%} of the CPU's tokens in {len(wanted)} images"
+    status = "measured" if name != DEMOS[0] else "passed" if equal == 1 else "failed"
+    return Outcome("", status, text, {"equal": equal})
+
+
+def speed(place: Place, work: Path, batch: int, lines: int, made: dict[str, Path]) -> Outcome:
+    """A line of decode steps with the buffer full, a line's end, an image's pixels."""
+    from random_weights import fill
+
+    chosen = options(place)
+    bundle = unpacked(place, work, bundle_name(batch, lines))
+    if not (bundle / "weights.bin").exists():
+        fill(bundle, made)
+    measured = Measured(bundle, None, chosen)
+    try:
+        [timings] = measure([measured], threads=len(os.sched_getaffinity(0)), rounds=1, image_rounds=0)
+    finally:
+        measured.generator.close()
+        del measured
+        gc.collect()
+        _forget(bundle, made)
+    tokens = timings.line_width**2
+    seconds = (
+        timings.decode_ms * (tokens - 1)
+        + timings.line_end_ms * (timings.line_width - 1)
+        + timings.vq_decoder_ms * batch
+    ) / 1e3
+    figures = {
+        **timings.to_json(),
+        "expected_seconds_a_batch": seconds,
+        "expected_images_per_second": batch / seconds,
+    }
+    text = (
+        f"{timings.decode_ms:.2f} ms a step, {timings.over_limit:.2f} x the limit; a line's end {timings.line_end_ms:.2f} ms; "
+        f"{batch / seconds:.2f} images/s expected; state {timings.state_bytes / 1e9:.2f} GB"
+    )
+    if (batch, lines) in PUBLISHED:
+        memory, _, rate = PUBLISHED[batch, lines]
+        text += f" (published: {rate:.2f} images/s in {memory:.1f} GB)"
+    return Outcome("", "measured", text, figures)
+
+
+def _forget(bundle: Path, made: dict[str, Path]) -> None:
+    """Remove a bundle's folder, but for weights that others are linked to."""
+    if bundle not in {path.parent for path in made.values()}:
+        shutil.rmtree(bundle.parent)
+
+
+def _remove(scratch: tempfile.TemporaryDirectory[str]) -> Outcome:
+    scratch.cleanup()
+    return Outcome("", "passed")

@@ -1,0 +1,98 @@
+"""The store of traced stages gives what tracing gives, and tells every two stages apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+
+from exporter import onnx_export
+from exporter.precision import Precision, PrecisionPlan, Weight
+from exporter.weights_file import WeightsFile
+from graphs.families import llamagen
+from graphs.line_buffer import LineEnd
+from graphs.policies import POLICIES
+from graphs.stage import Geometry, Stage
+from graphs.stages import Decode, Prefill
+from tests.conftest import TINY, random_state
+from tests.traced_graphs import TraceStore, fingerprint
+
+MODEL = llamagen.LlamaGen(TINY)
+GEOMETRY = Geometry(TINY, 2, True, (19, 19))
+
+
+def stages() -> dict[str, Stage]:
+    wider = dataclasses.replace(TINY, dim=64)
+    short = dataclasses.replace(GEOMETRY, capacities=(19, 13))
+    policies = {name: LineEnd(policy(), GEOMETRY) for name, policy in POLICIES.items()}
+    return {
+        **policies,
+        "decode": Decode(MODEL, GEOMETRY),
+        "unfiltered": Decode(MODEL, GEOMETRY, filtered=False),
+        "unguided": Decode(MODEL, dataclasses.replace(GEOMETRY, guided=False)),
+        "halves": Decode(MODEL.half(), dataclasses.replace(GEOMETRY, cache_dtype=torch.float16)),
+        "three images": Decode(MODEL, dataclasses.replace(GEOMETRY, images=3)),
+        "a shorter buffer": Decode(MODEL, short),
+        "another epsilon": Decode(llamagen.LlamaGen(dataclasses.replace(TINY, norm_eps=1e-6)), GEOMETRY),
+        "another base": Decode(llamagen.LlamaGen(dataclasses.replace(TINY, rope_base=5e4)), GEOMETRY),
+        "wider": Decode(llamagen.LlamaGen(wider), dataclasses.replace(GEOMETRY, config=wider)),
+        "prefill": Prefill(MODEL, GEOMETRY),
+    }
+
+
+def test_stages_that_differ_have_fingerprints_that_differ() -> None:
+    found = {name: fingerprint(stage) for name, stage in stages().items()}
+    assert len(set(found.values())) == len(found)
+    assert {name: fingerprint(stage) for name, stage in stages().items()} == found
+
+
+def test_weights_are_no_part_of_it() -> None:
+    one, other = llamagen.LlamaGen(TINY), llamagen.LlamaGen(TINY)
+    assert not torch.equal(next(one.parameters()), next(other.parameters()))
+    assert fingerprint(Decode(one, GEOMETRY)) == fingerprint(Decode(other, GEOMETRY))
+
+
+def test_what_is_not_known_is_refused() -> None:
+    stage = Prefill(MODEL, GEOMETRY)
+    stage.surprise = object()  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="tells two of them apart"):
+        fingerprint(stage)
+
+
+@pytest.mark.parametrize("name", ["decode", "linear", "prefill"])
+def test_a_stored_graph_is_what_tracing_gives(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = stages()[name]
+    tensors = random_state(llamagen.LlamaGen(TINY))
+    plan = PrecisionPlan()
+    weights = {f"model.{key}": Weight(key, tensor, Precision.FP32, plan) for key, tensor in tensors.items()}
+    store = onnx_export.trace
+    assert isinstance(store, TraceStore)
+    made = []
+    for trace in (store._trace, store, store):
+        monkeypatch.setattr(onnx_export, "trace", trace)
+        with WeightsFile(tmp_path / "weights.bin") as file:
+            proto = onnx_export.export_stage(stage, file, weights)
+        made.append((renamed(proto).SerializeToString(deterministic=True), file.digest))
+    assert made[0] == made[1] == made[2]
+
+
+def renamed(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The same with its intermediate values numbered in order: their names come from the tracer, and mean nothing."""
+    graph = proto.graph
+    kept = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    names = {name: f"value_{number}" for number, name in enumerate(_made(graph)) if name not in kept}
+    for node in graph.node:
+        for side in (node.input, node.output):
+            side[:] = [names.get(name, name) for name in side]
+    for value in graph.value_info:
+        value.name = names.get(value.name, value.name)
+    return proto
+
+
+def _made(graph: onnx.GraphProto) -> list[str]:
+    return [name for node in graph.node for name in node.output]

@@ -1,0 +1,69 @@
+"""The plugins' kernels as the emulated driver takes them: done by Triton's interpreter, on what lies at the addresses."""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
+from exporter.tensorrt.compile import ALIGNMENT
+from runtime.plugins import line_attention, line_evict, spatial_decay_step
+from runtime.plugins.base import HELD, Launch, Operation, TensorKind
+from runtime.plugins.line_attention import LineAttentionLaunch
+from runtime.plugins.line_evict import LineEvictLaunch
+from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from tests.emulated_gpu import Kernel
+
+
+def interpreted(function: Any, types: Mapping[str, torch.dtype], constants: Mapping[str, int]) -> Kernel:
+    """A kernel as the emulated driver takes it; ``types`` of what pointers point to, other parameters are int32."""
+    names = [name for name in inspect.signature(function.fn).parameters if name not in constants]
+
+    def launch(grid: tuple[int, int, int], parameters: Sequence[int]) -> Callable[[], None]:
+        values = []
+        for number, name in enumerate(names):
+            if name in types:
+                address = ctypes.c_void_p.from_address(parameters[number]).value or 0
+                # Kernels are compiled with this promise.
+                assert address % ALIGNMENT == 0
+                # The interpreter takes of a tensor its address and type.
+                memory = (ctypes.c_char * 8).from_address(address)
+                values.append(torch.frombuffer(memory, dtype=types[name], count=1))
+            else:
+                values.append(ctypes.c_int32.from_address(parameters[number]).value)
+        return lambda: function[grid](*values, **constants)
+
+    return launch
+
+
+def interpreted_kernels(
+    operation: Operation, launch: Launch, kinds: Sequence[TensorKind]
+) -> dict[str, Kernel]:
+    """All kernels of an operation for one launch; ``kinds`` of its inputs."""
+    held = getattr(torch, kinds[0].dtype)
+    if isinstance(launch, LineAttentionLaunch):
+        pointers = _types(line_attention.INPUTS, held) | {
+            "attended": held,
+            "logits": torch.float32,
+            "partial": torch.float32,
+        }
+        return {
+            name: interpreted(getattr(line_attention_kernels, name), pointers, launch.constants(name))
+            for name in ("attend", "combine")
+        }
+    if isinstance(launch, SpatialDecayStepLaunch):
+        pointers = _types(spatial_decay_step.INPUTS, held) | {"attended": held}
+        kernel = spatial_decay_step_kernels.spatial_decay_step
+        return {"spatial_decay_step": interpreted(kernel, pointers, launch.constants)}
+    assert isinstance(launch, LineEvictLaunch)
+    names = ("table", *line_evict.SETTINGS, "position", "write_slots")
+    pointers = dict.fromkeys(names, torch.int64) | {"scratch": torch.int32}
+    return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, launch.constants)}
+
+
+def _types(inputs: Mapping[str, str], held: torch.dtype) -> dict[str, torch.dtype]:
+    return {name: held if kind == HELD else getattr(torch, kind) for name, kind in inputs.items()}
