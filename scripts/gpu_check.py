@@ -24,10 +24,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-# The package need not be installed.
-sys.path.insert(0, str(ROOT))
-
 if "--rehearse" in sys.argv:
     # Triton asks once, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"

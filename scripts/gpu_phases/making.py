@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
@@ -10,13 +9,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from gpu_phases.cases import Case, Values
-from gpu_phases.place import ROOT
-from gpu_phases.speeds import Fill, Speed, Variant
-
-sys.path.insert(0, str(ROOT))
-
 from exporter.tensorrt.compile import kernels_of
+from gpu_phases.cases import Case, Values
+from gpu_phases.speeds import Fill, Speed, Variant
 from graphs.line_attention import reference as attention_reference
 from graphs.spatial_decay import RowState
 from graphs.spatial_decay_step import reference as decay_reference

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +44,6 @@ class Place:
     @cached_property
     def _emulated_driver(self) -> Any:
         os.environ["TRITON_INTERPRET"] = "1"
-        sys.path.insert(0, str(ROOT))
         from tests.emulated_gpu import EmulatedDriver
 
         return EmulatedDriver()
