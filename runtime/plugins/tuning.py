@@ -13,6 +13,7 @@ import msgspec
 
 from runtime.errors import ExportError
 from runtime.plugins.base import HELD_TYPES
+from runtime.replacement import atomic_file
 
 FILE = Path(__file__).with_name("tuning.json")
 
@@ -55,14 +56,13 @@ def write_tunings(found: Iterable[Tuning], path: Path = FILE) -> None:
 
     Raises:
         ExportError: the file that is there cannot be read.
-        OSError: the file cannot be written; what is there is left.
+        OutputError: the file cannot be written; what is there is left.
     """
     known = read_tunings(path) if path.exists() else ()
     entries = {(entry.capability, entry.head_pad, entry.dtype): entry for entry in (*known, *found)}
     data = msgspec.json.format(msgspec.json.encode(sorted(entries.values())), indent=1)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(data + b"\n")
-    partial.replace(path)
+    with atomic_file(path) as file:
+        file.write(data + b"\n")
 
 
 def tuning_of(capabilities: Sequence[int], head_pad: int, dtype: str, path: Path = FILE) -> Tuning:

@@ -113,6 +113,7 @@ def check(case: Case) -> None:
     lost=st.sampled_from([0.0, 0.0, 0.2, 0.9]),
 )
 @settings(max_examples=30, deadline=None)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_the_kernel_does_what_the_stage_does(
     policy: str,
     budgets: tuple[int, ...],
