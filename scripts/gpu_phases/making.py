@@ -125,7 +125,7 @@ def _name(dtype: torch.dtype) -> str:
 HEADS, HEAD_DIM, LAYERS = 20, 64, 36
 """Of LlamaGen-XL, and of LASADGen in its size."""
 
-WAYS = [(warps, warps * of_warp) for warps in (1, 2, 4) for of_warp in (1024, 2048, 4096)]
+WAYS = [(warps, warps * of_warp) for warps in (1, 2, 4) for of_warp in (256, 512, 1024)]
 """Warps of a program of LineAttention, and numbers of K that it reads before it reckons."""
 
 
