@@ -42,6 +42,15 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 MAX_RANK = 8
 
+DRIVEN = {
+    "decode": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
+    "decode.unfiltered": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
+    "line_end.replay": frozenset({"replay_slots"}),
+    "text_encoder": frozenset({"text_tokens", "text_lengths", "text_features"}),
+    "vq_decoder": frozenset({"grid_tokens", "pixels"}),
+}
+"""Tensors that the loop writes and reads by name."""
+
 
 def encode(manifest: Manifest) -> bytes:
     """The one byte sequence that stands for ``manifest`` on disk."""
@@ -165,6 +174,8 @@ def _out_of_bounds(manifest: Manifest) -> Iterable[str]:
         if not least <= number <= most:
             yield f"{name} is {number}, not {least} to {most}"
     names = [*manifest.stages, *manifest.policies, *(spec.name for spec in _tensors(manifest))]
+    for stage in manifest.stages.values():
+        names += [*stage.updates, *stage.updates.values(), *stage.in_place]
     yield from (f"the name {name[:40]!r}" for name in names if not NAME.fullmatch(name))
     for spec in _tensors(manifest):
         if spec.dtype not in ITEM_BYTES:
@@ -230,6 +241,8 @@ def _stage_contradictions(
     if stage.file not in manifest.files:
         yield f"stage {name} names {stage.file}, which is not among the files"
     inputs, outputs = ({spec.name: spec for spec in side} for side in (stage.inputs, stage.outputs))
+    if missing := sorted(DRIVEN.get(name, frozenset()) - inputs.keys() - outputs.keys()):
+        yield f"stage {name} has no tensor {', '.join(missing)}"
     if len(inputs) != len(stage.inputs) or len(outputs) != len(stage.outputs):
         yield f"stage {name} has two tensors of one name"
     for tensor in stage.inputs:

@@ -174,11 +174,15 @@ def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
     """The arrays of a token file; ``tokens`` is among them.
 
     Raises:
-        RequestError: no such file, not an npz file, or without ``tokens``.
+        RequestError: no such file, not an npz file, without ``tokens``, or with others than ``[images, N]``.
     """
     arrays = read_arrays(path)
     if "tokens" not in arrays:
         raise RequestError(f"{path} has no array 'tokens'; it has {', '.join(sorted(arrays)) or 'none'}")
+    if arrays["tokens"].ndim != 2:
+        raise RequestError(
+            f"{path}: tokens must have two dimensions, images and tokens, not the shape {arrays['tokens'].shape}"
+        )
     return arrays
 
 

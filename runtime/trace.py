@@ -116,7 +116,12 @@ def read_trace(path: Path) -> Trace:
         )
     except (KeyError, msgspec.DecodeError) as error:
         raise RequestError(f"{path} is no trace of linert run --record-trace: {error}") from error
-    counts = {len(values) for values in (trace.write_slots, trace.tokens, header.samples)}
-    if len(counts) != 1 or trace.write_slots.ndim != 6:
+    shapes = trace.write_slots.shape, trace.tokens.shape
+    whole = all(values.dtype.kind in "iu" for values in (trace.write_slots, trace.tokens))
+    if (
+        not whole
+        or tuple(map(len, shapes)) != (6, 2)
+        or {shape[0] for shape in shapes} != {len(header.samples)}
+    ):
         raise RequestError(f"{path} is damaged: its arrays do not belong together")
     return trace

@@ -224,6 +224,8 @@ def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[ty
         ("state/0/name", "../x"),
         ("stages/decode/inputs/0/shape", [0]),
         ("stages/decode/in_place", ["nothing"]),
+        ("stages/decode/updates", {"a" * 5000: "tokens"}),
+        ("stages/vq_decoder/inputs/0/name", "other"),
         ("stages/decode/updates", {}),
         ("stages/decode/work/macs", -1),
         ("files/weights.bin/bytes", -1),

@@ -318,3 +318,14 @@ def test_render_refuses_files_that_hold_no_tokens(linert: Linert, tiny_bundle: P
         result = linert("render", tiny_bundle, path, "--out", tmp_path / "out")
         assert result.code == 2, result.err
         assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("tokens", [np.array(7), np.zeros(36, np.int64), np.zeros((1, 36), "datetime64[s]")])
+def test_arrays_that_are_no_tokens_are_refused(
+    tokens: np.ndarray, linert: Linert, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "tokens.npz", tokens=tokens)
+    result = linert("render", tiny_bundle, tmp_path / "tokens.npz", "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert "tokens must" in result.err
