@@ -177,6 +177,8 @@ def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
         RequestError: no such file, not an npz file, without ``tokens``, or with others than ``[images, N]``.
     """
     arrays = read_arrays(path)
+    if strange := sorted(name for name, values in arrays.items() if not isinstance(values, np.ndarray)):
+        raise RequestError(f"{path} is damaged: {', '.join(strange)} is no array")
     if "tokens" not in arrays:
         raise RequestError(f"{path} has no array 'tokens'; it has {', '.join(sorted(arrays)) or 'none'}")
     if arrays["tokens"].ndim != 2:
