@@ -160,7 +160,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise RequestError(f"{path} does not exist") from None
     except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
@@ -168,6 +168,9 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     except Exception as error:
         # zipfile and zlib raise types of their own for damaged archives.
         raise RequestError(f"{path} is damaged: {error}") from error
+    if strange := sorted(name for name, values in arrays.items() if not isinstance(values, np.ndarray)):
+        raise RequestError(f"{path} is damaged: {', '.join(strange)} is no array")
+    return arrays
 
 
 def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
@@ -177,8 +180,6 @@ def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
         RequestError: no such file, not an npz file, without ``tokens``, or with others than ``[images, N]``.
     """
     arrays = read_arrays(path)
-    if strange := sorted(name for name, values in arrays.items() if not isinstance(values, np.ndarray)):
-        raise RequestError(f"{path} is damaged: {', '.join(strange)} is no array")
     if "tokens" not in arrays:
         raise RequestError(f"{path} has no array 'tokens'; it has {', '.join(sorted(arrays)) or 'none'}")
     if arrays["tokens"].ndim != 2:
