@@ -36,9 +36,10 @@ run, and does not when it replays a graph; an empty state is constants."""
 class OrtCudaBackend(SessionBackend):
     """Every tensor is device memory; ONNX Runtime captures stages as CUDA graphs and replays them.
 
-    The first run of a session with a CUDA graph executes it three times: twice to allocate, and once more when it is captured. So
-    a stage that updates states in place is run once when it is loaded, before an image begins. ONNX Runtime keeps a graph for
-    each thread that runs the session, so that loading is a matter of the thread too.
+    The first run of a session with a CUDA graph executes it three times: twice to allocate
+    (``min_num_runs_before_cuda_graph_capture_`` of its CUDAExecutionProvider), and once more when it is captured. So a stage that
+    updates states in place is run once when it is loaded, before an image begins. ONNX Runtime keeps a graph for each thread that
+    runs the session (in ``PerThreadContext``), so that loading is a matter of the thread too.
     """
 
     disabled_optimizers = DISABLED_OPTIMIZERS
@@ -74,11 +75,12 @@ class OrtCudaBackend(SessionBackend):
                 )
             # The CUDA and cuDNN of pip's packages are not on the loader's path.
             ort.preload_dlls()
-            # It warns of what is no fault: that CUDA is no plugin, and that the next call is to be replaced some day.
+            # It warns of what is no fault: that CUDA is no plugin, and that the call below is to go some day.
             ort.set_default_logger_severity(3)
-            # Tensors of 750 MB would each take a gigabyte of an arena that grows by powers of two.
-            state = ort.capi._pybind_state
-            state.set_arena_extend_strategy(state.ArenaExtendStrategy.kSameAsRequested)
+            library = ort.capi._pybind_state
+            if hasattr(library, "set_arena_extend_strategy"):
+                # Tensors of 750 MB would each take a gigabyte of an arena that grows by powers of two.
+                library.set_arena_extend_strategy(library.ArenaExtendStrategy.kSameAsRequested)
         super().__init__(bundle, stages)
 
     def load(self, stage: str) -> None:
