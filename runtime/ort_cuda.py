@@ -87,10 +87,9 @@ class OrtCudaBackend(SessionBackend):
         super().load(stage)
         if not self._counts_runs(stage) or stage in self._ready.stages:
             return
-        # Indices must be in range, whatever the last image left.
-        for tensor in self.stages[stage].inputs:
-            if not is_real(tensor):
-                self._write(tensor, np.zeros(tensor.shape, tensor.dtype))
+        # Whatever the last image left, every stage can run on an empty state.
+        super().load("prefill")
+        self._execute("prefill")
         self._execute(stage)
         self._ready.stages.add(stage)
 
@@ -127,13 +126,13 @@ class OrtCudaBackend(SessionBackend):
         except Exception as error:
             # ONNX Runtime raises RuntimeErrors of several kinds.
             raise DeviceError(f"no device memory for {spec.name}: {error}") from error
-        if not (is_real(spec) and spec.name in self._states):
+        if spec.name not in self._states:
             value.update_inplace(np.zeros(spec.shape, spec.dtype))
         return value
 
     @cached_property
     def _states(self) -> frozenset[str]:
-        """What an image's first stage writes: gigabytes of keys and values that need not be zeroed before."""
+        """What an image's first stage writes: gigabytes that need not be zeroed before."""
         return frozenset(spec.name for spec in self.bundle.manifest.state)
 
     def _read(self, spec: TensorSpec) -> Array:
@@ -196,11 +195,6 @@ class OrtCudaBackend(SessionBackend):
 
     def _options(self, stage: str) -> ort.SessionOptions:
         return ort.SessionOptions()
-
-
-def is_real(spec: TensorSpec) -> bool:
-    """Whether the tensor holds real numbers, not integers or truth values."""
-    return "float" in spec.dtype
 
 
 class Ready(threading.local):

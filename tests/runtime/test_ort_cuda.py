@@ -86,7 +86,16 @@ def test_a_stage_that_updates_its_state_is_not_run_before_it_is_loaded(planned_b
     backend.load("decode.unfiltered")
     backend.run("decode.unfiltered")
     plain = OrtCudaBackend(open_bundle(planned_bundle), STAGES, device="cpu", cuda_graphs=False)
+    plain.run("prefill")
     plain.run("decode.unfiltered")
+
+
+def test_a_stage_is_loaded_whatever_the_last_image_left(planned_bundle: Path) -> None:
+    bundle = open_bundle(planned_bundle)
+    backend, reference = CapturingBackend(bundle, STAGES, device="cpu"), OrtBackend(bundle, STAGES)
+    for state in bundle.manifest.state:
+        backend.write(state.name, np.full(state.shape, np.nan if "float" in state.dtype else 10_000))
+    assert (generate(backend, tiny_batch(backend)) == generate(reference, tiny_batch(reference))).all()
 
 
 def test_a_stage_that_the_backend_does_not_hold_is_not_loaded(planned_bundle: Path) -> None:
