@@ -176,7 +176,6 @@ def report_of(bundle: Path) -> str:
     from runtime.errors import LinertError
     from runtime.ort_cuda import OrtCudaBackend
 
-    opened = open_bundle(bundle)
     log = Path(os.environ["STAND_IN_LOG"])
 
     def fate(backend: OrtCudaBackend, stage: str) -> str:
@@ -196,6 +195,7 @@ def report_of(bundle: Path) -> str:
         return f"{graph}{faults}{f'; on the CPU: {on_cpu}' if on_cpu else ''}"
 
     try:
+        opened = open_bundle(bundle)
         backend = OrtCudaBackend(opened, opened.manifest.stages)
         lines = [f"  {stage}: {fate(backend, stage)}" for stage in opened.manifest.stages]
     except LinertError as error:
