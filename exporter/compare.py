@@ -24,6 +24,7 @@ from exporter.intervals import Interval, ScoredImages
 from exporter.quality import measure_rows
 from exporter.step_file import StepFile
 from exporter.timing import ResizedBackend, step_times
+from runtime.array_files import read_arrays, write_arrays
 from runtime.backend import Backend
 from runtime.bench import milliseconds
 from runtime.errors import BundleError, RequestError
@@ -32,7 +33,7 @@ from runtime.geometry import CacheSettings
 from runtime.loop import Batch, begin, run_step
 from runtime.manifest import Record, SamplingSettings
 from runtime.metrics import Metric
-from runtime.output import read_arrays, read_tokens, write_arrays
+from runtime.output import read_tokens
 from runtime.replacement import make_folder
 from runtime.run_folder import TOKENS_NAME, RunRequest, run_folder
 from runtime.samples import Sample

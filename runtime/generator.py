@@ -236,6 +236,15 @@ class PixelDecoder:
             RequestError: wrong shape, or a token outside the codebook.
             BundleError: pixels that are not finite.
         """
+        parts = list(self.parts(tokens, finite=finite))
+        return np.concatenate(parts) if parts else np.empty((0, 3, 0, 0), np.float32)
+
+    def parts(self, tokens: Array, *, finite: bool = True) -> Iterator[Pixels]:
+        """The same a few images at a time, for more than memory holds. Raises what it raises, for tokens before any is decoded."""
+        self._check(tokens)
+        return self._parts(tokens, finite=finite)
+
+    def _check(self, tokens: Array) -> None:
         raster = self.manifest.raster
         wanted = raster.image_tokens
         size = self.manifest.image_decoder.codebook_size
@@ -248,7 +257,8 @@ class PixelDecoder:
             raise RequestError(
                 f"tokens range from {drawn.min()} to {drawn.max()}; the codebook holds 0 to {size - 1}"
             )
-        parts = []
+
+    def _parts(self, tokens: Array, *, finite: bool) -> Iterator[Pixels]:
         for start in range(0, len(tokens), self.size):
             part = tokens[start : start + self.size]
             missing = self.size - len(part)
@@ -262,5 +272,4 @@ class PixelDecoder:
                     "pixels that are not finite: the image decoder's checkpoint holds numbers that are none, or leaves the range of "
                     f"{self.manifest.precision.image_decoder}: export with --image-decoder-precision fp32"
                 )
-            parts.append(pixels)
-        return np.concatenate(parts) if parts else np.empty((0, 3, 0, 0), np.float32)
+            yield pixels

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.PngImagePlugin
-from numpy.typing import NDArray
 
+from runtime.array_files import Arrays, read_arrays
 from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
@@ -73,6 +72,12 @@ def write_png(
         file.write(encoded.getbuffer())
 
 
+def read_picture(path: Path) -> PIL.Image.Image:
+    """The RGB picture in a file that :func:`write_png` wrote."""
+    with PIL.Image.open(path) as image:
+        return image.convert("RGB")
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a PNG that ``linert run`` wrote.
 
@@ -116,24 +121,29 @@ def is_foreign(path: Path) -> bool:
 
 
 def contact_sheet(
-    pictures: Sequence[PIL.Image.Image], captions: Sequence[str], columns: int | None = None
+    pictures: Iterable[PIL.Image.Image], captions: Sequence[str], columns: int | None = None
 ) -> PIL.Image.Image:
-    """Lay pictures of one size out in a captioned grid, at least 96 pixels a tile."""
-    pictures, captions = pictures[:SHEET_IMAGES], captions[:SHEET_IMAGES]
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    width, height = pictures[0].size
-    zoom = max(1, math.ceil(96 / width))
-    width, height = width * zoom, height * zoom
+    """Lay pictures of one size out in a captioned grid, at least 96 pixels a tile.
+
+    Args:
+        pictures: one is held at a time. At least one.
+        captions: as many, or :data:`SHEET_IMAGES` where there are more.
+    """
+    columns = columns or math.ceil(math.sqrt(len(captions)))
+    rows = math.ceil(len(captions) / columns)
     font = PIL.ImageFont.load_default(size=12)
     gap, caption = 6, 16
-    cell = (width + gap, height + caption + gap)
-    sheet = PIL.Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), "white")
-    drawing = PIL.ImageDraw.Draw(sheet)
-    for index, (image, text) in enumerate(zip(pictures, captions, strict=True)):
+    sheet: PIL.Image.Image | None = None
+    for index, (image, text) in enumerate(zip(pictures, captions, strict=False)):
+        zoom = max(1, math.ceil(96 / image.width))
+        width, height = image.width * zoom, image.height * zoom
+        cell = (width + gap, height + caption + gap)
+        sheet = sheet or PIL.Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), "white")
         x, y = gap + index % columns * cell[0], gap + index // columns * cell[1]
         sheet.paste(image.resize((width, height), PIL.Image.Resampling.NEAREST), (x, y))
-        drawing.text((x, y + height + 1), text, fill="black", font=font)
+        PIL.ImageDraw.Draw(sheet).text((x, y + height + 1), text, fill="black", font=font)
+    if sheet is None:
+        raise ValueError("a contact sheet of no pictures")
     return sheet
 
 
@@ -142,38 +152,7 @@ def sheet_columns(conditions: int, images: int) -> int | None:
     return conditions if 1 < conditions <= 16 and images > conditions else None
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Write an npz file."""
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()}
-    )
-    with atomic_file(path) as file:
-        file.write(buffer.getvalue())
-
-
-def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    """The arrays of an npz file; nothing in it is run.
-
-    Raises:
-        RequestError: no such file, or not an npz file.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise RequestError(f"{path} does not exist") from None
-    except (OSError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise RequestError(f"{path} is no npz file: {error}") from error
-    except Exception as error:
-        # zipfile and zlib raise types of their own for damaged archives.
-        raise RequestError(f"{path} is damaged: {error}") from error
-    if strange := sorted(name for name, values in arrays.items() if not isinstance(values, np.ndarray)):
-        raise RequestError(f"{path} is damaged: {', '.join(strange)} is no array")
-    return arrays
-
-
-def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
+def read_tokens(path: Path) -> Arrays:
     """The arrays of a token file; ``tokens`` is among them.
 
     Raises:
@@ -189,7 +168,7 @@ def read_tokens(path: Path) -> dict[str, NDArray[np.generic]]:
     return arrays
 
 
-def labels_of(samples: Sequence[Sample]) -> dict[str, NDArray[np.generic]]:
+def labels_of(samples: Sequence[Sample]) -> Arrays:
     """What was asked for, as an array of a token file."""
     asked = asked_for(samples)
     return {"classes" if asked.dtype.kind == "i" else "prompts": asked}

@@ -15,10 +15,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.array_files import write_arrays
 from runtime.errors import OutputError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Record, SamplingSettings
-from runtime.output import SHEET_NAME, is_foreign, labels_of, read_tokens, write_arrays
+from runtime.output import SHEET_NAME, is_foreign, labels_of, read_tokens
 from runtime.replacement import atomic_file, output_error, some_names, visible, working_folder
 from runtime.samples import Sample
 

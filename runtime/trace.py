@@ -7,6 +7,7 @@ PyTorch, whatever the scores say there.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.array_files import read_arrays, write_arrays
 from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
-from runtime.output import read_arrays, write_arrays
 from runtime.samples import Sample
 
 
@@ -42,33 +43,6 @@ class Trace:
     header: TraceHeader
     write_slots: NDArray[np.int32]
     tokens: NDArray[np.int64]
-
-    def check(self, manifest: Manifest) -> None:
-        """Raise :class:`RequestError` if the run cannot be imposed on the bundle of ``manifest``."""
-        manifest.require_cache("a trace")
-        shape = self.write_slots.shape
-        branches = manifest.branches
-        rows = manifest.state_spec("write_slots").shape[1]
-        wanted = (
-            manifest.raster.lines - 1,
-            manifest.model.layers,
-            branches,
-            rows // (manifest.images * branches),
-            manifest.raster.line_width,
-        )
-        if shape[1:] != wanted:
-            raise RequestError(
-                f"the trace was recorded from another kind of model: its write slots are {shape[1:]} an image "
-                f"(lines, layers, branches, heads, width), the bundle's {wanted}"
-            )
-        capacity = [manifest.raster.slots(lines) for lines in manifest.capacity_lines]
-        for layer, slots in enumerate(capacity):
-            used = self.write_slots[:, :, layer]
-            if used.size and not (used.min() >= manifest.raster.prefix_len and used.max() < slots):
-                raise RequestError(
-                    f"the trace writes slots {used.min()} to {used.max()} of layer {layer}; the bundle's buffer has "
-                    f"{manifest.raster.prefix_len} to {slots - 1}"
-                )
 
     @property
     def digest(self) -> str:
@@ -101,27 +75,46 @@ def per_image(recorded: Sequence[NDArray[np.generic]], images: int, branches: in
     return split.transpose(3, 0, 1, 2, 4, 5).astype(np.int32)
 
 
-def read_trace(path: Path) -> Trace:
-    """Read a trace.
+def read_trace(path: Path, manifest: Manifest) -> Trace:
+    """Read a trace that can be imposed on the bundle of ``manifest``. Nothing larger than such a trace is read.
 
     Raises:
-        RequestError: no such file, or no trace.
+        RequestError: no such file, no trace, or one of another kind of model.
     """
-    arrays = read_arrays(path)
+    manifest.require_cache("a trace")
     try:
-        header = msgspec.json.decode(arrays["header"].tobytes(), type=TraceHeader)
-        trace = Trace(
-            header,
-            *(arrays[name] for name in ("write_slots", "tokens")),  # type: ignore[arg-type]
-        )
+        header = msgspec.json.decode(read_arrays(path, ["header"])["header"].tobytes(), type=TraceHeader)
     except (KeyError, msgspec.DecodeError) as error:
-        raise RequestError(f"{path} is no trace of linert run --record-trace: {error}") from error
+        raise _no_trace(path, error) from error
+    raster, count = manifest.raster, len(header.samples)
+    if not count:
+        raise RequestError(f"{path} holds no images")
+    heads = manifest.state_spec("write_slots").shape[1] // (manifest.images * manifest.branches)
+    slots = (raster.lines - 1, manifest.model.layers, manifest.branches, heads, raster.line_width)
+    # Whatever its integers: eight bytes each, and the members' headers.
+    most_bytes = 8 * count * (math.prod(slots) + raster.image_tokens) + (64 << 10)
+    try:
+        arrays = read_arrays(path, ["write_slots", "tokens"], most_bytes)
+        trace = Trace(header, arrays["write_slots"], arrays["tokens"])  # type: ignore[arg-type]
+    except KeyError as error:
+        raise _no_trace(path, error) from error
+    if any(values.dtype.kind not in "iu" for values in (trace.write_slots, trace.tokens)):
+        raise RequestError(f"{path} is damaged: its slots or tokens are no integers")
     shapes = trace.write_slots.shape, trace.tokens.shape
-    whole = all(values.dtype.kind in "iu" for values in (trace.write_slots, trace.tokens))
-    if (
-        not whole
-        or tuple(map(len, shapes)) != (6, 2)
-        or {shape[0] for shape in shapes} != {len(header.samples)}
-    ):
-        raise RequestError(f"{path} is damaged: its arrays do not belong together")
+    if shapes != ((count, *slots), (count, raster.image_tokens)):
+        raise RequestError(
+            f"{path} was recorded from another kind of model: for {count} images it holds slots {shapes[0]} and tokens {shapes[1]}, "
+            f"not {(count, *slots)} (images, lines, layers, branches, heads, width) and {(count, raster.image_tokens)}"
+        )
+    for layer, lines in enumerate(manifest.capacity_lines):
+        used, capacity = trace.write_slots[:, :, layer], raster.slots(lines)
+        if used.size and not (used.min() >= raster.prefix_len and used.max() < capacity):
+            raise RequestError(
+                f"{path} writes slots {used.min()} to {used.max()} of layer {layer}; the bundle's buffer has "
+                f"{raster.prefix_len} to {capacity - 1}"
+            )
     return trace
+
+
+def _no_trace(path: Path, error: Exception) -> RequestError:
+    return RequestError(f"{path} is no trace of linert run --record-trace: {error}")

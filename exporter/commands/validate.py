@@ -117,7 +117,7 @@ def command(
     if trace is not None:
         if not replace(conditions, captions=None).empty or seed or greedy or not cache.empty:
             raise RequestError("--trace brings its own images and settings: leave the others out")
-        batch, recorded, compared = _recorded(read_trace(trace), opened, conditioner)
+        batch, recorded, compared = _recorded(read_trace(trace, manifest), opened, conditioner)
     else:
         compared = plan_samples(asked or conditioner.usual()[: manifest.images], manifest.images, seed)
         settings = cache.settle_for(manifest)
@@ -222,7 +222,6 @@ def _recorded(
 ) -> tuple[Batch, np.ndarray, list[Sample]]:
     """A batch of the trace's first images, their tokens ``[I, N]``, and themselves."""
     manifest, header = bundle.manifest, trace.header
-    trace.check(manifest)
     images = [min(image, len(trace.tokens) - 1) for image in range(manifest.images)]
     samples = [header.samples[image] for image in images]
     batch = make_batch(bundle.manifest, conditioner, samples, header.sampling, header.cache)

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import collections
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 import msgspec
 import numpy as np
 
+from runtime.array_files import write_parts
 from runtime.backends import BackendOptions
 from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.errors import RequestError
-from runtime.generator import PixelDecoder, picture
-from runtime.output import SHEET_NAME, contact_sheet, read_tokens, write_arrays, write_png
+from runtime.generator import PixelDecoder, Pixels, picture
+from runtime.output import (
+    SHEET_IMAGES,
+    SHEET_NAME,
+    contact_sheet,
+    read_picture,
+    read_tokens,
+    write_png,
+)
 from runtime.replacement import FolderKind, atomic_file, check_target, claim_folder, new_folder, visible
 from runtime.samples import shortened
 
@@ -76,17 +86,30 @@ def command(
     for name, values in asked.items():
         if values.shape != rows.shape[:1]:
             raise RequestError(f"{tokens}: {len(rows)} images and {values.shape} {name}")
-    pixels = PixelDecoder(place.open(), options)(rows)
-    shown = [picture(image) for image in pixels]
+    decoder, count = PixelDecoder(place.open(), options), len(rows)
+    parts = decoder.parts(rows)
     with new_folder(out, PICTURES, force=force) as folder:
-        captions = []
-        for number, image in enumerate(shown):
-            write_png(folder / picture_name(number), image)
-            label = "".join(f" · {shortened(str(values[number]))}" for values in asked.values())
-            captions.append(f"{number}{label}")
-        write_png(folder / SHEET_NAME, contact_sheet(shown, captions))
+        drawn = _written(parts, folder)
+        if save_pixels is None:
+            collections.deque(drawn, maxlen=0)
+        else:
+            write_parts(save_pixels, "pixels", count, drawn)
+        captions = [
+            " · ".join([str(number), *(shortened(str(values[number])) for values in asked.values())])
+            for number in range(min(count, SHEET_IMAGES))
+        ]
+        pictures = (read_picture(folder / picture_name(number)) for number in range(count))
+        write_png(folder / SHEET_NAME, contact_sheet(pictures, captions))
         with atomic_file(folder / RENDER_NAME) as file:
-            file.write(msgspec.json.encode({"images": len(shown)}) + b"\n")
-    if save_pixels is not None:
-        write_arrays(save_pixels, {"pixels": pixels.astype(np.float32, copy=False)})
-    click.echo(f"{len(shown)} images: {out}")
+            file.write(msgspec.json.encode({"images": count}) + b"\n")
+    click.echo(f"{count} images: {out}")
+
+
+def _written(parts: Iterable[Pixels], folder: Path) -> Iterator[Pixels]:
+    """``parts``, each once its pictures are in ``folder``."""
+    number = 0
+    for part in parts:
+        for image in part:
+            write_png(folder / picture_name(number), picture(image))
+            number += 1
+        yield part.astype(np.float32, copy=False)

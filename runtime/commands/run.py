@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from runtime.array_files import write_arrays
 from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
 from runtime.cache_request import CacheRequest
@@ -34,8 +35,8 @@ from runtime.output import (
     Recipe,
     contact_sheet,
     is_whole,
+    read_picture,
     sheet_columns,
-    write_arrays,
     write_png,
 )
 from runtime.replacement import check_target
@@ -132,7 +133,6 @@ def command(
         "greedy": greedy or None,
     }
     overrides = {name: value for name, value in given.items() if value is not None}
-    trace = None
     settings: CacheSettings | None
     if replay_trace is not None:
         asked = not replace(conditions, captions=None).empty or num_images is not None or seed is not None
@@ -141,7 +141,6 @@ def command(
                 "--replay-trace draws the recorded images with the recorded settings: leave classes, prompts, seeds, sampling "
                 "and cache options out"
             )
-        trace = read_trace(replay_trace)
     elif conditions.empty:
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
     opened = place.open()
@@ -151,8 +150,8 @@ def command(
             manifest.require_cache(option)
     conditioner = open_conditioner(opened, options)
     asked_conditions = conditions.settle(conditioner)
+    trace = read_trace(replay_trace, manifest) if replay_trace is not None else None
     if trace is not None:
-        trace.check(manifest)
         samples = list(trace.header.samples)
         conditioner.check(sample.condition for sample in samples)
         sampling, settings = trace.header.sampling, trace.header.cache
@@ -318,13 +317,14 @@ def _preview(generator: Generator, tokens: Tokens, lines: int) -> PIL.Image.Imag
 
 def _finish(folder: RunFolder, save_tokens: Path | None) -> None:
     samples = folder.request.samples
-    shown = []
-    for sample in samples[:SHEET_IMAGES]:
-        with PIL.Image.open(folder.picture(sample)) as image:
-            shown.append(image.convert("RGB"))
-    captions = [sample.label for sample in samples]
+    shown = samples[:SHEET_IMAGES]
     columns = sheet_columns(len({sample.condition for sample in samples}), len(samples))
-    write_png(folder.path / SHEET_NAME, contact_sheet(shown, captions[: len(shown)], columns))
+    sheet = contact_sheet(
+        (read_picture(folder.picture(sample)) for sample in shown),
+        [sample.label for sample in shown],
+        columns,
+    )
+    write_png(folder.path / SHEET_NAME, sheet)
     if save_tokens is not None:
         write_arrays(save_tokens, folder.arrays())
     click.echo(f"{len(samples)} images: {folder.path}")

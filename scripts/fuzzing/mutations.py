@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
+import warnings
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -163,7 +165,9 @@ def mutate_npz(arrays: dict[str, np.ndarray], rng: random.Random) -> Mutated:
     """One array of an archive changed, gone or renamed; or its bytes damaged."""
     copy = dict(arrays)
     name = rng.choice(sorted(copy))
-    kind = rng.choice(("array", "array", "array", "delete", "rename", "more", "bytes", "plain"))
+    kind = rng.choice(("array", "array", "array", "delete", "rename", "more", "bytes", "plain", "swollen"))
+    if kind == "swollen":
+        return swollen(f"{name}.npy"), f"{name} of {SWOLLEN_BYTES >> 20} MiB"
     if kind == "delete":
         del copy[name]
         return npz(copy), f"without {name}"
@@ -184,6 +188,24 @@ def mutate_npz(arrays: dict[str, np.ndarray], rng: random.Random) -> Mutated:
     return npz(copy), f"{name}: {said}"
 
 
+SWOLLEN_BYTES = 3 << 29
+
+
+@functools.lru_cache(maxsize=4)
+def swollen(name: str) -> bytes:
+    """An archive of one large array of zeros, a thousand times smaller."""
+    buffer = io.BytesIO()
+    with (
+        zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(name, "w") as member,
+    ):
+        shape = (SWOLLEN_BYTES >> 3, 1)
+        np.lib.format.write_array_header_1_0(member, {"descr": "<i8", "fortran_order": False, "shape": shape})
+        for _ in range(SWOLLEN_BYTES >> 20):
+            member.write(bytes(1 << 20))
+    return buffer.getvalue()
+
+
 def mutate_zip(data: bytes, rng: random.Random) -> Mutated:
     """An archive whose entries are shortened, gone, renamed, compressed or doubled, with valid checksums."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -191,8 +213,21 @@ def mutate_zip(data: bytes, rng: random.Random) -> Mutated:
     number = rng.randrange(len(entries))
     name, content = entries[number]
     kind = rng.choice(
-        ("shorten", "lengthen", "delete", "rename", "compress", "double", "content", "swap", "outside")
+        (
+            "shorten",
+            "lengthen",
+            "delete",
+            "rename",
+            "compress",
+            "double",
+            "content",
+            "swap",
+            "outside",
+            "swollen",
+        )
     )
+    if kind == "swollen":
+        return swollen(name), f"{name} of {SWOLLEN_BYTES >> 20} MiB"
     compression = zipfile.ZIP_STORED
     if kind == "shorten":
         entries[number] = name, content[: rng.randrange(len(content) + 1)]
@@ -214,7 +249,8 @@ def mutate_zip(data: bytes, rng: random.Random) -> Mutated:
     else:
         entries[number] = f"../{name}", content
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:
+        warnings.filterwarnings("ignore", message="Duplicate name")
         for entry, held in entries:
             archive.writestr(entry, held)
     return buffer.getvalue(), f"{kind} {name}"

@@ -201,7 +201,7 @@ def test_a_replay_follows_the_trace_and_not_the_scores(
     trace = tmp_path / "trace.npz"
     request = ("--classes", "1,3", "--seed", 7, "--policy", "streaming")
     linert("run", many_bundle, *request, "--record-trace", trace, "--out", tmp_path / "out")
-    recorded = read_trace(trace)
+    recorded = read_trace(trace, generator.manifest)
     slots = recorded.write_slots.copy()
     slots[0] = slots[0][:, :, :, ::-1]
     seen: list[np.ndarray] = []

@@ -15,8 +15,10 @@ import PIL.Image
 import pytest
 
 from runtime import Generator
+from runtime.commands import render
 from runtime.conditions import conditions_of
 from runtime.manifest import SamplingSettings
+from runtime.ort import OrtBackend
 from runtime.output import read_recipe
 from runtime.samples import ClassLabel, Sample, plan_samples
 from tests.conftest import ROOT, TINY, Result
@@ -284,6 +286,26 @@ def test_render_draws_the_same_pictures(linert: Linert, tiny_bundle: Path, tmp_p
     with np.load(pixels) as arrays:
         assert arrays["pixels"].shape == (3, 3, 12, 12)
         assert arrays["pixels"].dtype == np.float32
+
+
+def test_render_holds_a_few_images_at_a_time(
+    linert: Linert, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pictures of one call of the image decoder are written before the next."""
+    np.savez(tmp_path / "tokens.npz", tokens=np.arange(5 * 36).reshape(5, 36) % 64)
+    events = []
+    run, write = OrtBackend.run, render.write_png
+    monkeypatch.setattr(OrtBackend, "run", lambda *arguments: (events.append("run"), run(*arguments)))
+    monkeypatch.setattr(
+        render, "write_png", lambda path, *rest: (events.append(path.name[:5]), write(path, *rest))
+    )
+    for index, options in enumerate([(), ("--save-pixels", tmp_path / "pixels.npz")]):
+        events.clear()
+        result = linert(
+            "render", tiny_bundle, tmp_path / "tokens.npz", "--out", tmp_path / f"{index}", *options
+        )
+        assert result.code == 0, result.err
+        assert "".join(name[0] for name in events) == 5 * "ri" + "c"
 
 
 @pytest.mark.parametrize(
