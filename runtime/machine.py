@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import mmap
 import os
 import platform
@@ -46,8 +47,37 @@ def peak_macs() -> float:
 
 
 def default_threads() -> int:
-    """Threads that a backend uses when it is told none: the cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Threads that a backend uses when it is told none: the cores that this process may run on, and may use at a time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _quota(CGROUPS))))
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+def _quota(root: Path) -> float:
+    """Cores that the control group of this process, a container's for example, may use at a time. Infinite where it may use all.
+
+    Follows https://docs.kernel.org/admin-guide/cgroup-v2.html (``cpu.max``), and ``cpu.cfs_quota_us`` of the first version.
+    """
+    quotas = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (
+            int((root / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        )
+        if quota > 0:
+            quotas.append(quota / period)
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        (own,) = (line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
+        # In a container the group's own name may stand for nothing: its root is what bounds.
+        for folder in (root / own, *(root / own).parents):
+            with contextlib.suppress(OSError, ValueError):
+                text, length = (folder / "cpu.max").read_text().split()
+                quotas.append(int(text) / int(length))
+            if folder == root:
+                break
+    return min(quotas)
 
 
 def available_bytes() -> int | None:

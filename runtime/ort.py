@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import onnxruntime as ort
 from runtime.backend import Array
 from runtime.bundle import Bundle
 from runtime.errors import BundleError
+from runtime.machine import default_threads
 from runtime.manifest import TensorSpec
 from runtime.memory import huge_pages, release_freed
 from runtime.ort_sessions import SessionBackend
@@ -39,13 +41,15 @@ class OrtBackend(SessionBackend):
     ) -> None:
         """Prepare to run ``stages``.
 
-        ``threads`` of 0 leaves the number to ONNX Runtime (one a core). ``profile`` is a folder to record the time of
+        ``threads`` of 0 is one a core that this process may use. ``profile`` is a folder to record the time of
         every node in (see :meth:`end_profile`).
 
         Raises:
             BundleError: the bundle computes in a type that the CPU has no operators for.
         """
-        self.threads = threads
+        # ONNX Runtime counts the cores of the machine, and its threads spin on those that this process may not use.
+        usable = default_threads()
+        self.threads = threads or (usable if usable < (os.cpu_count() or 1) else 0)
         self.profile = profile
         self._arrays: dict[str, Array] = {}
         super().__init__(bundle, stages)

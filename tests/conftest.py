@@ -45,6 +45,18 @@ ROOT = Path(__file__).parents[1]
 onnx_export.trace = TraceStore(ROOT / ".pytest_cache" / "traces")
 
 
+LONGEST = (
+    *("test_demo", "test_build_bundles", "test_lumina_commands", "test_export", "test_parity", "test_build"),
+    *("test_gpu_check", "test_fuzz", "test_lasadgen_commands", "test_janus_commands", "test_compare"),
+)
+"""Files that take longest. They begin first, so that at the end no worker is left alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
+
+
 @dataclass
 class Result:
     code: int
