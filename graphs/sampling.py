@@ -68,8 +68,8 @@ def _bisect(low: Tensor, high: Tensor, stays: Callable[[Tensor], Tensor]) -> Ten
     """
     halves = (high - low) * torch.tensor([0.5**i for i in range(1, BISECTION_STEPS + 1)])
     for step in halves.split(1, dim=-1):
-        middle = low + step
-        low = torch.where(stays(middle), middle, low)
+        # Not ``where(stays(middle), middle, low)``, of which TensorRT for RTX 1.7 takes sixty times as long to build 24.
+        low = low + torch.where(stays(low + step), step, 0.0)
     return low
 
 
@@ -100,7 +100,8 @@ def top_p_threshold(x: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
     return _bisect(
         x.amin(-1, keepdim=True) - 1.0,
         x.amax(-1, keepdim=True),
-        lambda t: torch.where(x > t, mass, 0.0).sum(-1, keepdim=True) > allowed,
+        # A product: ONNX Runtime selects by a condition three times as slowly on the CPU.
+        lambda t: ((x > t).to(mass.dtype) * mass).sum(-1, keepdim=True) > allowed,
     )
 
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.conftest import ROOT, Result
+
+if TYPE_CHECKING:
+    from evaluate_demo import DigitClassifier
 
 DEMO = ROOT / "demo"
 FILES = DEMO / "c2i_demo.pt", DEMO / "vq_demo.pt"
@@ -18,8 +22,15 @@ IMAGES = 200
 
 
 @pytest.fixture(scope="module")
+def classifier() -> DigitClassifier:
+    from evaluate_demo import DigitClassifier
+
+    return DigitClassifier()
+
+
+@pytest.fixture(scope="module")
 def full_cache(export: Callable[..., Path]) -> Path:
-    return export(*FILES, *OPTIONS, "--policy", "full", "--batch", 10)
+    return export(*FILES, *OPTIONS, "--policy", "full", "--batch", 50)
 
 
 def test_the_demo_files_are_small() -> None:
@@ -27,26 +38,25 @@ def test_the_demo_files_are_small() -> None:
     assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 13e6
 
 
-def test_guided_samples_are_recognised(full_cache: Path) -> None:
-    from evaluate_demo import DigitClassifier, class_accuracy
+def test_guided_samples_are_recognised(full_cache: Path, classifier: DigitClassifier) -> None:
+    from evaluate_demo import class_accuracy
 
-    classifier = DigitClassifier()
     assert classifier.accuracy >= 0.97
     assert class_accuracy(full_cache, classifier, IMAGES, seed=0, guidance=None) >= 0.90
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int4"])
 def test_digits_without_a_cache(
-    precision: str, linert: Callable[..., Result], export: Callable[..., Path]
+    precision: str, linert: Callable[..., Result], export: Callable[..., Path], classifier: DigitClassifier
 ) -> None:
     """The LASADGen demo costs in every precision what that may, and what it draws is recognised."""
-    from evaluate_demo import DigitClassifier, class_accuracy
+    from evaluate_demo import class_accuracy
 
     options = ("--guidance", 3, "--batch", 10, "--precision", precision, "--block-size", 32)
     bundle = export(LASADGEN, FILES[1], *options)
     result = linert("validate", bundle)
     assert result.code == 0, result.out + result.err
-    assert class_accuracy(bundle, DigitClassifier(), IMAGES, seed=0, guidance=None) >= 0.90
+    assert class_accuracy(bundle, classifier, IMAGES, seed=0, guidance=None) >= 0.90
 
 
 def test_a_quarter_of_the_lines_validates(linert: Callable[..., Result], export: Callable[..., Path]) -> None:
@@ -55,17 +65,16 @@ def test_a_quarter_of_the_lines_validates(linert: Callable[..., Result], export:
     assert result.code == 0, result.out + result.err
 
 
-def test_pairs_are_repeated_from_far_above(export: Callable[..., Path]) -> None:
+def test_pairs_are_repeated_from_far_above(export: Callable[..., Path], classifier: DigitClassifier) -> None:
     """With all lines the digits below are those above; a window that lost them can only guess the right one."""
     import numpy as np
-    from evaluate_demo import DigitClassifier
     from pair_metrics import RepeatAccuracy
 
     from runtime import Generator
     from runtime.cache_request import CacheRequest
 
-    generator = Generator(export(*PAIRS, *OPTIONS, "--policy", "streaming,full", "--batch", 25))
-    manifest, metric = generator.manifest, RepeatAccuracy(DigitClassifier())
+    generator = Generator(export(*PAIRS, *OPTIONS, "--policy", "streaming,full", "--batch", 50))
+    manifest, metric = generator.manifest, RepeatAccuracy(classifier)
     repeated = {}
     for policy, lines in (("full", 16), ("streaming", 4)):
         request = CacheRequest(policy=policy, budget_lines=lines)

@@ -6,6 +6,7 @@ Tracing takes nine tenths of the time of a small export, and its result depends 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import onnx
 import onnx_ir as ir
 import torch
 from filelock import FileLock
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from exporter import onnx_export
 from exporter.onnx_export import Traced
@@ -87,6 +89,8 @@ class TraceStore:
 
     def __init__(self, folder: Path) -> None:
         self._trace, self._folder = onnx_export.trace, folder
+        # PyTorch makes the table of all its operators again for every graph, which takes a third of a second.
+        ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
         folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, stage: Stage) -> Traced:
