@@ -167,6 +167,7 @@ def mutate_npz(arrays: dict[str, np.ndarray], rng: random.Random) -> Mutated:
     name = rng.choice(sorted(copy))
     kind = rng.choice(("array", "array", "array", "delete", "rename", "more", "bytes", "plain", "swollen"))
     if kind == "swollen":
+        name = "header" if "header" in copy else "tokens"
         return swollen(f"{name}.npy"), f"{name} of {SWOLLEN_BYTES >> 20} MiB"
     if kind == "delete":
         del copy[name]
@@ -191,7 +192,7 @@ def mutate_npz(arrays: dict[str, np.ndarray], rng: random.Random) -> Mutated:
 SWOLLEN_BYTES = 3 << 29
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def swollen(name: str) -> bytes:
     """An archive of one large array of zeros, a thousand times smaller."""
     buffer = io.BytesIO()
@@ -227,6 +228,7 @@ def mutate_zip(data: bytes, rng: random.Random) -> Mutated:
         )
     )
     if kind == "swollen":
+        name = entries[0][0]
         return swollen(name), f"{name} of {SWOLLEN_BYTES >> 20} MiB"
     compression = zipfile.ZIP_STORED
     if kind == "shorten":

@@ -298,7 +298,10 @@ def test_an_interrupted_export_leaves_nothing(
     kind: str, delay: float, tiny_files: Files, tmp_path: Path
 ) -> None:
     out = tmp_path / "bundle"
-    command = [sys.executable, "-c", "from runtime.cli import main; main()", "export", tiny_files[0], "--vq"]
+    # A shell starts jobs in the background with SIGINT ignored, and nohup with SIGHUP.
+    usual = "signal.default_int_handler" if kind == "SIGINT" else "signal.SIG_DFL"
+    code = f"import signal; signal.signal(signal.{kind}, {usual})\nfrom runtime.cli import main; main()"
+    command = [sys.executable, "-c", code, "export", tiny_files[0], "--vq"]
     process = subprocess.Popen(
         [*command, tiny_files[1], "--grid", "6", "--heads", "4", "--out", out],
         cwd=ROOT,
@@ -311,12 +314,12 @@ def test_an_interrupted_export_leaves_nothing(
             break
     time.sleep(delay)
     process.send_signal(getattr(signal, kind))
-    code = process.wait(timeout=60)
+    status = process.wait(timeout=60)
     if out.exists():
-        assert code == 0
+        assert status == 0
         assert open_bundle(out)
     else:
-        assert code == 130
+        assert status == 130
     assert [path.name for path in tmp_path.iterdir()] in ([], ["bundle"])
 
 

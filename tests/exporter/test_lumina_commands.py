@@ -147,10 +147,10 @@ def test_lumina_draws_what_transformers_chameleon_draws(
 def test_one_bundle_draws_many_sizes(linert: Linert, tmp_path: Path) -> None:
     """Each as a bundle of its own draws it, with one copy of the weights."""
     folder, image_decoder = write_lumina(tmp_path / "tiny")
-    options = ("--vq", image_decoder, "--prompt-tokens", 64, "--budget-lines", "1/2")
+    options = ("--vq", image_decoder, "--prompt-tokens", 64, "--budget-lines", "1/2", "--policy", "all")
     sizes = {"128x64": (4, 8), "64x128": (8, 4)}
     bundle = tmp_path / "bundle"
-    result = linert("export", folder, *options, "--policy", "all", "--size", ",".join(sizes), "--out", bundle)
+    result = linert("export", folder, *options, "--size", ",".join(sizes), "--out", bundle)
     assert result.code == 0, result.err
     ask = ("--prompt", "a red fox", "--seed", 3)
     for size, (lines, columns) in sizes.items():
