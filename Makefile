@@ -1,12 +1,13 @@
-# make demo: from the demo checkpoint to a validated contact sheet.   make test: lint, types, tests.
-# Both set up a virtual environment first; nothing needs to be installed by hand but Python 3.11 or newer.
+# make demo: from the demo checkpoint to a validated contact sheet.
+# make test: lint, types, tests.   make check: the same without the slow tests, for every edit.
+# All set up a virtual environment first; nothing needs to be installed by hand but Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test check lint clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,9 @@ lint: setup
 
 test: setup lint
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+check: setup lint
+	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 clean:
 	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -45,16 +45,50 @@ ROOT = Path(__file__).parents[1]
 onnx_export.trace = TraceStore(ROOT / ".pytest_cache" / "traces")
 
 
-LONGEST = (
-    *("test_demo", "test_build_bundles", "test_lumina_commands", "test_export", "test_parity", "test_build"),
-    *("test_gpu_check", "test_fuzz", "test_lasadgen_commands", "test_janus_commands", "test_compare"),
+SLOW = (
+    *(
+        "test_build_bundles",
+        "test_demo",
+        "test_lumina_commands",
+        "test_export",
+        "test_parity",
+        "test_gpu_check",
+    ),
+    *(
+        "test_fuzz",
+        "test_compare",
+        "test_build",
+        "test_precision",
+        "test_janus_commands",
+        "test_lasadgen_commands",
+    ),
+    *(
+        "test_families",
+        "test_stage_parity",
+        "test_captions",
+        "test_bench",
+        "test_cache_choice",
+        "test_plugin_launch",
+    ),
+    *(
+        "test_line_attention_kernels",
+        "test_kill",
+        "test_generator",
+        "test_traced_graphs",
+        "test_line_evict_kernels",
+    ),
+    *("test_spatial_decay_step_kernels", "test_intervals"),
 )
-"""Files that take longest. They begin first, so that at the end no worker is left alone with one."""
+"""Files that take five seconds or longer, the longest first. In this order they begin, so that at the end no worker is left
+alone with one. ``make check`` leaves them out."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    ranks = {name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path.stem, len(LONGEST)))
+    ranks = {name: rank for rank, name in enumerate(SLOW)}
+    for item in items:
+        if item.path.stem in ranks:
+            item.add_marker("slow")
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(SLOW)))
 
 
 @dataclass
