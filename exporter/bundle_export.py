@@ -24,9 +24,10 @@ from exporter.work import work_of
 from graphs import stages
 from graphs import tensor_spec as graph_spec
 from graphs.families import vq
-from graphs.families.base import FamilyConfig, part_of
+from graphs.memory import Memory, memory_of
 from graphs.policies import POLICIES
 from graphs.text_encoder import EncodeText
+from graphs.transformer import FamilyConfig, part_of
 from runtime.bundle import file_sha256, manifest_name
 from runtime.conditions import Conditioner, conditioner_of
 from runtime.errors import ExportError, OutputError
@@ -170,25 +171,30 @@ class ExportPlan:
         return self.sampling.guidance > 1
 
     @property
-    def geometry(self) -> stages.Geometry:
-        capacities = tuple(self.raster.slots(lines) for lines in self.capacity_lines)
-        return self._geometry(capacities)
+    def memory(self) -> Memory:
+        """What the layers remember between steps."""
+        return self._memory([self.raster.slots(lines) for lines in self.capacity_lines])
 
-    def _geometry(self, capacities: tuple[int, ...]) -> stages.Geometry:
-        cached = self.precision.activations.dtype
-        return stages.Geometry(self.transformer.config, self.images, self.guided, capacities, cached)
+    def _memory(self, capacities: Sequence[int]) -> Memory:
+        return memory_of(
+            self.transformer.config,
+            images=self.images,
+            guided=self.guided,
+            capacities=capacities,
+            cache_dtype=self.precision.activations.dtype,
+        )
 
     @property
     def state_bytes(self) -> int:
         """Exact bytes that persist between decode steps."""
-        return sum(spec.nbytes for spec in self.geometry.state())
+        return sum(spec.nbytes for spec in self.memory.state())
 
     @property
     def full_state_bytes(self) -> int:
         """The same with a cache that holds the whole image, if there is one."""
         full = self.raster.slots(self.raster.lines)
-        geometry = self._geometry((full,) * len(self.capacity_lines))
-        return sum(spec.nbytes for spec in geometry.state())
+        memory = self._memory([full] * len(self.capacity_lines))
+        return sum(spec.nbytes for spec in memory.state())
 
     def weights(self) -> dict[str, Weight]:
         """Every parameter by its name in the stages, and what it is to be stored in."""
@@ -291,7 +297,7 @@ def _write(
 ) -> None:
     sizes = [_Size(plan, "", _stages(plan)), *(_Size(o, f".{o.size}", _stages(o)) for o in others)]
     tensors = plan.weights()
-    held = {spec.name for spec in plan.geometry.state()}
+    held = {spec.name for spec in plan.memory.state()}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for size in sizes:
             bound_to = contract(_manifest(size, {}))
@@ -323,7 +329,7 @@ def _write(
 
 
 def _stages(plan: ExportPlan) -> list[stages.Stage]:
-    raster, geometry = plan.raster, plan.geometry
+    raster, memory = plan.raster, plan.memory
     model = plan.transformer.hollow(plan.precision.activations.dtype)
     pixels = plan.image_decoder.hollow()
     for module in pixels.modules():
@@ -331,10 +337,10 @@ def _stages(plan: ExportPlan) -> list[stages.Stage]:
             # Convolutions in integers keep the taps that were quantised.
             module.by_phase = not plan.precision.convolutions
     found: list[stages.Stage] = [
-        stages.Prefill(model, geometry),
-        stages.Decode(model, geometry),
-        stages.Decode(model, geometry, filtered=False),
-        *geometry.memory.line_ends(model, plan.policies),
+        stages.Prefill(model, memory),
+        stages.Decode(model, memory),
+        stages.Decode(model, memory, filtered=False),
+        *memory.line_ends(model, plan.policies),
         stages.VQDecoder(
             pixels, images=1, rows=raster.lines, columns=raster.columns, line_width=raster.line_width
         ),
@@ -378,7 +384,7 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
         },
         cache=plan.cache,
         sampling=plan.sampling,
-        state=tuple(_spec(spec) for spec in plan.geometry.state()),
+        state=tuple(_spec(spec) for spec in plan.memory.state()),
         stages={
             stage.name: _stage_spec(stage, size.file(stage), size.work.get(stage.name, Work(0, 0, 0)))
             for stage in size.stages

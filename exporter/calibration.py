@@ -30,11 +30,11 @@ from exporter.precision import (
     to_integers,
 )
 from exporter.sampling_params import sampling_params
-from graphs.families.base import Condition, RasterTransformer, part_of
 from graphs.history import full_history
+from graphs.memory import memory_of
 from graphs.sampling import draw, filtered_mass, guide
-from graphs.stage import Geometry
 from graphs.stages import with_newlines
+from graphs.transformer import Condition, RasterTransformer, part_of
 from runtime import samples
 from runtime.conditions import Conditioner
 from runtime.errors import ExportError
@@ -233,8 +233,8 @@ def draw_images(
     """Tokens ``[I, N]`` int64 that ``model`` draws with the full cache; image k has seed ``seed + k``."""
     config, images = model.config, len(condition[0])
     slots = (config.prefix_len + config.image_tokens,) * config.layers
-    geometry = Geometry(config, images, sampling.guidance > 1, slots)
-    history = full_history(model, geometry)
+    memory = memory_of(config, images=images, guided=sampling.guidance > 1, capacities=slots)
+    history = full_history(model, memory)
     uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
     params = sampling_params(sampling)
     logits = history.begin(condition)
@@ -250,7 +250,7 @@ def draw_images(
                 f"the model computes numbers that are not finite, first at token {index} of the images that it draws to be calibrated: "
                 "its checkpoint is damaged, or belongs to another model"
             )
-        guided = guide(logits, params, torch.full((images,), index)) if geometry.guided else logits
+        guided = guide(logits, params, torch.full((images,), index)) if memory.geometry.guided else logits
         drawn = draw(filtered_mass(guided, params), uniforms[:, index])
         tokens[:, index] = with_newlines(config, drawn, torch.tensor(index))
         if index < config.image_tokens - 1:

@@ -9,7 +9,7 @@ import torch
 
 from exporter.models import Loaded
 from exporter.precision import FLOATS, Weight, largest_of
-from graphs.families.base import part_of
+from graphs.transformer import part_of
 from runtime.errors import CheckpointError, ExportError
 
 MOST_NAMED = 3

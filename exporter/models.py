@@ -19,10 +19,11 @@ from exporter.state_dicts import check_stored, listed
 from exporter.vocabulary import TokenizerFile
 from graphs import text_encoder
 from graphs.families import FAMILIES, vq
-from graphs.families.base import Family, FamilyConfig, PromptFormat, RasterTransformer
+from graphs.families.base import Family, PromptFormat
 from graphs.families.given import DERIVED, Given, Layout, ModelOption
 from graphs.families.settings import Settings
 from graphs.text_encoder import TextEncoder, TextEncoderConfig
+from graphs.transformer import FamilyConfig, RasterTransformer
 from runtime.errors import CheckpointError, RequestError
 from runtime.manifest import Source
 

@@ -57,7 +57,7 @@ def export_stage(
     operation = operation_of(stage)
     proto = ir.to_proto(model)
     if any(node.domain == line_attention.DOMAIN for node in proto.graph.node):
-        proto.functions.append(stage.geometry.memory.function())
+        proto.functions.append(stage.memory.function())
     if operation is not None:
         as_operation(proto, operation)
     _check_in_place(proto, stage)

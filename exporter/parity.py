@@ -27,12 +27,13 @@ from exporter.parity_report import (
     parity_checks,
 )
 from exporter.sampling_params import sampling_params
-from graphs.families.base import Condition, RasterTransformer
 from graphs.history import History, HistoryModel, full_history
+from graphs.memory import memory_of
 from graphs.policies import POLICIES, LineEndParams
 from graphs.sampling import SamplingParams, draw, filtered_mass, guide
 from graphs.stage import Geometry
 from graphs.stages import with_newlines
+from graphs.transformer import Condition, RasterTransformer
 from runtime.backend import Backend
 from runtime.errors import BundleError, CheckpointError
 from runtime.generator import PixelDecoder
@@ -67,10 +68,11 @@ class Comparison:
         cache = self.batch.cache
         config = self.model.config
         capacities = tuple(manifest.raster.slots(lines) for lines in manifest.capacity_lines)
-        geometry = Geometry(config, manifest.images, manifest.guided, capacities)
+        memory = memory_of(config, images=manifest.images, guided=manifest.guided, capacities=capacities)
+        geometry = memory.geometry
         self.cached: HistoryModel | None = None
         if cache is None:
-            self.reference: History = full_history(self.model, geometry)
+            self.reference: History = full_history(self.model, memory)
         else:
             inputs = settings_inputs(manifest, self.batch)
             params = LineEndParams(*(torch.from_numpy(inputs[name]) for name in LineEndParams._fields))

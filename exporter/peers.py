@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from exporter.models import LoadedImageDecoder, LoadedTransformer
 from graphs.decay_memory import DecayMemory, DecayStep
-from graphs.memory import Projections, StepPosition
+from graphs.memory import Projections, StepPosition, memory_of
 from graphs.spatial_decay import RowState, fold
-from graphs.stage import Geometry
 from graphs.stages import with_newlines
 from runtime.generator import picture
 
@@ -188,10 +187,10 @@ class StatePeer(PyTorchPeer):
 
     def _allocate(self) -> Callable[[Tensor, Tensor], Tensor]:
         config = self.model.config
-        self.geometry = Geometry(config, self.images, self.guidance > 1, ())
-        if not isinstance(self.geometry.memory, DecayMemory):
+        memory = memory_of(config, images=self.images, guided=self.guidance > 1)
+        if not isinstance(memory, DecayMemory):
             raise TypeError(f"{type(config).__name__} has no decays")
-        self.memory = self.geometry.memory
+        self.geometry, self.memory = memory.geometry, memory
         self.decays = list(self.memory.decays(self.model))
         self.factors = self.memory.factors(self.model)
         empty = [torch.zeros(spec.shape) for spec in self.memory.layer_state()]

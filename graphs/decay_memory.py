@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from onnx import FunctionProto
@@ -15,11 +14,9 @@ from graphs.spatial_decay import Decay, RowState, factors, fold, step_index
 from graphs.spatial_decay_step import IN_PLACE, StepInputs, function_proto, spatial_decay_step
 from graphs.stage import Geometry, Stage
 from graphs.tensor_spec import TensorSpec
+from graphs.transformer import RasterTransformer
 
-if TYPE_CHECKING:
-    from graphs.families.base import RasterTransformer
-
-Decays = Callable[["RasterTransformer"], Iterable[Decay]]
+Decays = Callable[[RasterTransformer], Iterable[Decay]]
 """What a model's layers have learned, in order."""
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graphs.decay_memory import DecayMemory
-from graphs.families.base import Condition, RasterTransformer
 from graphs.line_attention import ScoreParams, accumulate
 from graphs.line_buffer import finished_line
+from graphs.memory import Memory
 from graphs.policies import POLICIES, LineEndParams, Policy, end_line, evict
 from graphs.spatial_decay import attend, weights
 from graphs.stage import Geometry
+from graphs.transformer import Condition, RasterTransformer
 
 Attend = Callable[[int, Tensor], Tensor]
 """What a layer's queries ``[R, G, n, D]`` at the newest positions attend, of the same shape."""
@@ -99,8 +100,8 @@ class History(ABC):
 class DecayHistory(History):
     """Spatial decay with the weights of all pairs of tokens, instead of states."""
 
-    def __init__(self, model: RasterTransformer, geometry: Geometry, memory: DecayMemory) -> None:
-        super().__init__(model, geometry)
+    def __init__(self, model: RasterTransformer, memory: DecayMemory) -> None:
+        super().__init__(model, memory.geometry)
         self.decays = list(memory.decays(model))
 
     def end_line(self, replay: Tensor | None = None) -> Tensor:
@@ -126,10 +127,11 @@ Visibility = Callable[[int], tuple[Tensor, Tensor]]
 """Of a layer: the positions that each query sees ``[R, n, P]``, and those that each slot holds ``[R, n, C]``."""
 
 
-def full_history(model: RasterTransformer, geometry: Geometry) -> History:
-    """Of a model from which nothing is evicted; the buffer of ``geometry``, if it has one, holds the whole image."""
-    if isinstance(geometry.memory, DecayMemory):
-        return DecayHistory(model, geometry, geometry.memory)
+def full_history(model: RasterTransformer, memory: Memory) -> History:
+    """The history of a model from which nothing is evicted; the buffers of ``memory``, if it has any, hold the whole image."""
+    geometry = memory.geometry
+    if isinstance(memory, DecayMemory):
+        return DecayHistory(model, memory)
     never = dict.fromkeys(LineEndParams._fields, torch.tensor(0))
     params = LineEndParams(**never | {"capacity": torch.tensor(geometry.capacities)})
     return HistoryModel(model, geometry, POLICIES["full"](), params)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from onnx import FunctionProto
@@ -21,9 +21,7 @@ from graphs.memory import LayerStep, Memory, Projections, StepPosition
 from graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
 from graphs.stage import Geometry, Stage
 from graphs.tensor_spec import TensorSpec
-
-if TYPE_CHECKING:
-    from graphs.families.base import RasterTransformer
+from graphs.transformer import RasterTransformer
 
 GROUP_ENTRIES = 1 << 15
 """Slots of all rows that a line end works on at a time."""
@@ -73,8 +71,15 @@ class LineBuffer(Memory):
         return function_proto(self.geometry.query_group, self.geometry.cache_dtype)
 
     def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:
-        ends: list[Stage] = [LineEnd(POLICIES[policy](), self.geometry) for policy in policies]
-        return [*ends, ReplayLineEnd(self.geometry)]
+        ends: list[Stage] = [LineEnd(POLICIES[policy](), self) for policy in policies]
+        return [*ends, ReplayLineEnd(self)]
+
+
+class KeyValueCache:
+    """Of models whose layers keep keys and values."""
+
+    def memory(self, geometry: Geometry) -> Memory:
+        return LineBuffer(geometry)
 
 
 class LineBufferStep(LayerStep):
@@ -115,15 +120,15 @@ class LineBufferStep(LayerStep):
 class LineEnd(Stage):
     """Let a policy choose the slots that the next line overwrites, in every layer."""
 
-    def __init__(self, policy: Policy, geometry: Geometry) -> None:
+    def __init__(self, policy: Policy, memory: LineBuffer) -> None:
         super().__init__()
         self.name = f"line_end.{policy.name}"
         self.policy = policy
-        self.geometry = geometry
+        self.geometry = geometry = memory.geometry
         wanted = ["scores.", "slot_pos."] + ["k_cache."] * policy.reads_keys
         replaced = ["slot_pos."] if policy.carries_scores else ["scores.", "slot_pos."]
-        layers = geometry.memory.layer_state()
-        loop = {spec.name: spec for spec in geometry.state()}
+        layers = memory.layer_state()
+        loop = {spec.name: spec for spec in memory.state()}
         self.inputs = [
             TensorSpec("capacity", torch.int64, (geometry.config.layers,)),
             *(TensorSpec(name, torch.int64, ()) for name in LineEndParams._fields if name != "capacity"),
@@ -217,11 +222,10 @@ class ReplayLineEnd(Stage):
 
     name = "line_end.replay"
 
-    def __init__(self, geometry: Geometry) -> None:
+    def __init__(self, memory: LineBuffer) -> None:
         super().__init__()
-        self.geometry = geometry
-        loop = {spec.name: spec for spec in geometry.state()}
-        self.held = [s for s in geometry.memory.layer_state() if s.name.startswith("slot_pos.")]
+        loop = {spec.name: spec for spec in memory.state()}
+        self.held = [s for s in memory.layer_state() if s.name.startswith("slot_pos.")]
         self.inputs = [
             TensorSpec("strict", torch.int64, ()),
             replace(loop["write_slots"], name="replay_slots"),

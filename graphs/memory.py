@@ -5,16 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
+import torch
 from onnx import FunctionProto
 from torch import Tensor
 
+from graphs.stage import Geometry, Stage
 from graphs.tensor_spec import TensorSpec
-
-if TYPE_CHECKING:
-    from graphs.families.base import RasterTransformer
-    from graphs.stage import Geometry, Stage
+from graphs.transformer import FamilyConfig, RasterTransformer
 
 
 class Projections(NamedTuple):
@@ -75,6 +74,10 @@ class Memory(ABC):
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
 
+    def state(self) -> list[TensorSpec]:
+        """The whole state of a batch: the loop's, what belongs to all layers, and every layer's."""
+        return self.geometry.loop_state() + self.shared_state() + self.layer_state()
+
     @abstractmethod
     def layer_state(self) -> list[TensorSpec]:
         """Every layer's tensors, layer by layer."""
@@ -117,3 +120,23 @@ class Memory(ABC):
 def kind_of(name: str) -> str:
     """The kind of a layer's tensor, of its name."""
     return name.partition(".")[0]
+
+
+class RememberingConfig(FamilyConfig, Protocol):
+    """A configuration that says what its layers remember."""
+
+    def memory(self, geometry: Geometry) -> Memory:
+        """The state between steps, of a batch of these sizes."""
+        ...
+
+
+def memory_of(
+    config: RememberingConfig,
+    *,
+    images: int,
+    guided: bool,
+    capacities: Sequence[int] = (),
+    cache_dtype: torch.dtype = torch.float32,
+) -> Memory:
+    """What the layers of a model of ``config`` remember of a batch; the arguments are those of :class:`Geometry`."""
+    return config.memory(Geometry(config, images, guided, tuple(capacities), cache_dtype))

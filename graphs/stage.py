@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from graphs.tensor_spec import NEXT, TensorSpec
-
-if TYPE_CHECKING:
-    from graphs.families.base import FamilyConfig
-    from graphs.memory import Memory
+from graphs.transformer import FamilyConfig
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,6 @@ class Geometry:
     def query_group(self) -> int:
         return self.config.heads // self.config.kv_heads
 
-    @cached_property
-    def memory(self) -> Memory:
-        """What the layers remember."""
-        return self.config.memory(self)
-
     def loop_state(self) -> list[TensorSpec]:
         """State that every model has."""
         config = self.config
@@ -62,9 +53,6 @@ class Geometry:
             TensorSpec("condition", self.cache_dtype, (self.sequences, config.prefix_len, config.dim)),
             TensorSpec("starts", torch.int64, (self.sequences,)),
         ]
-
-    def state(self) -> list[TensorSpec]:
-        return self.loop_state() + self.memory.shared_state() + self.memory.layer_state()
 
     def per_row(self, values: Tensor) -> Tensor:
         """Repeat ``values [B]`` for every KV head: ``[R]``."""

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphs.families.base import FamilyConfig, RasterTransformer
 from graphs.families.vq import VQModel
 from graphs.line_attention import OPSET
-from graphs.memory import Projections, StepPosition, kind_of
+from graphs.memory import Memory, Projections, StepPosition, kind_of
 from graphs.sampling import SamplingParams, guide, sample
 from graphs.stage import Geometry, Stage
 from graphs.tensor_spec import TensorSpec
+from graphs.transformer import FamilyConfig, RasterTransformer
 
 SAMPLING_INPUTS = {
     "guidance": torch.float32,
@@ -60,12 +60,13 @@ class Prefill(Stage):
 
     name = "prefill"
 
-    def __init__(self, model: RasterTransformer, geometry: Geometry) -> None:
+    def __init__(self, model: RasterTransformer, memory: Memory) -> None:
         super().__init__()
         self.model = model
-        self.geometry = geometry
+        self.memory = memory
+        self.geometry = geometry = memory.geometry
         self.inputs = model.condition_inputs(geometry.images, guided=geometry.guided)
-        self.outputs = [spec.next() for spec in geometry.state()]
+        self.outputs = [spec.next() for spec in memory.state()]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         geometry, config = self.geometry, self.geometry.config
@@ -73,7 +74,7 @@ class Prefill(Stage):
         token = torch.zeros(geometry.images, dtype=torch.int64)
         tokens = torch.zeros(geometry.images, config.image_tokens, dtype=torch.int64)
         position = starts.amin(0, keepdim=True).repeat(geometry.sequences)
-        memory = geometry.memory
+        memory = self.memory
         layers = [
             torch.full(spec.shape, memory.empty.get(kind_of(spec.name), 0), dtype=spec.dtype)
             for spec in memory.layer_state()
@@ -94,13 +95,14 @@ class Decode(Stage):
 
     opset: ClassVar[int] = OPSET
 
-    def __init__(self, model: RasterTransformer, geometry: Geometry, *, filtered: bool = True) -> None:
+    def __init__(self, model: RasterTransformer, memory: Memory, *, filtered: bool = True) -> None:
         super().__init__()
         self.name = "decode" if filtered else "decode.unfiltered"
         self.filtered = filtered
         self.model = model
-        self.geometry = geometry
-        loop, memory = geometry.loop_state(), geometry.memory
+        self.memory = memory
+        self.geometry = geometry = memory.geometry
+        loop = geometry.loop_state()
         self.inputs = [
             *sampling_inputs(geometry),
             *memory.settings(),
@@ -126,7 +128,7 @@ class Decode(Stage):
         drawn_index = (position_next - config.prefix_len).clamp(min=0)
         column = (held - config.prefix_len) % config.line_width
         at = StepPosition(held, given["starts"], column, given)
-        attend = geometry.memory.begin_step(model, at)
+        attend = self.memory.begin_step(model, at)
 
         token = given["token"]
         fed = torch.cat([token, token]) if geometry.guided else token
@@ -136,7 +138,7 @@ class Decode(Stage):
         x = torch.where(in_prefix, conditions, model.embed(fed[:, None]))
         rope = model.rope(held[:, None], at.starts)
         written: list[Tensor] = []
-        state = geometry.memory.by_layer(tensors[-len(geometry.memory.layer_state()) :])
+        state = self.memory.by_layer(tensors[-len(self.memory.layer_state()) :])
         for layer, block in enumerate(model.blocks()):
             attended, replaced = attend(layer, Projections(*block.qkv(x, rope)), state[layer])
             x = block.finish(x, attended)

@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -78,8 +79,9 @@ def cli(debug: bool) -> None:
 def main() -> NoReturn:
     """Entry point: errors become one message and an exit code, interruptions clean up and exit with 130."""
     debug = "--debug" in sys.argv[1:]
+    asked = threading.Event()
     try:
-        with interruptible():
+        with interruptible(asked):
             code = cli.main(standalone_mode=False)
             # A process may be started without.
             if sys.stdout is not None:
@@ -88,6 +90,9 @@ def main() -> NoReturn:
     except LinertError as error:
         if debug:
             raise
+        # Libraries turn what is raised while they load or call back into errors of their own.
+        if asked.is_set():
+            _fail("interrupted", INTERRUPTED)
         _fail(str(error), error.exit_code)
     except click.exceptions.Abort:
         _fail("interrupted", INTERRUPTED)
@@ -105,18 +110,20 @@ def main() -> NoReturn:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Let every signal that asks for an end interrupt what is under way, so that it cleans up; what was ignored stays so.
+def interruptible(asked: threading.Event) -> Iterator[None]:
+    """Let every signal that asks for an end set ``asked`` and interrupt what is under way, so that it cleans up; what was ignored
+    stays so.
 
     Those that follow within a few seconds are the same request: they do not interrupt the cleaning up.
     """
-    asked = -GRACE
+    last = -GRACE
 
     def interrupt(number: int, frame: object) -> None:
-        nonlocal asked
+        nonlocal last
         now = time.monotonic()
-        if now - asked >= GRACE:
-            asked = now
+        asked.set()
+        if now - last >= GRACE:
+            last = now
             raise KeyboardInterrupt
 
     before = {}

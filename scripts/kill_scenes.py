@@ -56,6 +56,9 @@ class Scene(ABC):
     def left(self, before: set[str]) -> Iterator[str]:
         """What is half-written after a kill; ``before``: names that were there at the start."""
         for name, path in self.files().items():
+            if path.is_dir():
+                # An empty one, in which something was about to be made. The next start may not leave it.
+                continue
             try:
                 value = self.read(path)
             except Exception as error:

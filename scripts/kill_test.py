@@ -200,8 +200,9 @@ def report(console: Console, tallies: dict[str, Tally]) -> None:
         table.add_row(name, *(str(value(tally)) for tally in tallies.values()))
     console.print(table)
     for tally in tallies.values():
-        for fault in tally.faults[:20]:
-            console.print(fault, style="red", markup=False)
+        for kind in (tally.half_written, tally.stray, tally.changed, tally.outlived, tally.failed):
+            for fault in kind[:8]:
+                console.print(fault, style="red", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

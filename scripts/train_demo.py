@@ -36,7 +36,7 @@ from torch.nn import functional as F
 
 from exporter.lasadgen_folder import write_lasadgen
 from graphs.families import lasadgen, llamagen, vq
-from graphs.families.base import RasterTransformer
+from graphs.transformer import RasterTransformer
 from runtime.replacement import atomic_file
 
 GRID = 16

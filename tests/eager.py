@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from graphs import stages
-from graphs.families.base import FamilyConfig, RasterTransformer
+from graphs.memory import Memory
 from graphs.policies import POLICIES, LineEndParams
 from graphs.tensor_spec import NEXT
+from graphs.transformer import FamilyConfig, RasterTransformer
 
 GUIDANCE = 3.0
 
@@ -53,16 +54,16 @@ class Eager:
     def __init__(
         self,
         net: RasterTransformer,
-        geometry: stages.Geometry,
+        memory: Memory,
         policy: str,
         condition: Sequence[torch.Tensor],
         **given: float,
     ) -> None:
-        self.geometry = geometry
+        self.geometry = geometry = memory.geometry
         self.stages: Mapping[str, stages.Stage] = {
-            "prefill": stages.Prefill(net, geometry),
-            "decode": stages.Decode(net, geometry),
-            "line_end": geometry.memory.line_ends(net, (policy,))[0],
+            "prefill": stages.Prefill(net, memory),
+            "decode": stages.Decode(net, memory),
+            "line_end": memory.line_ends(net, (policy,))[0],
         }
         window = POLICIES[policy]().score_window(geometry.config.line_width) if policy else 0
         self.tensors = usual_inputs(geometry, **{"score_window": window, **given})

@@ -406,7 +406,7 @@ def _announce(console: Console, plan: ExportPlan) -> None:
     else:
         console.print(
             f"line buffer: {lines_text(plan.capacity_lines)} of {raster.lines} lines = "
-            f"{lines_text(plan.geometry.capacities)} slots a layer; policies: {', '.join(plan.policies)}"
+            f"{lines_text(plan.memory.geometry.capacities)} slots a layer; policies: {', '.join(plan.policies)}"
         )
         console.print(f"by default: {cache.text}")
     full = f"; the full cache takes {size_text(plan.full_state_bytes)}" if cache else ""

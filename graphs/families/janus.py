@@ -16,9 +16,7 @@ from torch.nn import functional as F
 
 from graphs.families.base import (
     MOST_LINES,
-    Condition,
     Family,
-    KeyValueCache,
     PromptFormat,
     SquareRaster,
     UsualSampling,
@@ -34,6 +32,8 @@ from graphs.families.llama import (
     norm_eps,
     rope_base,
 )
+from graphs.line_buffer import KeyValueCache
+from graphs.transformer import Condition
 
 GRID = 24
 """Tokens in an image row of every published size (384 px, patch 16)."""

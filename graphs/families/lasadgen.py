@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from graphs.decay_memory import DecayMemory
 from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from graphs.families.base import Condition, Family, RasterTransformer, UsualSampling
+from graphs.families.base import Family, UsualSampling
 from graphs.families.given import Given, Layout, count_of, shape_of
 from graphs.families.layers import RMSNorm, Rope
 from graphs.families.llama import MOST_ROPE_BASE
@@ -33,6 +33,7 @@ from graphs.rotary import rotate_interleaved
 from graphs.spatial_decay import Decay, attend, weights
 from graphs.stage import Geometry
 from graphs.tensor_spec import TensorSpec
+from graphs.transformer import Condition, RasterTransformer
 
 MODEL_TYPE = "lasadgen"
 

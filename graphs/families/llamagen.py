@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from graphs.families.base import Condition, Family, KeyValueCache, UsualSampling, unless_given
+from graphs.families.base import Family, UsualSampling, unless_given
 from graphs.families.given import Given, Layout, ModelOption, count_of, shape_of
 from graphs.families.layers import RMSNorm, Rope
+from graphs.line_buffer import KeyValueCache
 from graphs.rotary import rotate_interleaved
 from graphs.tensor_spec import TensorSpec
+from graphs.transformer import Condition
 
 PUBLISHED_HEADS = {
     # (layers, dim): heads

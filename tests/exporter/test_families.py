@@ -16,10 +16,11 @@ from exporter.precision import Precision, PrecisionPlan, Weight
 from exporter.weights_file import WeightsFile
 from graphs import stages
 from graphs.families import FAMILIES, janus, llamagen, lumina
-from graphs.families.base import RasterTransformer
 from graphs.line_buffer import LineEnd
+from graphs.memory import memory_of
 from graphs.policies import POLICIES
 from graphs.tensor_spec import NEXT
+from graphs.transformer import RasterTransformer
 from tests.conftest import random_state
 from tests.eager import fed_stages, usual_inputs
 
@@ -96,14 +97,14 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
     net = built(name)
     config = net.config
     slots = (config.prefix_len + 2 * config.line_width,) * config.layers
-    geometry = stages.Geometry(config, 2, guided, slots)
+    memory = memory_of(config, images=2, guided=guided, capacities=slots)
     parts = [
-        stages.Prefill(net, geometry),
-        stages.Decode(net, geometry, filtered=False),
-        LineEnd(POLICIES["linear"](), geometry),
+        stages.Prefill(net, memory),
+        stages.Decode(net, memory, filtered=False),
+        LineEnd(POLICIES["linear"](), memory),
     ]
     ours = Sessions(parts, net, tmp_path)
-    tensors = usual_inputs(geometry) | conditions(net, guided=guided)
+    tensors = usual_inputs(memory.geometry) | conditions(net, guided=guided)
     ours.arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
 
     def both(stage: str) -> None:
@@ -123,6 +124,6 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
         both({"decode": "decode.unfiltered", "line_end": "line_end.linear"}[stage])
     assert (ours.arrays["tokens"] == tensors["tokens"].numpy()).all()
     # All positions of the shorter condition's padding were overwritten or left empty.
-    held = ours.arrays["slot_pos.0"].reshape(geometry.sequences, -1, slots[0])
+    held = ours.arrays["slot_pos.0"].reshape(memory.geometry.sequences, -1, slots[0])
     assert (held[1, :, :2] == -1).all()
     assert (held[0, :, : config.prefix_len] == [-1, *range(1, config.prefix_len)]).all()

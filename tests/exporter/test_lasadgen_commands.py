@@ -16,9 +16,9 @@ import torch
 from exporter.lasadgen_folder import write_lasadgen
 from exporter.peers import peer_of
 from exporter.sources import Checkpoints
-from graphs import stages
 from graphs.families import vq
 from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
+from graphs.memory import memory_of
 from runtime.bundle import open_bundle
 from runtime.loop import generate
 from runtime.ort import OrtBackend
@@ -86,7 +86,7 @@ def test_pictures_are_those_of_pytorch(
     result = linert("run", out, *drawn, "--out", tmp_path / "pictures")
     assert result.code == 0, result.err
     net = model(variant)
-    eager = Eager(net, stages.Geometry(net.config, 2, True, ()), "", [torch.tensor(CLASSES)], greedy=1)
+    eager = Eager(net, memory_of(net.config, images=2, guided=True), "", [torch.tensor(CLASSES)], greedy=1)
     assert (np.load(saved)["tokens"] == eager.draw().numpy()).all()
     result = linert("validate", out, "--json")
     assert result.code == 0, result.out

@@ -15,8 +15,8 @@ from exporter.tensorrt.launch import line_evict
 from graphs.families.llamagen import LlamaGenConfig
 from graphs.line_buffer import LineEnd
 from graphs.line_evict import Importance
+from graphs.memory import memory_of
 from graphs.policies import POLICIES
-from graphs.stage import Geometry
 from runtime.plugins.line_evict import LineEvict, LineEvictLaunch
 from tests.exporter.test_line_attention_kernels import DEVICE
 from tests.exporter.watched_memory import watched
@@ -47,7 +47,8 @@ class Case:
             len(self.budgets), 4 * self.heads, self.heads, 8, 16, 2, grid=GRID, prefix_len=1
         )
         capacities = tuple(1 + lines * GRID + self.spare for lines in self.budgets)
-        return LineEnd(POLICIES[self.policy](), Geometry(config, 2, self.guided, capacities))
+        memory = memory_of(config, images=2, guided=self.guided, capacities=capacities)
+        return LineEnd(POLICIES[self.policy](), memory)
 
 
 def tensors_of(

@@ -16,7 +16,7 @@ from exporter.tensorrt.build import environment_of, run_job
 from exporter.tensorrt.build_stage import Job
 from exporter.weights_file import WeightsFile
 from graphs.families.llamagen import LlamaGen, LlamaGenConfig
-from graphs.stage import Geometry
+from graphs.memory import memory_of
 from graphs.stages import Decode
 from runtime.trt_flavour import FLAVOURS
 from tests.conftest import random_state
@@ -36,7 +36,7 @@ def test_activations_of_a_decode_step_are_smaller_than_the_keys_of_a_layer(tmp_p
     # TensorRT takes 8 MB for products whatever their size: a layer's keys are twice that.
     config = LlamaGenConfig(layers=1, dim=256, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=16)
     model = LlamaGen(config)
-    stage = Decode(model, Geometry(config, 32, True, (257,)), filtered=False)
+    stage = Decode(model, memory_of(config, images=32, guided=True, capacities=[257]), filtered=False)
     precision = PrecisionPlan()
     tensors = {
         f"model.{name}": Weight(name, tensor, Precision.FP32, precision)

@@ -14,32 +14,33 @@ from exporter.precision import Precision, PrecisionPlan, Weight
 from exporter.weights_file import WeightsFile
 from graphs.families import llamagen
 from graphs.line_buffer import LineEnd
+from graphs.memory import memory_of
 from graphs.policies import POLICIES
-from graphs.stage import Geometry, Stage
+from graphs.stage import Stage
 from graphs.stages import Decode, Prefill
 from tests.conftest import TINY, random_state
 from tests.traced_graphs import TraceStore, fingerprint
 
 MODEL = llamagen.LlamaGen(TINY)
-GEOMETRY = Geometry(TINY, 2, True, (19, 19))
+SIZES = {"images": 2, "guided": True, "capacities": (19, 19)}
+MEMORY = memory_of(TINY, **SIZES)
 
 
 def stages() -> dict[str, Stage]:
     wider = dataclasses.replace(TINY, dim=64)
-    short = dataclasses.replace(GEOMETRY, capacities=(19, 13))
-    policies = {name: LineEnd(policy(), GEOMETRY) for name, policy in POLICIES.items()}
+    policies = {name: LineEnd(policy(), MEMORY) for name, policy in POLICIES.items()}
     return {
         **policies,
-        "decode": Decode(MODEL, GEOMETRY),
-        "unfiltered": Decode(MODEL, GEOMETRY, filtered=False),
-        "unguided": Decode(MODEL, dataclasses.replace(GEOMETRY, guided=False)),
-        "halves": Decode(MODEL.half(), dataclasses.replace(GEOMETRY, cache_dtype=torch.float16)),
-        "three images": Decode(MODEL, dataclasses.replace(GEOMETRY, images=3)),
-        "a shorter buffer": Decode(MODEL, short),
-        "another epsilon": Decode(llamagen.LlamaGen(dataclasses.replace(TINY, norm_eps=1e-6)), GEOMETRY),
-        "another base": Decode(llamagen.LlamaGen(dataclasses.replace(TINY, rope_base=5e4)), GEOMETRY),
-        "wider": Decode(llamagen.LlamaGen(wider), dataclasses.replace(GEOMETRY, config=wider)),
-        "prefill": Prefill(MODEL, GEOMETRY),
+        "decode": Decode(MODEL, MEMORY),
+        "unfiltered": Decode(MODEL, MEMORY, filtered=False),
+        "unguided": Decode(MODEL, memory_of(TINY, **SIZES | {"guided": False})),
+        "halves": Decode(MODEL.half(), memory_of(TINY, **SIZES, cache_dtype=torch.float16)),
+        "three images": Decode(MODEL, memory_of(TINY, **SIZES | {"images": 3})),
+        "a shorter buffer": Decode(MODEL, memory_of(TINY, **SIZES | {"capacities": (19, 13)})),
+        "another epsilon": Decode(llamagen.LlamaGen(dataclasses.replace(TINY, norm_eps=1e-6)), MEMORY),
+        "another base": Decode(llamagen.LlamaGen(dataclasses.replace(TINY, rope_base=5e4)), MEMORY),
+        "wider": Decode(llamagen.LlamaGen(wider), memory_of(wider, **SIZES)),
+        "prefill": Prefill(MODEL, MEMORY),
     }
 
 
@@ -52,11 +53,11 @@ def test_stages_that_differ_have_fingerprints_that_differ() -> None:
 def test_weights_are_no_part_of_it() -> None:
     one, other = llamagen.LlamaGen(TINY), llamagen.LlamaGen(TINY)
     assert not torch.equal(next(one.parameters()), next(other.parameters()))
-    assert fingerprint(Decode(one, GEOMETRY)) == fingerprint(Decode(other, GEOMETRY))
+    assert fingerprint(Decode(one, MEMORY)) == fingerprint(Decode(other, MEMORY))
 
 
 def test_what_is_not_known_is_refused() -> None:
-    stage = Prefill(MODEL, GEOMETRY)
+    stage = Prefill(MODEL, MEMORY)
     stage.surprise = object()  # type: ignore[assignment]
     with pytest.raises(TypeError, match="tells two of them apart"):
         fingerprint(stage)

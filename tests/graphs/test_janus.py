@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from graphs import stages
 from graphs.families import janus
+from graphs.memory import memory_of
 from tests.eager import Eager
 
 transformers = pytest.importorskip("transformers")
@@ -107,8 +107,8 @@ def test_greedy_tokens_through_the_stages(kv_heads: int) -> None:
     net = ours(model, kv_heads)
     config = net.config
     slots = (config.prefix_len + config.image_tokens,) * config.layers
-    geometry = stages.Geometry(config, 2, True, slots)
-    tokens = Eager(net, geometry, "full", padded(), guidance=5.0, greedy=1).draw()
+    memory = memory_of(config, images=2, guided=True, capacities=slots)
+    tokens = Eager(net, memory, "full", padded(), guidance=5.0, greedy=1).draw()
     for image, prompt in enumerate(PROMPTS):
         drawn: list[int] = []
         for _ in range(config.image_tokens):

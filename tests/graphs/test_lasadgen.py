@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs import stages
 from graphs.families import FAMILIES
 from graphs.families.lasadgen import FAMILY, SIZES, LASADGen, LASADGenConfig, Variant, infer_config
 from graphs.history import full_history
+from graphs.memory import memory_of
 from tests.conftest import random_state
 from tests.eager import Eager
 
@@ -27,23 +27,23 @@ def model(variant: Variant, grid: int = 6, prefix_len: int = 1) -> LASADGen:
 @pytest.mark.parametrize("guided", [True, False])
 def test_stages_draw_what_the_parallel_form_draws(variant: Variant, guided: bool) -> None:
     net = model(variant)
-    geometry = stages.Geometry(net.config, 2, guided, ())
+    memory = memory_of(net.config, images=2, guided=guided)
     ids = torch.tensor([1, 3])
-    eager = Eager(net, geometry, "", [ids], guidance=2.0 if guided else 1.0)
+    eager = Eager(net, memory, "", [ids], guidance=2.0 if guided else 1.0)
     tokens = eager.draw()
-    fed = tokens.repeat(geometry.branches, 1)[:, :-1]
+    fed = tokens.repeat(memory.geometry.branches, 1)[:, :-1]
     wanted = net(net.condition([ids], guided=guided), fed)[:, -1]
     torch.testing.assert_close(eager.tensors["logits"], wanted, atol=1e-4, rtol=1e-4)
     # What was drawn depends on what is seen: other decays, other tokens.
     net.load_state_dict({name: -t if "decay" in name else t for name, t in net.state_dict().items()})
-    assert variant is Variant.NONE or not torch.equal(Eager(net, geometry, "", [ids]).draw(), tokens)
+    assert variant is Variant.NONE or not torch.equal(Eager(net, memory, "", [ids]).draw(), tokens)
 
 
 @pytest.mark.parametrize("variant", Variant)
 def test_lines_at_once_are_the_parallel_form(variant: Variant) -> None:
     net = model(variant)
-    geometry = stages.Geometry(net.config, 2, True, ())
-    history, ids = full_history(net, geometry), torch.tensor([0, 4])
+    memory = memory_of(net.config, images=2, guided=True)
+    history, ids = full_history(net, memory), torch.tensor([0, 4])
     tokens = torch.randint(40, (2, 36), generator=torch.Generator().manual_seed(1))
     found = [history.begin([ids])[:, None]]
     for line in range(6):
@@ -56,9 +56,9 @@ def test_lines_at_once_are_the_parallel_form(variant: Variant) -> None:
 def test_a_full_size_grid_agrees() -> None:
     """32 x 32 tokens, to 1e-4 of the logits' scale."""
     net = model(Variant.MANHATTAN, grid=32)
-    geometry = stages.Geometry(net.config, 1, False, ())
+    memory = memory_of(net.config, images=1, guided=False)
     ids = torch.tensor([2])
-    eager = Eager(net, geometry, "", [ids])
+    eager = Eager(net, memory, "", [ids])
     tokens = eager.draw()
     wanted = net(net.condition([ids], guided=False), tokens[:, :-1])[:, -1]
     assert (eager.tensors["logits"] - wanted).abs().max() <= 1e-4 * wanted.std().clamp(min=1)
@@ -68,8 +68,8 @@ def test_the_state_is_one_line_whatever_the_image() -> None:
     """Manhattan decay keeps a matrix a column; signed decay one."""
 
     def held(variant: Variant, grid: int) -> int:
-        geometry = stages.Geometry(model(variant, grid).config, 1, True, ())
-        return sum(s.nbytes for s in geometry.state() if s.name.startswith("above."))
+        memory = memory_of(model(variant, grid).config, images=1, guided=True)
+        return sum(s.nbytes for s in memory.state() if s.name.startswith("above."))
 
     matrix = 2 * 2 * 4 * 8 * 8 * 4  # layers, branches, heads, a head's matrix, float32
     assert [held(Variant.MANHATTAN, grid) for grid in (6, 12)] == [6 * matrix, 12 * matrix]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from graphs import stages
 from graphs.families import llamagen, vq
 from graphs.history import HistoryModel
+from graphs.memory import memory_of
 from graphs.policies import POLICIES, LineEndParams
 from runtime.generator import picture
 from tests.eager import Eager
@@ -95,12 +95,12 @@ def test_captions_through_the_stages(lines: int) -> None:
     model = golden_model("t2i")
     config = model.config
     slots = (config.prefix_len + lines * config.line_width,) * config.layers
-    geometry = stages.Geometry(config, 2, True, slots)
+    memory = memory_of(config, images=2, guided=True, capacities=slots)
     policy = "full" if lines == config.lines else "linear"
-    eager = Eager(model, geometry, policy, with_no_negatives(captions), guidance=7.5, greedy=1)
+    eager = Eager(model, memory, policy, with_no_negatives(captions), guidance=7.5, greedy=1)
     tensors = eager.tensors
     params = LineEndParams(*(tensors[name] for name in LineEndParams._fields))
-    history = HistoryModel(model, geometry, POLICIES[policy](), params)
+    history = HistoryModel(model, memory.geometry, POLICIES[policy](), params)
     eager.begin()
     torch.testing.assert_close(
         history.begin(with_no_negatives(captions)), tensors["logits"], atol=2e-5, rtol=0

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_folder import chameleon_names
 
-from graphs import stages
 from graphs.families import lumina, vq
 from graphs.families.given import Given
+from graphs.memory import memory_of
 from tests.conftest import random_state
 from tests.eager import Eager
 from tests.golden_weights import golden_outputs, golden_state
@@ -70,9 +70,9 @@ def test_greedy_tokens_through_the_stages_equal_the_published_codes() -> None:
     net = golden_model(14)
     config = net.config
     slots = (config.prefix_len + config.image_tokens,) * config.layers
-    geometry = stages.Geometry(config, 1, True, slots)
+    memory = memory_of(config, images=1, guided=True, capacities=slots)
     prompt = golden["prompt_ids"].tolist()
-    drawn = Eager(net, geometry, "full", conditions(prompt, 14), guidance=4.0, greedy=1).draw()
+    drawn = Eager(net, memory, "full", conditions(prompt, 14), guidance=4.0, greedy=1).draw()
     wanted = torch.from_numpy(golden["tokens"]).long()
     assert wanted[-1] == END_OF_IMAGE
     assert torch.equal(drawn[0], ours(wanted[:-1]))
@@ -164,9 +164,9 @@ def test_lines_end_in_newlines_and_nowhere_else(rows: int, columns: int, seed: i
     net = lumina.Lumina(config)
     net.load_state_dict(random_state(net, seed))
     slots = (config.prefix_len + config.image_tokens,) * config.layers
-    geometry = stages.Geometry(config, 1, True, slots)
+    memory = memory_of(config, images=1, guided=True, capacities=slots)
     with torch.no_grad():
-        drawn = Eager(net, geometry, "full", conditions([0, 1, 2, 3], 6), greedy=int(greedy)).draw()[0]
+        drawn = Eager(net, memory, "full", conditions([0, 1, 2, 3], 6), greedy=int(greedy)).draw()[0]
     ids = [NEWLINE if token == config.newline_token else token + FIRST for token in drawn.tolist()]
     assert obeys_the_grammar([*ids, END_OF_IMAGE], rows, columns)
     assert max(token for token in drawn.tolist() if token != config.newline_token) < config.vocab_size

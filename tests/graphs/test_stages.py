@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graphs import line_buffer, stages
+from graphs import line_buffer
 from graphs.families import llamagen
 from graphs.history import HistoryModel
 from graphs.line_buffer import LineEnd
+from graphs.memory import Memory, memory_of
 from graphs.policies import POLICIES, LineEndParams
 from tests.conftest import TINY, random_state
 from tests.eager import Eager
@@ -25,15 +26,15 @@ def model() -> llamagen.LlamaGen:
     return net.requires_grad_(False)
 
 
-def geometry(lines: int, *, guided: bool = True) -> stages.Geometry:
+def memory(lines: int, *, guided: bool = True) -> Memory:
     slots = TINY.prefix_len + lines * TINY.line_width
-    return stages.Geometry(TINY, IMAGES, guided, (slots,) * TINY.layers)
+    return memory_of(TINY, images=IMAGES, guided=guided, capacities=[slots] * TINY.layers)
 
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_with_room_for_the_image_the_stages_equal_the_parallel_model(guided: bool) -> None:
     net = model()
-    sizes = geometry(TINY.lines, guided=guided)
+    sizes = memory(TINY.lines, guided=guided)
     eager = Eager(net, sizes, "full", [CLASSES], recent_tokens=TINY.line_width, anchor_tokens=0, strict=1)
     eager.begin()
     logits = [eager.tensors["logits"]]
@@ -62,7 +63,7 @@ def test_the_line_buffer_equals_a_masked_history(
     policy: str, strict: int, lines: int, recent: int, anchors: int, options: dict[str, int]
 ) -> None:
     net = model()
-    sizes = geometry(lines)
+    sizes = memory(lines)
     eager = Eager(
         net,
         sizes,
@@ -74,7 +75,7 @@ def test_the_line_buffer_equals_a_masked_history(
         **options,
     )
     params = LineEndParams(*(eager.tensors[name] for name in LineEndParams._fields))
-    history = HistoryModel(net, sizes, POLICIES[policy](), params)
+    history = HistoryModel(net, sizes.geometry, POLICIES[policy](), params)
     eager.begin()
     torch.testing.assert_close(history.begin([CLASSES]), eager.tensors["logits"], atol=2e-5, rtol=0)
     for line in range(TINY.lines):
@@ -102,7 +103,7 @@ def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
     for strict, empty in ((1, TINY.line_width), (0, 0)):
         eager = Eager(
             model(),
-            geometry(2),
+            memory(2),
             "linear",
             [CLASSES],
             recent_tokens=TINY.line_width,
@@ -118,7 +119,7 @@ def test_strict_eviction_leaves_an_empty_line_and_lazy_none() -> None:
 
 
 def test_state_bytes_are_the_sum_of_what_is_allocated() -> None:
-    sizes = geometry(3)
+    sizes = memory(3)
     eager = Eager(
         model(), sizes, "linear", [CLASSES], recent_tokens=TINY.line_width, anchor_tokens=0, strict=1
     )
@@ -134,7 +135,7 @@ def test_layers_end_their_lines_together_as_they_would_alone(
 ) -> None:
     config = replace(TINY, layers=len(capacities))
     slots = tuple(config.prefix_len + lines * config.line_width for lines in capacities)
-    sizes = stages.Geometry(config, IMAGES, True, slots)
+    sizes = memory_of(config, images=IMAGES, guided=True, capacities=slots)
     generator = torch.Generator().manual_seed(0)
     line_end = LineEnd(POLICIES[policy](), sizes)
     scalars = {"position": 20, "recent_tokens": 6, "strict": 1, "average_heads": 1, "share_guidance": 1}

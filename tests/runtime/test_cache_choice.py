@@ -344,14 +344,15 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
     import torch
 
     from graphs.line_buffer import LineEnd
+    from graphs.memory import memory_of
     from graphs.policies import POLICIES as REGISTERED
-    from graphs.stage import Geometry
     from runtime.generator import make_batch
 
     manifest = generator.manifest
     cache = settled(generator, policy=policy)
-    geometry = Geometry(TINY, 2, True, tuple(manifest.raster.slots(n) for n in manifest.capacity_lines))
-    stage = LineEnd(REGISTERED[policy](), geometry)
+    capacities = [manifest.raster.slots(lines) for lines in manifest.capacity_lines]
+    memory = memory_of(TINY, images=2, guided=True, capacities=capacities)
+    stage = LineEnd(REGISTERED[policy](), memory)
     backend = generator.backend
     batch = make_batch(manifest, generator.conditioner, SAMPLES, manifest.sampling, cache)
     begin(backend, batch)

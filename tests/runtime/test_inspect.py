@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from graphs.families import janus, llamagen
-from graphs.stage import Geometry
+from graphs.memory import memory_of
 from runtime.bundle import open_bundle
 from runtime.commands.inspect import CacheSaving
 
@@ -55,8 +55,9 @@ def test_the_saving_is_what_linear_published(
 ) -> None:
     """Peak memory in GB with the full and the compressed cache (arXiv 2512.04857), in bfloat16 with guidance."""
     slots = config.prefix_len + kept
-    geometry = Geometry(config, images, True, (slots,) * config.layers, torch.bfloat16)
-    held = sum(s.nbytes for s in geometry.memory.layer_state() if s.name.startswith(("k_cache", "v_cache")))
+    capacities = [slots] * config.layers
+    memory = memory_of(config, images=images, guided=True, capacities=capacities, cache_dtype=torch.bfloat16)
+    held = sum(s.nbytes for s in memory.layer_state() if s.name.startswith(("k_cache", "v_cache")))
     assert held == token_bytes * slots * 2 * images
     saving = CacheSaving(token_bytes, 2 * images, kept, config.image_tokens)
     assert saving.saved / 1e9 == pytest.approx(full - compressed, rel=0.05)

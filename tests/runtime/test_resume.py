@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -306,7 +307,7 @@ def test_every_request_to_end_interrupts_once_and_what_is_ignored_stays_ignored(
     cleaned = []
 
     def end(kind: signal.Signals) -> None:
-        with interruptible():
+        with interruptible(threading.Event()):
             try:
                 os.kill(os.getpid(), kind)
             finally:
@@ -324,7 +325,7 @@ def test_every_request_to_end_interrupts_once_and_what_is_ignored_stays_ignored(
                 end(kind)
         assert cleaned == list(kinds)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with interruptible():
+        with interruptible(threading.Event()):
             os.kill(os.getpid(), signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:

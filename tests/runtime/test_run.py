@@ -17,6 +17,7 @@ import pytest
 from runtime import Generator
 from runtime.commands import render
 from runtime.conditions import conditions_of
+from runtime.errors import LinertError
 from runtime.manifest import SamplingSettings
 from runtime.ort import OrtBackend
 from runtime.output import read_recipe
@@ -286,6 +287,24 @@ def test_render_draws_the_same_pictures(linert: Linert, tiny_bundle: Path, tmp_p
     with np.load(pixels) as arrays:
         assert arrays["pixels"].shape == (3, 3, 12, 12)
         assert arrays["pixels"].dtype == np.float32
+
+
+def test_an_interruption_that_a_library_makes_an_error_of_is_none(
+    linert: Linert, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As compiled modules do while they are imported."""
+
+    def imported(*arguments: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt as error:
+            raise LinertError("onnxruntime cannot be loaded (initialization failed)") from error
+
+    monkeypatch.setattr(OrtBackend, "run", imported)
+    result = linert("run", tiny_bundle, "--classes", "1", "--out", tmp_path / "out")
+    assert result.code == 130
+    assert result.err.strip().endswith("interrupted")
 
 
 def test_render_holds_a_few_images_at_a_time(
