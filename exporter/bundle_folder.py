@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from runtime.engines import ENGINES_FOLDER, RECORD_NAME
 from runtime.locks import is_hidden_name
+from runtime.records import RecordError, read_record
 from runtime.replacement import FolderKind, visible
 from runtime.trt_flavour import FLAVOURS
 
@@ -43,9 +42,9 @@ PLANS = FolderKind("plans", foreign_to_plans)
 def _manifest(path: Path) -> list[str] | None:
     """The files that a manifest lists; None if it is not linert's."""
     try:
-        held: Any = msgspec.json.decode(path.read_bytes())
-        return list(held["files"]) if "linert" in held["producer"] else None
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
+        manifest = read_record(path, dict[str, Any])
+        return list(manifest["files"]) if "linert" in manifest["producer"] else None
+    except (FileNotFoundError, RecordError, KeyError, TypeError):
         return None
 
 

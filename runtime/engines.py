@@ -10,6 +10,7 @@ import msgspec
 from runtime.bundle import Bundle, file_sha256
 from runtime.errors import BundleError
 from runtime.plugins import CONTENTS
+from runtime.records import RecordError, read_record
 from runtime.replacement import recover
 
 ENGINES_FOLDER = "engines"
@@ -107,10 +108,10 @@ def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engin
     recover(folder)
     again = build_again(bundle, flavour)
     try:
-        engines = msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=Engines)
+        engines = read_record(folder / RECORD_NAME, Engines)
     except FileNotFoundError:
         raise BundleError(f"{bundle.path} has no {flavour} plans; {again}") from None
-    except (OSError, msgspec.DecodeError) as error:
+    except RecordError as error:
         raise BundleError(f"{folder / RECORD_NAME} cannot be read ({error}); {again}") from error
     if engines.schema != SCHEMA or engines.flavour != flavour:
         raise BundleError(f"the plans in {folder} are of another linert; {again}")

@@ -16,6 +16,9 @@ MANIFEST_NAME = "manifest.json"
 CONTRACT_KEY = "linert.contract"
 """Of the entry in an ONNX file's metadata that holds :func:`runtime.manifest_file.contract`."""
 
+MOST_COUNT = 2**31 - 1
+"""Largest number of steps or tokens that a setting takes."""
+
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
 
@@ -88,12 +91,12 @@ class SamplingSettings(Record, frozen=True):
                 f"guidance {self.guidance} needs unconditional rows and the bundle was exported without: "
                 "export it with --guidance above 1"
             )
-        if self.guidance_interval < -1:
+        if not -1 <= self.guidance_interval <= MOST_COUNT:
             found.append(f"guidance_interval {self.guidance_interval} must be -1 or a step number")
         if not math.isfinite(self.temperature) or self.temperature <= 0:
             found.append(f"temperature {self.temperature} must be a finite number above 0")
-        if self.top_k < 0:
-            found.append(f"top_k {self.top_k} must be at least 0")
+        if not 0 <= self.top_k <= MOST_COUNT:
+            found.append(f"top_k {self.top_k} must be at least 0 and at most {MOST_COUNT}")
         if not 0 < self.top_p <= 1:
             found.append(f"top_p {self.top_p} must be above 0 and at most 1")
         return found

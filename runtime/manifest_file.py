@@ -20,6 +20,7 @@ from runtime.manifest import (
     StageSpec,
     TensorSpec,
 )
+from runtime.text import brief
 
 MAX_BYTES = 64 << 20
 """Of a manifest's file; the largest that were made have one."""
@@ -99,7 +100,9 @@ def decode(data: bytes, where: str) -> Manifest:
     try:
         version = msgspec.json.decode(data, type=_Version).schema
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{where} is not a bundle manifest ({error}); export the bundle again") from error
+        raise BundleError(
+            f"{where} is not a bundle manifest ({brief(str(error))}); export the bundle again"
+        ) from error
     if version != SCHEMA:
         age = "older" if version < SCHEMA else "newer"
         remedy = "export the bundle again" if version < SCHEMA else "upgrade linert"
@@ -110,7 +113,7 @@ def decode(data: bytes, where: str) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
         written = encode(manifest)
     except (ValueError, RecursionError, OverflowError) as error:
-        raise BundleError(f"{where}: {error}; export the bundle again") from error
+        raise BundleError(f"{where}: {brief(str(error))}; export the bundle again") from error
     if written != data or seal(manifest) != manifest:
         raise BundleError(f"{where} was changed after it was written; export the bundle again")
     try:

@@ -17,6 +17,7 @@ from runtime.array_files import Arrays, read_arrays
 from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
+from runtime.records import RecordError, decode_record
 from runtime.replacement import atomic_file
 from runtime.samples import Condition, Sample, asked_for
 
@@ -87,8 +88,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         with PIL.Image.open(path) as image:
             text = image.info[METADATA_KEY]
-        return msgspec.json.decode(text, type=Recipe)
-    except (OSError, KeyError, msgspec.DecodeError) as error:
+        return decode_record(text, Recipe)
+    except (OSError, KeyError, RecordError) as error:
         raise RequestError(f"{path} holds no linert recipe: {error}") from error
 
 

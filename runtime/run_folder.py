@@ -20,6 +20,7 @@ from runtime.errors import OutputError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Record, SamplingSettings
 from runtime.output import SHEET_NAME, is_foreign, labels_of, read_tokens
+from runtime.records import RecordError, read_record
 from runtime.replacement import atomic_file, output_error, some_names, visible, working_folder
 from runtime.samples import Sample
 
@@ -131,8 +132,8 @@ def run_folder(path: Path, request: RunRequest, *, resume: bool, force: bool) ->
 
 def _read_request(record: Path) -> RunRequest:
     try:
-        return msgspec.json.decode(record.read_bytes(), type=RunRequest)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return read_record(record, RunRequest)
+    except (FileNotFoundError, RecordError) as error:
         raise OutputError(f"{record} cannot be read ({error}); give another --out") from error
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from runtime.errors import RequestError
 from runtime.manifest import Record
 
 MAX_SEED = 2**63 - 1
-
-MOST_COUNT = 2**31 - 1
-"""Largest number of steps or tokens that an option takes."""
 
 MOST_IMAGES = 1_000_000
 """Images of one request: twenty times what quality is measured on. All are listed before the first is drawn."""
@@ -79,7 +78,7 @@ class Sample(Record, frozen=True):
     """One image to draw; together with bundle and settings it determines the image."""
 
     condition: Condition
-    seed: int
+    seed: Annotated[int, Meta(ge=0, le=MAX_SEED)]
 
     @property
     def file_name(self) -> str:

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and messages as people read them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ def size_text(count: int) -> str:
             return f"{count} bytes" if unit == "bytes" else f"{value:.1f} {unit}"
         value /= 1024
     raise AssertionError("unreachable")
+
+
+def brief(text: str, letters: int = 300) -> str:
+    """A text without its middle where it is longer than so many ``letters``: others' messages repeat what they were given."""
+    side = letters // 2
+    return text if len(text) <= letters else f"{text[:side]} … {text[-side:]}"
 
 
 def lines_text(counts: Sequence[int]) -> str:

@@ -20,6 +20,7 @@ from runtime.array_files import read_arrays, write_arrays
 from runtime.errors import RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
+from runtime.records import RecordError, decode_record
 from runtime.samples import Sample
 
 
@@ -83,8 +84,8 @@ def read_trace(path: Path, manifest: Manifest) -> Trace:
     """
     manifest.require_cache("a trace")
     try:
-        header = msgspec.json.decode(read_arrays(path, ["header"])["header"].tobytes(), type=TraceHeader)
-    except (KeyError, msgspec.DecodeError) as error:
+        header = decode_record(read_arrays(path, ["header"])["header"].tobytes(), TraceHeader)
+    except (KeyError, RecordError) as error:
         raise _no_trace(path, error) from error
     raster, count = manifest.raster, len(header.samples)
     if not count:

@@ -30,6 +30,7 @@ from runtime.generator import Generator
 from runtime.geometry import Aggregation, HeadScores, Mode
 from runtime.metric_source import load_metrics
 from runtime.metrics import Metric
+from runtime.records import RecordError, read_record
 from runtime.replacement import atomic_file, is_empty, working_folder
 from runtime.samples import plan_samples
 from runtime.source_digest import source_digest
@@ -223,8 +224,8 @@ def _same_request(out: Path, request: CompareRequest) -> None:
     path = out / REQUEST_NAME
     if path.exists():
         try:
-            known = msgspec.json.decode(path.read_bytes(), type=CompareRequest)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            known = read_record(path, CompareRequest)
+        except RecordError as error:
             raise OutputError(f"{path} cannot be read ({error}); give another --out") from error
         known = msgspec.structs.replace(known, metrics_sha256=request.metrics_sha256)
         names = [name for name in known.__struct_fields__ if getattr(known, name) != getattr(request, name)]

@@ -23,9 +23,9 @@ from runtime.commands.cache_options import cache_options
 from runtime.commands.condition_options import ConditionRequest
 from runtime.errors import RequestError
 from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
-from runtime.manifest import SamplingSettings
+from runtime.manifest import MOST_COUNT, SamplingSettings
 from runtime.replacement import claim_folder
-from runtime.samples import MOST_COUNT, Prompt, shortened
+from runtime.samples import Prompt, shortened
 from runtime.text import lines_text, size_text
 
 MOST_CALIBRATION_IMAGES = 4096

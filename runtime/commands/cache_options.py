@@ -10,7 +10,7 @@ import click
 from runtime.cache_request import CacheRequest
 from runtime.commands.option_group import Decorator, option_group
 from runtime.geometry import Aggregation, HeadScores, Mode
-from runtime.samples import MOST_COUNT
+from runtime.manifest import MOST_COUNT
 
 
 def cache_options(policy: bool = True) -> Decorator:

@@ -24,6 +24,7 @@ from runtime.output import (
     read_tokens,
     write_png,
 )
+from runtime.records import RecordError, read_record
 from runtime.replacement import FolderKind, atomic_file, check_target, claim_folder, new_folder, visible
 from runtime.samples import shortened
 
@@ -36,8 +37,8 @@ def foreign_to_pictures(folder: Path) -> list[str] | None:
     if RENDER_NAME not in names:
         return None
     try:
-        count = msgspec.json.decode((folder / RENDER_NAME).read_bytes(), type=dict[str, int])["images"]
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, KeyError):
+        count = read_record(folder / RENDER_NAME, dict[str, int])["images"]
+    except (FileNotFoundError, RecordError, KeyError):
         return None
     own = {RENDER_NAME, SHEET_NAME}
     return [name for name in names if name not in own and not _is_picture(name, count)]

@@ -29,6 +29,7 @@ from runtime.errors import RequestError
 from runtime.eviction_map import MapKind, Residency, draw_map
 from runtime.generator import Generator, Replay, Tokens, picture
 from runtime.geometry import CacheSettings, cache_text
+from runtime.manifest import MOST_COUNT
 from runtime.output import (
     SHEET_IMAGES,
     SHEET_NAME,
@@ -41,7 +42,7 @@ from runtime.output import (
 )
 from runtime.replacement import check_target
 from runtime.run_folder import PREVIEW_NAME, RunFolder, RunRequest, check_run_folder, run_folder
-from runtime.samples import MOST_COUNT, Sample, plan_samples
+from runtime.samples import Sample, plan_samples
 from runtime.trace import Trace, TraceHeader, per_image, read_trace
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from runtime.errors import ExportError
 from runtime.plugins.base import HELD_TYPES
+from runtime.records import RecordError, read_record
 from runtime.replacement import atomic_file
 
 FILE = Path(__file__).with_name("tuning.json")
@@ -43,8 +44,8 @@ def read_tunings(path: Path = FILE) -> tuple[Tuning, ...]:
         ExportError: the file cannot be read, or holds something else.
     """
     try:
-        return msgspec.json.decode(path.read_bytes(), type=tuple[Tuning, ...])
-    except (OSError, msgspec.DecodeError) as error:
+        return read_record(path, tuple[Tuning, ...])
+    except (FileNotFoundError, RecordError) as error:
         raise ExportError(
             f"what was measured of GPUs, {path}, cannot be read ({error}); it is a list of warps and tiles as JSON, []"
             " where nothing was measured"
