@@ -13,6 +13,7 @@ from runtime.errors import BundleError, RequestError
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.manifest_file import MAX_BYTES, decode
 from runtime.replacement import recover
+from runtime.text_files import is_utf8
 
 SIZE = re.compile(r"[0-9]{1,6}x[0-9]{1,6}")
 """Width and height of images in pixels."""
@@ -100,11 +101,13 @@ def open_bundle(path: str | Path, size: str | None = None, *, digests: bool = Tr
         digests: compare the sha256 of every file; without, only presence and size (enough to describe it).
 
     Raises:
-        BundleError: no bundle there, another schema, a missing or changed file, or a file name that leaves
-            the folder.
+        BundleError: no bundle there, another schema, a missing or changed file, a file name that leaves the folder, or a folder
+            whose name no runtime can read.
         RequestError: it draws no images of that size.
     """
     folder = Path(path)
+    if not is_utf8(str(folder)):
+        raise BundleError(f"the name of bundle {folder} is not in UTF-8: rename it")
     recover(folder)
     manifest = _read_manifest(folder, MANIFEST_NAME)
     other = "" if size is None or size == manifest.size else size

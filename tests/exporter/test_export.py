@@ -159,6 +159,16 @@ def test_bad_requests_are_refused_and_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_bundle_is_written_where_none_can_be_opened(
+    linert: Linert, tiny_files: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "gar\udce7on" / "bundle"
+    result = linert("export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", out)
+    assert result.code == 2
+    assert "is not in UTF-8" in " ".join(result.err.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_files_are_refused_and_write_nothing(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
     broken = tmp_path / "broken.pt"
     broken.write_bytes(tiny_files[0].read_bytes()[:5000])

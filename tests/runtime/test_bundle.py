@@ -331,3 +331,12 @@ def test_files_that_are_replaced_under_an_open_bundle_are_not_used(bundle: Path)
     other.replace(weights)
     with pytest.raises(BundleError, match=r"weights\.bin was changed since"):
         generator.generate([1], sampling=SamplingSettings(top_k=2))
+
+
+def test_a_bundle_behind_a_name_that_runtimes_cannot_read_is_named(bundle: Path, linert: Linert) -> None:
+    folder = bundle.parent / "gar\udce7on"
+    shutil.copytree(bundle, folder)
+    for command in (("run", folder, "--classes", 1, "--out", bundle.parent / "out"), ("inspect", folder)):
+        result = linert(*command)
+        assert result.code == 2
+        assert result.err.strip().endswith("is not in UTF-8: rename it")
