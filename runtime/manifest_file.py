@@ -42,6 +42,12 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 MAX_RANK = 8
 
+FORMATS = frozenset({"fp32", "fp16", "bf16", "int8", "int4"})
+"""What weights are stored in."""
+
+METHODS = frozenset({"none", "rtn", "gptq"})
+"""How integers are found."""
+
 DRIVEN = {
     "decode": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
     "decode.unfiltered": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
@@ -173,6 +179,15 @@ def _out_of_bounds(manifest: Manifest) -> Iterable[str]:
     for name, number, least, most in numbers:
         if not least <= number <= most:
             yield f"{name} is {number}, not {least} to {most}"
+    precision = manifest.precision
+    for stored in (
+        *(precision.weights, precision.activations, precision.image_decoder),
+        *precision.parts.values(),
+    ):
+        if stored not in FORMATS:
+            yield f"a precision of {stored[:40]!r}"
+    if precision.method not in METHODS:
+        yield f"integers found by {precision.method[:40]!r}"
     names = [*manifest.stages, *manifest.policies, *(spec.name for spec in _tensors(manifest))]
     for stage in manifest.stages.values():
         names += [*stage.updates, *stage.updates.values(), *stage.in_place]

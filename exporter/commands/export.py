@@ -229,7 +229,9 @@ def command(
     """
     console = Console(stderr=True, highlight=False)
     if not is_utf8(str(out)):
-        raise RequestError(f"--out {out} is not in UTF-8, and no bundle can be opened there: give another name")
+        raise RequestError(
+            f"--out {out} is not in UTF-8, and no bundle can be opened there: give another name"
+        )
     # Held from now on, so that nobody else begins to work on it.
     click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     if prompt_tokens is not None and prompt_tokens < 1:

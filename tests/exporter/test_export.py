@@ -388,6 +388,15 @@ def test_a_budget_is_accepted_exactly_when_a_line_can_always_be_evicted(
         ({"config": {"layers": "two"}}, "is no llamagen's"),
         ({"config": {**asdict(TINY), "heads": 0}}, "heads is 0, must be at least 1"),
         ({"config": {**asdict(TINY), "grid": 10**9}}, "must be 1 to 512 of each"),
+        ({"config": {**asdict(TINY), "ffn_dim": -1}}, "ffn_dim is -1, must be at least 1"),
+        ({"config": {**asdict(TINY), "num_classes": 10**30}}, "num_classes is 1000.*, must be"),
+        ({"config": {**asdict(TINY), "layers": 10**6}}, "layers is 1000000, must be"),
+        ({"config": {**asdict(TINY), "vocab_size": 0}}, "vocab_size is 0, must be"),
+        *[
+            ({"config": {**asdict(TINY), "rope_base": base}}, "rope_base is .*, must be a number from 1")
+            for base in (0.0, -1.0, float("nan"), float("inf"), "1")
+        ],
+        ({"config": {**asdict(TINY), "norm_eps": float("nan")}}, "norm_eps is nan, must be a number"),
     ],
 )
 def test_a_manifest_of_no_model_is_refused(

@@ -200,6 +200,8 @@ def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
         (("--sweep", "batch=1", "--plot", "sweep.xyz"), "ends in one of"),
         (("--sweep", "batch=1", "--plot", "no/sweep.png"), "there is no folder"),
         (("--rounds", 0), "--rounds"),
+        (("--rounds", 10**12), "--rounds"),
+        (("--images", 10**12), "--images"),
     ],
 )
 def test_wrong_requests_are_refused(

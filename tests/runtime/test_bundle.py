@@ -229,6 +229,11 @@ def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[ty
         ("stages/decode/updates", {}),
         ("stages/decode/work/macs", -1),
         ("files/weights.bin/bytes", -1),
+        ("precision/weights", "float16"),
+        ("precision/activations", ""),
+        ("precision/image_decoder", "fp8"),
+        ("precision/parts", {"output": "int3"}),
+        ("precision/method", "magic"),
     ],
 )
 def test_numbers_that_no_model_has_are_refused_before_anything_is_allocated(
