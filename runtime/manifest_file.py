@@ -132,9 +132,9 @@ def check(manifest: Manifest) -> None:
     Raises:
         BundleError: a number is out of bounds, or two parts contradict each other; the message names all that do.
     """
-    # What follows calculates with these.
-    for faults in (list(_out_of_bounds(manifest)), list(_contradictions(manifest))):
-        if faults:
+    # The second calculates with what the first bounds.
+    for find in (_out_of_bounds, _contradictions):
+        if faults := list(find(manifest)):
             shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
             raise BundleError(f"the manifest contradicts itself: {shown}")
     try:
@@ -241,6 +241,14 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
     ):
         if state in states and states[state].shape != shape:
             yield f"{state} of shape {states[state].shape} for {manifest.images} images of {raster.image_tokens} tokens"
+    if "write_slots" in states and not (
+        len(slots := states["write_slots"].shape) == 3
+        and (slots[0], slots[1] % sequences, slots[2]) == (manifest.model.layers, 0, raster.line_width)
+    ):
+        yield f"write_slots of shape {slots} for {manifest.model.layers} layers, {sequences} sequences, {raster.line_width} tokens a line"
+    for tensor in manifest.stages["vq_decoder"].inputs if "vq_decoder" in manifest.stages else ():
+        if tensor.name == "grid_tokens" and tensor.shape[1:] != (raster.image_tokens,):
+            yield f"grid_tokens of shape {tensor.shape} for images of {raster.image_tokens} tokens"
     if manifest.cache is not None:
         try:
             manifest.state_at(manifest.capacity_lines)

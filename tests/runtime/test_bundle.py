@@ -227,6 +227,8 @@ def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[ty
         ("stages/decode/updates", {"a" * 5000: "tokens"}),
         ("stages/vq_decoder/inputs/0/name", "other"),
         ("stages/decode/updates", {}),
+        ("stages/vq_decoder/inputs/0/shape", []),
+        ("stages/vq_decoder/inputs/0/shape", [2, 35]),
         ("stages/decode/work/macs", -1),
         ("files/weights.bin/bytes", -1),
         ("precision/weights", "float16"),
