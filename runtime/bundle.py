@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -69,6 +70,20 @@ class Bundle:
                 raise BundleError(
                     f"{self.file(name)} was changed since the bundle was opened and verified: open the bundle again"
                 )
+
+    def require_not_overwritten(self) -> None:
+        """Raise :class:`BundleError` where a file was written to since the bundle was opened: what was loaded of it is mapped, and changes too.
+
+        One that another took the place of stays as it was for whoever loaded it.
+        """
+        for name, stamp in self.stamps.items():
+            with contextlib.suppress(OSError):
+                now = Stamp.of(self.file(name))
+                if now[:2] == stamp[:2] and now != stamp:
+                    raise BundleError(
+                        f"{self.file(name)} was written to while the bundle was open: what was drawn since then is thrown away; open the "
+                        "bundle again"
+                    )
 
     def files_of(self, stage: str) -> list[str]:
         """Names of the files that a stage is loaded from: its own, and those that are no stage's."""

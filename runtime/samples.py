@@ -107,8 +107,8 @@ def plan_samples(conditions: Sequence[Condition], num_images: int | None, seed: 
     Raises:
         RequestError: no condition, fewer than one image or more than :data:`MOST_IMAGES`, a seed out of range, or no whole numbers.
     """
-    for name, value in (("num_images", num_images), ("seed", seed)):
-        if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool)):
+    for name, value in (("num_images", len(conditions) if num_images is None else num_images), ("seed", seed)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
             raise RequestError(f"{name} is {value!r}, must be a whole number")
     # Sums of numpy's integers may overflow.
     count, seed = len(conditions) if num_images is None else int(num_images), int(seed)

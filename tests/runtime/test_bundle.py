@@ -340,6 +340,19 @@ def test_files_that_are_replaced_under_an_open_bundle_are_not_used(bundle: Path)
         generator.generate([1], sampling=SamplingSettings(top_k=2))
 
 
+def test_what_is_drawn_while_a_file_is_written_to_is_thrown_away(bundle: Path) -> None:
+    """Weights are mapped: written in place, they change under a session that was loaded."""
+    from runtime.generator import Generator
+
+    generator = Generator(bundle)
+    [image] = generator.generate([1])
+    with (bundle / "weights.bin").open("r+b") as file:
+        file.write(bytes(500_000))
+    for draw in (lambda: generator.generate([1]), lambda: generator.decoder(image.tokens[None])):
+        with pytest.raises(BundleError, match=r"weights\.bin was written to while"):
+            draw()
+
+
 def test_a_bundle_behind_a_name_that_runtimes_cannot_read_is_named(bundle: Path, linert: Linert) -> None:
     folder = bundle.parent / "gar\udce7on"
     shutil.copytree(bundle, folder)
