@@ -21,6 +21,9 @@ from runtime.manifest_file import MOST
 SIZES = frozenset({"dim", "ffn_dim", "heads", "kv_heads", "gate_rank"})
 """Numbers of a configuration that are sides of tensors."""
 
+MOST_SIDE = 1 << 17
+"""Largest of :data:`SIZES`: tables are made of some before they are held to the tensors."""
+
 
 @dataclass(frozen=True)
 class Checkpoints:
@@ -93,11 +96,14 @@ def family_config(bundle: Bundle) -> Any:
 def _check_numbers(model: Model) -> None:
     """Raise :class:`ValueError` for numbers of a configuration that sizes and tables must not be made of; shapes are held to the tensors."""
     settings = Settings(model.config, "manifest.json, config")
+    for name, value in model.config.items():
+        if value is None:
+            raise ValueError(settings.fault(name, "told"))
     settings.number("rope_base", 1, MOST_ROPE_BASE)
     settings.number("norm_eps", 0, 1)
     for name, value in model.config.items():
         if isinstance(value, int) and not isinstance(value, bool):
-            settings.integer(name, int(name in SIZES), MOST["vocabulary"])
+            settings.integer(name, int(name in SIZES), MOST_SIDE if name in SIZES else MOST["vocabulary"])
     for name, expected in (("layers", model.layers), ("vocab_size", model.vocab_size)):
         if settings.integer(name, 0, expected) != expected:
             raise ValueError(settings.fault(name, f"{expected}"))

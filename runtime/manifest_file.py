@@ -246,6 +246,11 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
         and (slots[0], slots[1] % sequences, slots[2]) == (manifest.model.layers, 0, raster.line_width)
     ):
         yield f"write_slots of shape {slots} for {manifest.model.layers} layers, {sequences} sequences, {raster.line_width} tokens a line"
+    if isinstance(manifest.condition, CaptionInput) and "prefill" in manifest.stages:
+        width = (raster.prefix_len, manifest.condition.feature_dim)
+        for tensor in manifest.stages["prefill"].inputs:
+            if tensor.name == "caption_features" and tensor.shape[1:] != width:
+                yield f"caption_features of shape {tensor.shape} for features of {width}"
     for tensor in manifest.stages["vq_decoder"].inputs if "vq_decoder" in manifest.stages else ():
         if tensor.name == "grid_tokens" and tensor.shape[1:] != (raster.image_tokens,):
             yield f"grid_tokens of shape {tensor.shape} for images of {raster.image_tokens} tokens"

@@ -397,6 +397,9 @@ def test_a_budget_is_accepted_exactly_when_a_line_can_always_be_evicted(
             for base in (0.0, -1.0, float("nan"), float("inf"), "1")
         ],
         ({"config": {**asdict(TINY), "norm_eps": float("nan")}}, "norm_eps is nan, must be a number"),
+        # What JSON has for numbers that are none.
+        ({"config": {**asdict(TINY), "rope_base": None}}, "rope_base is None, must be told"),
+        ({"config": {**asdict(TINY), "dim": 10**6}}, "dim is 1000000, must be a whole number from 1"),
     ],
 )
 def test_a_manifest_of_no_model_is_refused(

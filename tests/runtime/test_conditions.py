@@ -17,7 +17,7 @@ from runtime.commands.condition_options import parse_classes
 from runtime.conditions import CaptionConditioner, PromptConditioner, conditions_of
 from runtime.errors import BundleError, RequestError
 from runtime.manifest import CaptionInput, PromptInput
-from runtime.samples import MOST_IMAGES, ClassLabel, Prompt, plan_samples
+from runtime.samples import MOST_IMAGES, Caption, ClassLabel, Prompt, plan_samples
 from runtime.text_encoder import TextEncoder, t5_tokens
 from runtime.tokenizer import TextTokenizer
 from tests.text_models import JANUS_VOCABULARY, write_tiny_janus, write_tiny_t5
@@ -330,3 +330,9 @@ def test_a_text_encoder_that_was_closed_before_it_was_needed_opens_nothing(files
     encoder.close()
     with pytest.raises(RequestError, match="is closed"):
         encoder("a fox")
+
+
+def test_captions_of_a_file_with_a_long_name_have_file_names() -> None:
+    slugs = {Caption(digest * 64, f"{'n' * 240}.npy {digest}").slug for digest in "0123"}
+    assert len(slugs) == 4
+    assert all(len(slug) < 100 for slug in slugs)
