@@ -24,7 +24,7 @@ from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.conditioning import open_conditioner
-from runtime.errors import LinertError, RequestError
+from runtime.errors import LinertError, OutputError, RequestError
 from runtime.machine import (
     default_threads,
     forget_peak,
@@ -37,6 +37,9 @@ from runtime.samples import plan_samples
 from runtime.text import size_text
 
 TOP = 10
+MATPLOTLIB = b"atplotlib"
+"""What matplotlib writes of itself into its files."""
+
 MOST_ROUNDS = 100_000
 """Largest number of rounds that an option takes: days, of the smallest model."""
 
@@ -133,6 +136,8 @@ def command(
         raise RequestError("--sweep makes its own bundles: leave --profile and cache options out")
     if plot and not sweep:
         raise RequestError("--plot draws a sweep: give --sweep")
+    if plot is not None and plot.is_file() and plot.stat().st_size and MATPLOTLIB not in plot.read_bytes():
+        raise OutputError(f"{plot} exists and is no plot of a sweep: give another --plot, or remove it")
     check_target(plot)
     if plot:
         _needing("exporter.sweep_plot", "compare").check_format(plot)

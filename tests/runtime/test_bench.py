@@ -212,6 +212,15 @@ def test_wrong_requests_are_refused(
     assert words in result.err
 
 
+def test_a_plot_replaces_nothing_but_a_plot(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
+    picture = tmp_path / "holiday.png"
+    picture.write_bytes(b"a picture")
+    result = linert("bench", tiny_bundle, "--sweep", "policy=linear", "--plot", picture)
+    assert result.code == 2
+    assert "is no plot of a sweep" in result.err
+    assert picture.read_bytes() == b"a picture"
+
+
 def test_limits_follow_the_bundle(tiny_bundle: Path) -> None:
     manifest = open_bundle(tiny_bundle).manifest
     limit = limit_of(manifest, 1e9, 1e9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -355,3 +356,31 @@ def test_arrays_that_are_no_tokens_are_refused(
     assert result.code == 2
     assert "Traceback" not in result.err
     assert "tokens must" in result.err
+
+
+def test_files_of_arrays_replace_nothing_but_files_of_arrays(
+    linert: Linert, tiny_bundle: Path, tiny_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    checkpoint, tokens, trace = (tmp_path / name for name in ("model.pt", "tokens.npz", "trace.npz"))
+    # A checkpoint is a zip, as files of arrays are.
+    shutil.copy(tiny_files[0], checkpoint)
+    run = ("run", tiny_bundle, "--out", tmp_path / "out")
+    written = ("--save-tokens", tokens, "--record-trace", trace)
+    for _ in range(2):
+        assert linert(*run, "--classes", 1, *written, "--force").code == 0
+    before = {path: path.read_bytes() for path in (checkpoint, tokens, trace)}
+    render = ("render", tiny_bundle, tokens, "--out", tmp_path / "again")
+    again = ("run", tiny_bundle, "--out", tmp_path / "new")
+    for command in (
+        *((*again, "--classes", 1, option, checkpoint) for option in ("--save-tokens", "--record-trace")),
+        *((*again, "--replay-trace", trace, option, trace) for option in ("--save-tokens", "--record-trace")),
+        (*again, "--classes", 1, "--save-tokens", tmp_path / "new"),
+        (*render, "--save-pixels", checkpoint),
+        (*render, "--save-pixels", tokens),
+    ):
+        result = linert(*command)
+        assert result.code == 2
+        assert "give another" in result.err
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "again").exists()
