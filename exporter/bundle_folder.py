@@ -12,6 +12,7 @@ import msgspec
 from runtime.engines import ENGINES_FOLDER, RECORD_NAME
 from runtime.locks import is_hidden_name
 from runtime.replacement import FolderKind, visible
+from runtime.text_files import record_bytes
 from runtime.trt_flavour import FLAVOURS
 
 _MANIFEST = re.compile(r"manifest(\.[1-9]\d*x[1-9]\d*)?\.json")
@@ -43,7 +44,7 @@ PLANS = FolderKind("plans", foreign_to_plans)
 def _manifest(path: Path) -> list[str] | None:
     """The files that a manifest lists; None if it is not linert's."""
     try:
-        held: Any = msgspec.json.decode(path.read_bytes())
+        held: Any = msgspec.json.decode(record_bytes(path))
         return list(held["files"]) if "linert" in held["producer"] else None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
         return None

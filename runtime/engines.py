@@ -11,6 +11,7 @@ from runtime.bundle import Bundle, file_sha256
 from runtime.errors import BundleError
 from runtime.plugins import CONTENTS
 from runtime.replacement import recover
+from runtime.text_files import record_bytes
 
 ENGINES_FOLDER = "engines"
 RECORD_NAME = "engine.json"
@@ -107,7 +108,7 @@ def read_engines(bundle: Bundle, flavour: str, *, digests: bool = True) -> Engin
     recover(folder)
     again = build_again(bundle, flavour)
     try:
-        engines = msgspec.json.decode((folder / RECORD_NAME).read_bytes(), type=Engines)
+        engines = msgspec.json.decode(record_bytes(folder / RECORD_NAME), type=Engines)
     except FileNotFoundError:
         raise BundleError(f"{bundle.path} has no {flavour} plans; {again}") from None
     except (OSError, msgspec.DecodeError) as error:

@@ -22,6 +22,7 @@ from runtime.manifest import Record, SamplingSettings
 from runtime.output import SHEET_NAME, is_foreign, labels_of, read_tokens
 from runtime.replacement import atomic_file, output_error, some_names, visible, working_folder
 from runtime.samples import Sample
+from runtime.text_files import record_bytes
 
 RUN_NAME = "run.json"
 TOKENS_NAME = "tokens.npz"
@@ -131,7 +132,7 @@ def run_folder(path: Path, request: RunRequest, *, resume: bool, force: bool) ->
 
 def _read_request(record: Path) -> RunRequest:
     try:
-        return msgspec.json.decode(record.read_bytes(), type=RunRequest)
+        return msgspec.json.decode(record_bytes(record), type=RunRequest)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OutputError(f"{record} cannot be read ({error}); give another --out") from error
 

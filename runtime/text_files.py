@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import re
 from pathlib import Path
@@ -28,6 +29,17 @@ LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 def is_utf8(name: str) -> bool:
     """Whether the bytes of a file's name are UTF-8, as most libraries need them. Python stands surrogates in the place of others."""
     return not re.search("[\ud800-\udfff]", name)
+
+
+def record_bytes(path: Path) -> bytes:
+    """What a small file of ours holds.
+
+    Raises:
+        OSError: it cannot be read, or is no file: a pipe would be waited for, and a device has no end.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no file")
+    return path.read_bytes()
 
 
 def is_lfs_pointer(path: Path) -> bool:

@@ -33,6 +33,7 @@ from runtime.metrics import Metric
 from runtime.replacement import atomic_file, is_empty, working_folder
 from runtime.samples import plan_samples
 from runtime.source_digest import source_digest
+from runtime.text_files import record_bytes
 
 REQUEST_NAME = "request.json"
 JSON_NAME = "compare.json"
@@ -224,7 +225,7 @@ def _same_request(out: Path, request: CompareRequest) -> None:
     path = out / REQUEST_NAME
     if path.exists():
         try:
-            known = msgspec.json.decode(path.read_bytes(), type=CompareRequest)
+            known = msgspec.json.decode(record_bytes(path), type=CompareRequest)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise OutputError(f"{path} cannot be read ({error}); give another --out") from error
         known = msgspec.structs.replace(known, metrics_sha256=request.metrics_sha256)

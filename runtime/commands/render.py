@@ -26,6 +26,7 @@ from runtime.output import (
 )
 from runtime.replacement import FolderKind, atomic_file, claim_folder, new_folder, visible
 from runtime.samples import shortened
+from runtime.text_files import record_bytes
 
 RENDER_NAME = "render.json"
 
@@ -36,7 +37,7 @@ def foreign_to_pictures(folder: Path) -> list[str] | None:
     if RENDER_NAME not in names:
         return None
     try:
-        count = msgspec.json.decode((folder / RENDER_NAME).read_bytes(), type=dict[str, int])["images"]
+        count = msgspec.json.decode(record_bytes(folder / RENDER_NAME), type=dict[str, int])["images"]
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, KeyError):
         return None
     own = {RENDER_NAME, SHEET_NAME}
