@@ -21,7 +21,7 @@ from exporter.torch_files import load_torch
 from runtime.bundle import file_sha256
 from runtime.errors import CheckpointError
 from runtime.manifest import Source
-from runtime.text_files import is_lfs_pointer, lfs_remedy, read_json_object
+from runtime.text_files import is_lfs_pointer, is_utf8, lfs_remedy, read_json_object
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """What tells which of many files a tensor is in."""
@@ -131,7 +131,7 @@ def find_weights(path: Path) -> WeightFiles:
     Raises:
         CheckpointError: no such file or folder, or none in it that is complete.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+    if not is_utf8(str(path)):
         raise CheckpointError(f"the name of checkpoint {path} is not in UTF-8: rename it")
     try:
         if path.is_file() and path.name not in INDICES:
@@ -287,7 +287,8 @@ def checked_tensors(
 ) -> dict[str, Tensor]:
     """The ``expected`` ones of ``tensors``, which must be all.
 
-    Tensors of truth values beside them are masks, which no model has as weights, and are left out.
+    Tensors of truth values beside them are masks, and single integers are counters of steps: no model has such weights, and they are
+    left out.
 
     Args:
         expected: name to shape of a complete model.
@@ -301,7 +302,7 @@ def checked_tensors(
     others = {**unknown, **{name: tensors[name] for name in tensors.keys() - expected.keys()}}
     lists = {
         "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(name for name, tensor in others.items() if tensor.dtype is not torch.bool),
+        "unexpected": sorted(name for name, tensor in others.items() if not _is_mask_or_counter(tensor)),
         "wrong shape": [
             f"{name} {list(tensors[name].shape)} (expected {list(expected[name])})"
             for name in shared
@@ -319,6 +320,11 @@ def checked_tensors(
                 lines.append(f"  {title}: {len(names) - MOST_LISTED} more")
         raise CheckpointError("\n".join(lines))
     return {name: tensors[name] for name in expected}
+
+
+def _is_mask_or_counter(tensor: Tensor) -> bool:
+    real = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+    return tensor.dtype is torch.bool or (tensor.ndim == 0 and not real)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -11,9 +11,18 @@ from exporter.checkpoint import digest_of, find_weights, is_averaged
 from exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
 from exporter.precision import Method, Precision, PrecisionPlan
 from graphs.families import FAMILIES
+from graphs.families.llama import MOST_ROPE_BASE
+from graphs.families.settings import Settings
 from runtime.bundle import Bundle
 from runtime.errors import BundleError, CheckpointError, RequestError
-from runtime.manifest import PrecisionSpec, PromptInput, Source
+from runtime.manifest import Model, PrecisionSpec, PromptInput, Source
+from runtime.manifest_file import MOST
+
+SIZES = frozenset({"dim", "ffn_dim", "heads", "kv_heads", "gate_rank"})
+"""Numbers of a configuration that are sides of tensors."""
+
+MOST_SIDE = 1 << 17
+"""Largest of :data:`SIZES`: tables are made of some before they are held to the tensors."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +84,29 @@ def family_config(bundle: Bundle) -> Any:
             f"{bundle.path} holds a {model.family}, and there are {', '.join(FAMILIES)}: upgrade linert"
         )
     try:
-        return FAMILIES[model.family].config_type(**model.config)
+        config = FAMILIES[model.family].config_type(**model.config)
+        _check_numbers(model)
+        return config
     except (TypeError, ValueError, ArithmeticError) as error:
         raise BundleError(
             f"{bundle.path}: the configuration in its manifest is no {model.family}'s: {error}; export the bundle again"
         ) from error
+
+
+def _check_numbers(model: Model) -> None:
+    """Raise :class:`ValueError` for numbers of a configuration that sizes and tables must not be made of; shapes are held to the tensors."""
+    settings = Settings(model.config, "manifest.json, config")
+    for name, value in model.config.items():
+        if value is None:
+            raise ValueError(settings.fault(name, "told"))
+    settings.number("rope_base", 1, MOST_ROPE_BASE)
+    settings.number("norm_eps", 0, 1)
+    for name, value in model.config.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            settings.integer(name, int(name in SIZES), MOST_SIDE if name in SIZES else MOST["vocabulary"])
+    for name, expected in (("layers", model.layers), ("vocab_size", model.vocab_size)):
+        if settings.integer(name, 0, expected) != expected:
+            raise ValueError(settings.fault(name, f"{expected}"))
 
 
 def load_sources(

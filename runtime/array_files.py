@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import RequestError
-from runtime.replacement import atomic_file
+from runtime.errors import OutputError, RequestError
+from runtime.replacement import atomic_file, check_target
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -19,6 +19,27 @@ MEMBER = ".npy"
 USUAL_BYTES = 256 << 20
 USUAL_RATIO = 64
 """Tokens and probabilities take at most a few times their compressed size; zeros, a thousand times."""
+
+
+def check_arrays_target(path: Path | None) -> None:
+    """Prepare for an npz file that is to be written at the end: one that is there is replaced, and nothing else is.
+
+    Raises:
+        OutputError: it will not be possible to write it, or another kind of file is there.
+    """
+    if path is not None and path.is_file() and path.stat().st_size and not _is_arrays(path):
+        raise OutputError(f"{path} exists and is no npz file: give another name, or remove it")
+    check_target(path)
+
+
+def _is_arrays(path: Path) -> bool:
+    """Whether a file is a zip of nothing but arrays: checkpoints are zips too."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        return False
+    return bool(names) and all(name.endswith(MEMBER) for name in names)
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from runtime.backend import Backend
 from runtime.bundle import Bundle
-from runtime.errors import LinertError
+from runtime.errors import LinertError, RequestError
+
+MOST_THREADS = max(256, os.cpu_count() or 1)
+"""Most threads that are started: those that share a core wait for one another."""
 
 
 class BackendName(StrEnum):
@@ -22,11 +26,21 @@ class BackendName(StrEnum):
 
 @dataclass(frozen=True)
 class BackendOptions:
-    """How stages run. ``threads``: of the CPU, 0 is one a core. ``cuda_graphs``: False launches operations one by one."""
+    """How stages run. ``threads``: of the CPU, 0 is one a core. ``cuda_graphs``: False launches operations one by one.
+
+    Raises:
+        RequestError: ``threads`` is negative or more than :data:`MOST_THREADS`.
+    """
 
     name: BackendName = BackendName.CPU
     threads: int = 0
     cuda_graphs: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= MOST_THREADS:
+            raise RequestError(
+                f"{self.threads} threads asked for: give 1 to {MOST_THREADS}, or 0 for one a core"
+            )
 
     def open(self, bundle: Bundle, stages: Iterable[str]) -> Backend:
         """A backend for ``stages`` of ``bundle``.

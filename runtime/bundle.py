@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from runtime.errors import BundleError, RequestError
 from runtime.manifest import MANIFEST_NAME, Manifest
 from runtime.manifest_file import MAX_BYTES, decode
 from runtime.replacement import recover
+from runtime.text_files import is_utf8
 
 SIZE = re.compile(r"[0-9]{1,6}x[0-9]{1,6}")
 """Width and height of images in pixels."""
@@ -69,6 +71,20 @@ class Bundle:
                     f"{self.file(name)} was changed since the bundle was opened and verified: open the bundle again"
                 )
 
+    def require_not_overwritten(self) -> None:
+        """Raise :class:`BundleError` where a file was written to since the bundle was opened: what was loaded of it is mapped, and changes too.
+
+        One that another took the place of stays as it was for whoever loaded it.
+        """
+        for name, stamp in self.stamps.items():
+            with contextlib.suppress(OSError):
+                now = Stamp.of(self.file(name))
+                if now[:2] == stamp[:2] and now != stamp:
+                    raise BundleError(
+                        f"{self.file(name)} was written to while the bundle was open: what was drawn since then is thrown away; open the "
+                        "bundle again"
+                    )
+
     def files_of(self, stage: str) -> list[str]:
         """Names of the files that a stage is loaded from: its own, and those that are no stage's."""
         stages = self.manifest.stages
@@ -100,11 +116,13 @@ def open_bundle(path: str | Path, size: str | None = None, *, digests: bool = Tr
         digests: compare the sha256 of every file; without, only presence and size (enough to describe it).
 
     Raises:
-        BundleError: no bundle there, another schema, a missing or changed file, or a file name that leaves
-            the folder.
+        BundleError: no bundle there, another schema, a missing or changed file, a file name that leaves the folder, or a folder
+            whose name no runtime can read.
         RequestError: it draws no images of that size.
     """
     folder = Path(path)
+    if not is_utf8(str(folder)):
+        raise BundleError(f"the name of bundle {folder} is not in UTF-8: rename it")
     recover(folder)
     manifest = _read_manifest(folder, MANIFEST_NAME)
     other = "" if size is None or size == manifest.size else size

@@ -74,10 +74,10 @@ class CacheRequest:
             RequestError: ``layer_budgets`` is neither a shape nor a list of numbers.
             GeometryError: a pyramid does not fit.
         """
-        # What is no number is not below the bound.
-        if self.recent_lines is not None and not self.recent_lines < MOST_LINES:
+        # What is no number is within no bounds; what is negative is left for the check.
+        if self.recent_lines is not None and not -MOST_LINES < self.recent_lines < MOST_LINES:
             raise RequestError(f"--recent-lines {self.recent_lines}: give a number of lines, like 1 or 0.5")
-        policy = self.policy or defaults.policy
+        policy = defaults.policy if self.policy is None else self.policy
         budgets = self._budgets(raster, len(capacity_lines), policy, defaults)
         recent, anchors = protection(
             raster,

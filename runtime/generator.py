@@ -195,7 +195,9 @@ class Generator:
 
         # The state belongs to one batch at a time.
         with self._lock:
-            return generate(self.backend, batch, on_line, watch)[:count]
+            tokens = generate(self.backend, batch, on_line, watch)[:count]
+        self.bundle.require_not_overwritten()
+        return tokens
 
     def tokens(self, count: int) -> Tokens:
         """A copy of the tokens ``[count, N]`` int64 of the batch's first images, as far as they are drawn.
@@ -210,6 +212,7 @@ class PixelDecoder:
     """Turns tokens into pixels with a bundle's vq_decoder stage alone. Threads may share one: they take turns."""
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
+        self.bundle = bundle
         self.manifest = bundle.manifest
         self._lock = Lock()
         self.backend = (options or BackendOptions()).open(bundle, ["vq_decoder"])
@@ -252,7 +255,7 @@ class PixelDecoder:
             raise RequestError(
                 f"tokens must be integers of shape [images, {wanted}], not {tokens.dtype} {tokens.shape}"
             )
-        drawn = tokens.reshape(len(tokens), raster.lines, -1)[:, :, : raster.columns]
+        drawn = tokens.reshape(len(tokens), raster.lines, raster.line_width)[:, :, : raster.columns]
         if drawn.size and not (drawn.min() >= 0 and drawn.max() < size):
             raise RequestError(
                 f"tokens range from {drawn.min()} to {drawn.max()}; the codebook holds 0 to {size - 1}"
@@ -267,6 +270,7 @@ class PixelDecoder:
                 self.backend.write("grid_tokens", filled)
                 self.backend.run("vq_decoder")
                 pixels = cast("Pixels", self.backend.read("pixels"))[: len(part)]
+            self.bundle.require_not_overwritten()
             if finite and not np.isfinite(pixels).all():
                 raise BundleError(
                     "pixels that are not finite: the image decoder's checkpoint holds numbers that are none, or leaves the range of "

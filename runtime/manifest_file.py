@@ -43,6 +43,12 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
 
 MAX_RANK = 8
 
+FORMATS = frozenset({"fp32", "fp16", "bf16", "int8", "int4"})
+"""What weights are stored in."""
+
+METHODS = frozenset({"none", "rtn", "gptq"})
+"""How integers are found."""
+
 DRIVEN = {
     "decode": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
     "decode.unfiltered": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
@@ -129,9 +135,9 @@ def check(manifest: Manifest) -> None:
     Raises:
         BundleError: a number is out of bounds, or two parts contradict each other; the message names all that do.
     """
-    # What follows calculates with these.
-    for faults in (list(_out_of_bounds(manifest)), list(_contradictions(manifest))):
-        if faults:
+    # The second calculates with what the first bounds.
+    for find in (_out_of_bounds, _contradictions):
+        if faults := list(find(manifest)):
             shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
             raise BundleError(f"the manifest contradicts itself: {shown}")
     try:
@@ -176,6 +182,15 @@ def _out_of_bounds(manifest: Manifest) -> Iterable[str]:
     for name, number, least, most in numbers:
         if not least <= number <= most:
             yield f"{name} is {number}, not {least} to {most}"
+    precision = manifest.precision
+    for stored in (
+        *(precision.weights, precision.activations, precision.image_decoder),
+        *precision.parts.values(),
+    ):
+        if stored not in FORMATS:
+            yield f"a precision of {stored[:40]!r}"
+    if precision.method not in METHODS:
+        yield f"integers found by {precision.method[:40]!r}"
     names = [*manifest.stages, *manifest.policies, *(spec.name for spec in _tensors(manifest))]
     for stage in manifest.stages.values():
         names += [*stage.updates, *stage.updates.values(), *stage.in_place]
@@ -229,6 +244,19 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
     ):
         if state in states and states[state].shape != shape:
             yield f"{state} of shape {states[state].shape} for {manifest.images} images of {raster.image_tokens} tokens"
+    if "write_slots" in states and not (
+        len(slots := states["write_slots"].shape) == 3
+        and (slots[0], slots[1] % sequences, slots[2]) == (manifest.model.layers, 0, raster.line_width)
+    ):
+        yield f"write_slots of shape {slots} for {manifest.model.layers} layers, {sequences} sequences, {raster.line_width} tokens a line"
+    if isinstance(manifest.condition, CaptionInput) and "prefill" in manifest.stages:
+        width = (raster.prefix_len, manifest.condition.feature_dim)
+        for tensor in manifest.stages["prefill"].inputs:
+            if tensor.name == "caption_features" and tensor.shape[1:] != width:
+                yield f"caption_features of shape {tensor.shape} for features of {width}"
+    for tensor in manifest.stages["vq_decoder"].inputs if "vq_decoder" in manifest.stages else ():
+        if tensor.name == "grid_tokens" and tensor.shape[1:] != (raster.image_tokens,):
+            yield f"grid_tokens of shape {tensor.shape} for images of {raster.image_tokens} tokens"
     if manifest.cache is not None:
         try:
             manifest.state_at(manifest.capacity_lines)

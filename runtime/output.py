@@ -95,6 +95,9 @@ def read_recipe(path: Path) -> Recipe:
 
 def is_whole(path: Path, recipe: Recipe, map_kind: str | None = None) -> bool:
     """Whether there is an undamaged picture at ``path`` that was drawn by ``recipe``, or the map of that ``map_kind`` of one."""
+    # A pipe would be waited for.
+    if not path.is_file():
+        return False
     try:
         with PIL.Image.open(path, formats=["PNG"]) as image:
             known = msgspec.json.decode(image.info[METADATA_KEY], type=Recipe)
@@ -108,6 +111,8 @@ def is_whole(path: Path, recipe: Recipe, map_kind: str | None = None) -> bool:
 
 def is_foreign(path: Path) -> bool:
     """Whether a file is a picture, and one that linert did not write."""
+    if not path.is_file():
+        return False
     try:
         with PIL.Image.open(path) as image:
             if METADATA_KEY in image.info:

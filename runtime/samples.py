@@ -20,7 +20,7 @@ MOST_IMAGES = 1_000_000
 """Images of one request: twenty times what quality is measured on. All are listed before the first is drawn."""
 
 SLUG_LETTERS = 40
-"""Most letters of a prompt in a file name."""
+"""Most letters of a prompt, or of a caption's name, in a file name."""
 
 
 class ClassLabel(Record, frozen=True, tag="class"):
@@ -64,7 +64,9 @@ class Caption(Record, frozen=True, tag="caption"):
 
     @property
     def slug(self) -> str:
-        return f"{re.sub(r'[^A-Za-z0-9]+', '-', self.name).strip('-')}_{self.sha256[:8]}"
+        # Its end tells which of a file it is.
+        words = re.sub(r"[^A-Za-z0-9]+", "-", self.name)[-SLUG_LETTERS:].strip("-")
+        return f"{words or 'caption'}_{self.sha256[:8]}"
 
     @property
     def label(self) -> str:
@@ -106,8 +108,11 @@ def plan_samples(conditions: Sequence[Condition], num_images: int | None, seed: 
     Raises:
         RequestError: no condition, fewer than one image or more than :data:`MOST_IMAGES`, a seed out of range, or no whole numbers.
     """
-    for name, value in (("num_images", num_images), ("seed", seed)):
-        if value is not None and (not isinstance(value, int | np.integer) or isinstance(value, bool)):
+    for name, value in (
+        ("num_images", len(conditions) if num_images is None else num_images),
+        ("seed", seed),
+    ):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
             raise RequestError(f"{name} is {value!r}, must be a whole number")
     # Sums of numpy's integers may overflow.
     count, seed = len(conditions) if num_images is None else int(num_images), int(seed)

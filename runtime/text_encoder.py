@@ -37,6 +37,7 @@ class TextEncoder:
     ) -> None:
         self._open, self._open_tokenizer, self._length = open_stage, open_tokenizer, length
         self._lock = Lock()
+        self._closed = False
 
     @cached_property
     def _backend(self) -> Backend:
@@ -49,6 +50,7 @@ class TextEncoder:
     def close(self) -> None:
         """Give back the stage's memory and device, if it was needed."""
         with self._lock:
+            self._closed = True
             if "_backend" in vars(self):
                 self._backend.close()
 
@@ -72,6 +74,8 @@ class TextEncoder:
         tokens = np.zeros((1, self._length), np.int64)
         tokens[0, : len(found)] = found
         with self._lock:
+            if self._closed:
+                raise RequestError("the text encoder is closed: open the bundle again")
             return self._run(tokens, found, text)[: len(found)]
 
     def _run(self, tokens: NDArray[np.int64], found: Sequence[int], text: str) -> NDArray[np.float32]:

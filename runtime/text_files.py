@@ -25,6 +25,11 @@ LFS_HEAD = b"version https://git-lfs.github.com/spec/"
 """What git-lfs leaves in the place of a file that was not fetched begins with this."""
 
 
+def is_utf8(name: str) -> bool:
+    """Whether the bytes of a file's name are UTF-8, as most libraries need them. Python stands surrogates in the place of others."""
+    return not re.search("[\ud800-\udfff]", name)
+
+
 def is_lfs_pointer(path: Path) -> bool:
     """Whether a file is what git-lfs leaves in the place of one that was not fetched."""
     with path.open("rb") as file:

@@ -44,8 +44,8 @@ class TextTokenizer:
         text = read_text(path, BundleError)
         try:
             self._tokenizer: Any = Tokenizer.from_str(text)
-        except Exception as error:
-            # The library raises bare exceptions for whatever is wrong with a file.
+        except BaseException as error:
+            _require_library_fault(error)
             raise BundleError(f"{path} is no tokenizer.json: {shortened(str(error), 200)}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -110,10 +110,17 @@ class TextTokenizer:
     def _encode(self, text: str) -> Any:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
-        except Exception as error:
+        except BaseException as error:
+            _require_library_fault(error)
             raise RequestError(
                 f"the tokenizer {self.path} cannot read {shortened(text)!r}: {shortened(str(error), 200)}"
             ) from error
+
+
+def _require_library_fault(error: BaseException) -> None:
+    """Raise again what is no fault of the tokenizers library: that raises bare exceptions, and where it panics, no exceptions at all."""
+    if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+        raise error
 
 
 def _is_visible(character: str) -> bool:

@@ -96,25 +96,29 @@ def read_trace(path: Path, manifest: Manifest) -> Trace:
     most_bytes = 8 * count * (math.prod(slots) + raster.image_tokens) + (64 << 10)
     try:
         arrays = read_arrays(path, ["write_slots", "tokens"], most_bytes)
-        trace = Trace(header, arrays["write_slots"], arrays["tokens"])  # type: ignore[arg-type]
+        write_slots, tokens = arrays["write_slots"], arrays["tokens"]
     except KeyError as error:
         raise _no_trace(path, error) from error
-    if any(values.dtype.kind not in "iu" for values in (trace.write_slots, trace.tokens)):
+    if any(values.dtype.kind not in "iu" for values in (write_slots, tokens)):
         raise RequestError(f"{path} is damaged: its slots or tokens are no integers")
-    shapes = trace.write_slots.shape, trace.tokens.shape
+    shapes = write_slots.shape, tokens.shape
     if shapes != ((count, *slots), (count, raster.image_tokens)):
         raise RequestError(
             f"{path} was recorded from another kind of model: for {count} images it holds slots {shapes[0]} and tokens {shapes[1]}, "
             f"not {(count, *slots)} (images, lines, layers, branches, heads, width) and {(count, raster.image_tokens)}"
         )
     for layer, lines in enumerate(manifest.capacity_lines):
-        used, capacity = trace.write_slots[:, :, layer], raster.slots(lines)
+        used, capacity = write_slots[:, :, layer], raster.slots(lines)
         if used.size and not (used.min() >= raster.prefix_len and used.max() < capacity):
             raise RequestError(
                 f"{path} writes slots {used.min()} to {used.max()} of layer {layer}; the bundle's buffer has "
                 f"{raster.prefix_len} to {capacity - 1}"
             )
-    return trace
+    most = manifest.model.vocab_size - 1 + raster.newlines
+    if not (tokens.min() >= 0 and tokens.max() <= most):
+        raise RequestError(f"{path} holds tokens {tokens.min()} to {tokens.max()}; the model has 0 to {most}")
+    # Other machines write numbers in other orders of bytes.
+    return Trace(header, write_slots.astype(np.int32), tokens.astype(np.int64))
 
 
 def _no_trace(path: Path, error: Exception) -> RequestError:

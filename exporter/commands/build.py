@@ -38,7 +38,8 @@ def command(place: BundlePlace, target: str, capabilities: str | None, no_plugin
     Nothing is done where the plans that are there are those that would be built.
     """
     opened = place.open()
-    wanted = capabilities or (RTX_CAPABILITIES if target == "rtx" else "current")
+    usual = RTX_CAPABILITIES if target == "rtx" else "current"
+    wanted = usual if capabilities is None else capabilities
     plan = BuildPlan(opened, FLAVOURS[target], parse_capabilities(wanted), not no_plugin)
     folder = engines_folder(opened, target)
     if not force and (built := plan.built()):

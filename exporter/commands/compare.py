@@ -47,13 +47,15 @@ def several(kind: Callable[[str], Any], allowed: tuple[str, ...] = ()) -> Callab
     """A click callback for a list like ``a,b``."""
 
     def parse(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
-        if not text:
+        if text is None:
             return ()
         parts = [part.strip() for part in text.split(",")]
         try:
             values = tuple(kind(part) for part in parts)
         except (ValueError, KeyError):
             raise click.BadParameter(f"{text!r} is no list of values") from None
+        if not all(parts):
+            raise click.BadParameter(f"{text!r} has an empty value: leave the option out for the default")
         if allowed and (wrong := [part for part in parts if part not in allowed]):
             raise click.BadParameter(f"{', '.join(wrong)}: give some of {', '.join(allowed)}")
         return values
@@ -86,7 +88,6 @@ def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple
 @click.option(
     "--metrics",
     "metric_source",
-    default="",
     help="Where quality metrics come from: FILE.py or package.module, and :function unless it is metrics.",
 )
 @click.option(
@@ -114,7 +115,7 @@ def command(
     samples: int,
     conditions: ConditionRequest,
     seed: int,
-    metric_source: str,
+    metric_source: str | None,
     forced_images: int | None,
     timing: bool,
     resume: bool,
@@ -131,14 +132,14 @@ def command(
     listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
     cells, refused = listed.cells(manifest)
     conditioner = generator.conditioner
-    metrics = load_metrics(metric_source) if metric_source else []
+    metrics = load_metrics(metric_source) if metric_source is not None else []
     planned = plan_samples(conditions.settle(conditioner) or conditioner.usual(), samples, seed)
     request = CompareRequest(
         manifest.sha256,
         tuple(cell.cache for cell in cells),
         tuple(planned),
         manifest.sampling,
-        metric_source,
+        metric_source or "",
         source_digest(metric_source.partition(":")[0]) if metric_source else "",
         min(len(planned), manifest.images if forced_images is None else forced_images),
     )

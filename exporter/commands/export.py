@@ -27,6 +27,7 @@ from runtime.manifest import MOST_COUNT, SamplingSettings
 from runtime.replacement import claim_folder
 from runtime.samples import Prompt, shortened
 from runtime.text import lines_text, size_text
+from runtime.text_files import is_utf8
 
 MOST_CALIBRATION_IMAGES = 4096
 
@@ -227,6 +228,10 @@ def command(
     shards, load as they are; no code in them is run.
     """
     console = Console(stderr=True, highlight=False)
+    if not is_utf8(str(out)):
+        raise RequestError(
+            f"--out {out} is not in UTF-8, and no bundle can be opened there: give another name"
+        )
     # Held from now on, so that nobody else begins to work on it.
     click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     if prompt_tokens is not None and prompt_tokens < 1:

@@ -128,10 +128,10 @@ def command(
     manifest.check_cache(batch.cache, replayed=trace is not None)
     if by_stages and options.name is BackendName.CPU:
         raise RequestError("--stages compares a backend with the CPU: say which with --backend")
-    measures = load_metrics(metrics) if metrics else []
+    measures = load_metrics(metrics) if metrics is not None else []
     # What an option needs is missed before the work, not after.
     comparing = None
-    if metrics:
+    if metrics is not None:
         comparing = _with_extra("exporter.quality", "--metrics", "compare")
         _with_extra("exporter.intervals", "--metrics", "compare").require_images(measures, samples)
     staging = _with_extra("exporter.stage_parity", "--stages", "stages") if by_stages else None

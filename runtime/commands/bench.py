@@ -24,7 +24,7 @@ from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from runtime.commands.cache_options import cache_options
 from runtime.conditioning import open_conditioner
-from runtime.errors import LinertError, RequestError
+from runtime.errors import LinertError, OutputError, RequestError
 from runtime.machine import (
     default_threads,
     forget_peak,
@@ -37,6 +37,12 @@ from runtime.samples import plan_samples
 from runtime.text import size_text
 
 TOP = 10
+MATPLOTLIB = b"atplotlib"
+"""What matplotlib writes of itself into its files."""
+
+MOST_ROUNDS = 100_000
+"""Largest number of rounds that an option takes: days, of the smallest model."""
+
 PEER_STEPS = 4
 
 
@@ -71,9 +77,20 @@ class PeerTimes:
 @bundle_argument()
 @cache_options()
 @backend_options()
-@click.option("--rounds", default=8, show_default=True, help="Lines of decode steps to time.")
 @click.option(
-    "--images", "image_rounds", default=1, show_default=True, help="Whole batches to draw and time."
+    "--rounds",
+    type=click.IntRange(1, MOST_ROUNDS),
+    default=8,
+    show_default=True,
+    help="Lines of decode steps to time.",
+)
+@click.option(
+    "--images",
+    "image_rounds",
+    type=click.IntRange(0, MOST_ROUNDS),
+    default=1,
+    show_default=True,
+    help="Whole batches to draw and time.",
 )
 @click.option(
     "--compare-pytorch",
@@ -115,12 +132,12 @@ def command(
     A decode step cannot be faster than reading its weights and state at the bandwidth that is measured here, in the same
     rounds. What it reads is printed first; times are medians.
     """
-    if rounds < 1 or image_rounds < 0:
-        raise RequestError("--rounds must be at least 1 and --images at least 0")
     if sweep and (profiled or not cache.empty):
         raise RequestError("--sweep makes its own bundles: leave --profile and cache options out")
     if plot and not sweep:
         raise RequestError("--plot draws a sweep: give --sweep")
+    if plot is not None and plot.is_file() and plot.stat().st_size and MATPLOTLIB not in plot.read_bytes():
+        raise OutputError(f"{plot} exists and is no plot of a sweep: give another --plot, or remove it")
     check_target(plot)
     if plot:
         _needing("exporter.sweep_plot", "compare").check_format(plot)

@@ -10,7 +10,7 @@ import click
 import msgspec
 import numpy as np
 
-from runtime.array_files import write_parts
+from runtime.array_files import check_arrays_target, write_parts
 from runtime.backends import BackendOptions
 from runtime.commands.backend_options import backend_options
 from runtime.commands.bundle_argument import BundlePlace, bundle_argument
@@ -25,7 +25,7 @@ from runtime.output import (
     write_png,
 )
 from runtime.records import RecordError, read_record
-from runtime.replacement import FolderKind, atomic_file, check_target, claim_folder, new_folder, visible
+from runtime.replacement import FolderKind, atomic_file, claim_folder, new_folder, visible
 from runtime.samples import shortened
 
 RENDER_NAME = "render.json"
@@ -78,7 +78,11 @@ def command(
 ) -> None:
     """Turn the saved TOKENS of ``linert run --save-tokens`` into pictures again, with BUNDLE's image decoder."""
     click.get_current_context().with_resource(claim_folder(out, PICTURES, force=force))
-    check_target(save_pixels)
+    check_arrays_target(save_pixels)
+    if save_pixels is not None and save_pixels.resolve() in {out.resolve(), tokens.resolve()}:
+        raise RequestError(
+            f"{save_pixels} is to be written and named as something else too: give another --save-pixels"
+        )
     arrays = read_tokens(tokens)
     rows = arrays["tokens"]
     asked = {name: arrays[name] for name in ("classes", "prompts") if name in arrays}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from runtime.array_files import write_arrays
+from runtime.array_files import check_arrays_target, write_arrays
 from runtime.backend import Array, Backend
 from runtime.backends import BackendOptions
 from runtime.cache_request import CacheRequest
@@ -40,7 +40,6 @@ from runtime.output import (
     sheet_columns,
     write_png,
 )
-from runtime.replacement import check_target
 from runtime.run_folder import PREVIEW_NAME, RunFolder, RunRequest, check_run_folder, run_folder
 from runtime.samples import Sample, plan_samples
 from runtime.trace import Trace, TraceHeader, per_image, read_trace
@@ -114,8 +113,10 @@ def command(
     One seed gives the same images every time, whatever the batch. The cache options choose among the policies that
     the bundle holds, and any budget that its buffer has room for.
     """
-    check_target(save_tokens)
-    check_target(record_trace)
+    for path in (save_tokens, record_trace):
+        check_arrays_target(path)
+        if path is not None and path.resolve() in {out.resolve(), (replay_trace or out).resolve()}:
+            raise RequestError(f"{path} is to be written and named by another option too: give another name")
     if (
         record_trace is not None
         and save_tokens is not None

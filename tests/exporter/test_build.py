@@ -223,6 +223,9 @@ def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> 
     result = linert("build", half, "--target", "rtx", "--sm", "fast")
     assert result.code == 2
     assert "80,86,89,120" in result.err
+    result = linert("build", half, "--target", "rtx", "--sm", "")
+    assert result.code == 2
+    assert "80,86,89,120" in result.err
     result = linert("build", half, "--target", "tensorrt", "--sm", "80")
     assert result.code == 2
     assert "GPU at hand" in result.err

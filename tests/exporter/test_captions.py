@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from graphs.families import vq
 from runtime.backends import BackendOptions
 from runtime.bundle import open_bundle
 from runtime.errors import BundleError
+from runtime.manifest_file import check
 from runtime.text_encoder import TextEncoder
 from runtime.tokenizer import TextTokenizer
 from tests.conftest import Result, random_state
@@ -227,3 +229,11 @@ def test_an_encoder_of_another_width_is_refused(
     )
     assert result.code == 2
     assert "is not a T5 encoder" in result.err
+
+
+def test_features_are_as_wide_as_what_the_model_takes(bundle: Path) -> None:
+    """Commands that are given no features make some, of whatever width the manifest says."""
+    manifest = open_bundle(bundle, digests=False).manifest
+    wide = msgspec.structs.replace(manifest.condition, feature_dim=10**6)
+    with pytest.raises(BundleError, match="features of"):
+        check(msgspec.structs.replace(manifest, condition=wide))

@@ -159,6 +159,16 @@ def test_bad_requests_are_refused_and_write_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_no_bundle_is_written_where_none_can_be_opened(
+    linert: Linert, tiny_files: Files, tmp_path: Path
+) -> None:
+    out = tmp_path / "gar\udce7on" / "bundle"
+    result = linert("export", tiny_files[0], "--vq", tiny_files[1], *TINY_OPTIONS, "--out", out)
+    assert result.code == 2
+    assert "is not in UTF-8" in " ".join(result.err.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_bad_files_are_refused_and_write_nothing(linert: Linert, tiny_files: Files, tmp_path: Path) -> None:
     broken = tmp_path / "broken.pt"
     broken.write_bytes(tiny_files[0].read_bytes()[:5000])
@@ -378,6 +388,18 @@ def test_a_budget_is_accepted_exactly_when_a_line_can_always_be_evicted(
         ({"config": {"layers": "two"}}, "is no llamagen's"),
         ({"config": {**asdict(TINY), "heads": 0}}, "heads is 0, must be at least 1"),
         ({"config": {**asdict(TINY), "grid": 10**9}}, "must be 1 to 512 of each"),
+        ({"config": {**asdict(TINY), "ffn_dim": -1}}, "ffn_dim is -1, must be at least 1"),
+        ({"config": {**asdict(TINY), "num_classes": 10**30}}, "num_classes is 1000.*, must be"),
+        ({"config": {**asdict(TINY), "layers": 10**6}}, "layers is 1000000, must be"),
+        ({"config": {**asdict(TINY), "vocab_size": 0}}, "vocab_size is 0, must be"),
+        *[
+            ({"config": {**asdict(TINY), "rope_base": base}}, "rope_base is .*, must be a number from 1")
+            for base in (0.0, -1.0, float("nan"), float("inf"), "1")
+        ],
+        ({"config": {**asdict(TINY), "norm_eps": float("nan")}}, "norm_eps is nan, must be a number"),
+        # What JSON has for numbers that are none.
+        ({"config": {**asdict(TINY), "rope_base": None}}, "rope_base is None, must be told"),
+        ({"config": {**asdict(TINY), "dim": 10**6}}, "dim is 1000000, must be a whole number from 1"),
     ],
 )
 def test_a_manifest_of_no_model_is_refused(

@@ -110,6 +110,7 @@ CONTAINERS: dict[str, Callable[[Tensors], Any]] = {
         "layers.0.attention.kv_cache.k_cache": torch.zeros(2),
         "layers.0.attention.rotary_emb.inv_freq": torch.zeros(3),
         "n_averaged": torch.tensor(7),
+        "layers.0.attention_norm.num_batches_tracked": torch.tensor(7),
     },
 }
 

@@ -200,6 +200,8 @@ def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
         (("--sweep", "batch=1", "--plot", "sweep.xyz"), "ends in one of"),
         (("--sweep", "batch=1", "--plot", "no/sweep.png"), "there is no folder"),
         (("--rounds", 0), "--rounds"),
+        (("--rounds", 10**12), "--rounds"),
+        (("--images", 10**12), "--images"),
     ],
 )
 def test_wrong_requests_are_refused(
@@ -208,6 +210,15 @@ def test_wrong_requests_are_refused(
     result = linert("bench", tiny_bundle, *options)
     assert result.code == 2
     assert words in result.err
+
+
+def test_a_plot_replaces_nothing_but_a_plot(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
+    picture = tmp_path / "holiday.png"
+    picture.write_bytes(b"a picture")
+    result = linert("bench", tiny_bundle, "--sweep", "policy=linear", "--plot", picture)
+    assert result.code == 2
+    assert "is no plot of a sweep" in result.err
+    assert picture.read_bytes() == b"a picture"
 
 
 def test_limits_follow_the_bundle(tiny_bundle: Path) -> None:

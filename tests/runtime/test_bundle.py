@@ -227,8 +227,15 @@ def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[ty
         ("stages/decode/updates", {"a" * 5000: "tokens"}),
         ("stages/vq_decoder/inputs/0/name", "other"),
         ("stages/decode/updates", {}),
+        ("stages/vq_decoder/inputs/0/shape", []),
+        ("stages/vq_decoder/inputs/0/shape", [2, 35]),
         ("stages/decode/work/macs", -1),
         ("files/weights.bin/bytes", -1),
+        ("precision/weights", "float16"),
+        ("precision/activations", ""),
+        ("precision/image_decoder", "fp8"),
+        ("precision/parts", {"output": "int3"}),
+        ("precision/method", "magic"),
     ],
 )
 def test_numbers_that_no_model_has_are_refused_before_anything_is_allocated(
@@ -331,3 +338,25 @@ def test_files_that_are_replaced_under_an_open_bundle_are_not_used(bundle: Path)
     other.replace(weights)
     with pytest.raises(BundleError, match=r"weights\.bin was changed since"):
         generator.generate([1], sampling=SamplingSettings(top_k=2))
+
+
+def test_what_is_drawn_while_a_file_is_written_to_is_thrown_away(bundle: Path) -> None:
+    """Weights are mapped: written in place, they change under a session that was loaded."""
+    from runtime.generator import Generator
+
+    generator = Generator(bundle)
+    [image] = generator.generate([1])
+    with (bundle / "weights.bin").open("r+b") as file:
+        file.write(bytes(500_000))
+    for draw in (lambda: generator.generate([1]), lambda: generator.decoder(image.tokens[None])):
+        with pytest.raises(BundleError, match=r"weights\.bin was written to while"):
+            draw()
+
+
+def test_a_bundle_behind_a_name_that_runtimes_cannot_read_is_named(bundle: Path, linert: Linert) -> None:
+    folder = bundle.parent / "gar\udce7on"
+    shutil.copytree(bundle, folder)
+    for command in (("run", folder, "--classes", 1, "--out", bundle.parent / "out"), ("inspect", folder)):
+        result = linert(*command)
+        assert result.code == 2
+        assert result.err.strip().endswith("is not in UTF-8: rename it")

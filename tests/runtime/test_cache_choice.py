@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,21 @@ def test_a_trace_is_imposed_on_another_run(linert: Linert, many_bundle: Path, tm
     told = linert("validate", many_bundle, "--trace", trace).out
     assert "scores" not in told
     assert "the trace's evictions were imposed on both sides at all 5" in " ".join(told.split())
+
+
+@pytest.mark.parametrize("tokens", [-1, TINY.vocab_size])
+def test_a_trace_of_tokens_that_the_model_has_not_is_refused(
+    tokens: int, linert: Linert, many_bundle: Path, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.npz"
+    manifest = open_bundle(many_bundle).manifest
+    linert("run", many_bundle, "--classes", 1, "--record-trace", trace, "--out", tmp_path / "out")
+    recorded = read_trace(trace, manifest)
+    replace(recorded, tokens=recorded.tokens.astype(">i8")).write(trace)
+    assert read_trace(trace, manifest).tokens.dtype == np.int64
+    replace(recorded, tokens=np.full_like(recorded.tokens, tokens)).write(trace)
+    with pytest.raises(RequestError, match=f"holds tokens {tokens} to {tokens}; the model has 0 to 63"):
+        read_trace(trace, manifest)
 
 
 def test_a_replay_follows_the_trace_and_not_the_scores(

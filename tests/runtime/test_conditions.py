@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,8 @@ from runtime.commands.condition_options import parse_classes
 from runtime.conditions import CaptionConditioner, PromptConditioner, conditions_of
 from runtime.errors import BundleError, RequestError
 from runtime.manifest import CaptionInput, PromptInput
-from runtime.samples import MOST_IMAGES, ClassLabel, Prompt, plan_samples
-from runtime.text_encoder import t5_tokens
+from runtime.samples import MOST_IMAGES, Caption, ClassLabel, Prompt, plan_samples
+from runtime.text_encoder import TextEncoder, t5_tokens
 from runtime.tokenizer import TextTokenizer
 from tests.text_models import JANUS_VOCABULARY, write_tiny_janus, write_tiny_t5
 
@@ -309,3 +310,29 @@ def test_features_of_every_real_type_are_read(kind: str, tmp_path: Path) -> None
     [caption] = asked.read(tmp_path / "captions.npy")
     features = asked.inputs([caption])["caption_features"]
     assert np.array_equal(features[0, -3:], values.astype(np.float32))
+
+
+def test_a_file_at_which_the_library_panics_is_damaged(files: dict[str, Path], tmp_path: Path) -> None:
+    content = json.loads(files["janus"].read_text())
+    # Merges are cut by the length of a prefix that they do not have.
+    content["model"]["continuing_subword_prefix"] = "####"
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=r"is no tokenizer\.json"):
+        TextTokenizer(path)
+
+
+def test_a_text_encoder_that_was_closed_before_it_was_needed_opens_nothing(files: dict[str, Path]) -> None:
+    def opened() -> Any:
+        raise AssertionError("a stage was loaded")
+
+    encoder = TextEncoder(opened, lambda: TextTokenizer(files["t5"]), 8)
+    encoder.close()
+    with pytest.raises(RequestError, match="is closed"):
+        encoder("a fox")
+
+
+def test_captions_of_a_file_with_a_long_name_have_file_names() -> None:
+    slugs = {Caption(digest * 64, f"{'n' * 240}.npy {digest}").slug for digest in "0123"}
+    assert len(slugs) == 4
+    assert all(len(slug) < 100 for slug in slugs)

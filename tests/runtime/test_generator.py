@@ -96,3 +96,10 @@ def test_numbers_that_are_none_are_reported(
     assert result.code == 2
     assert said.split(" in ")[0] in result.err
     assert "Traceback" not in result.err
+
+
+def test_no_tokens_are_no_pixels_and_no_seed_is_refused(tiny_bundle: Path) -> None:
+    with Generator(tiny_bundle) as generator:
+        assert len(generator.decoder(np.empty((0, 36), np.int64))) == 0
+        with pytest.raises(RequestError, match="seed is None, must be a whole number"):
+            generator.generate([1], seed=None)  # type: ignore[arg-type]

@@ -346,3 +346,15 @@ def test_output_that_cannot_be_written_is_one_sentence(arguments: tuple[str, ...
         done.stderr
         == "Error: standard output or a temporary file cannot be written: No space left on device\n"
     )
+
+
+def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(
+    linert: Callable[..., Result], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    run = ("run", tiny_bundle, "--classes", 1, "--out", tmp_path / "out")
+    assert linert(*run).code == 0
+    (tmp_path / "out" / "run.json").unlink()
+    os.mkfifo(tmp_path / "out" / "run.json")
+    result = linert(*run, "--resume")
+    assert result.code == 2
+    assert "run.json cannot be read" in result.err

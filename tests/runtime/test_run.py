@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -255,6 +256,10 @@ def test_a_preview_is_refreshed_and_taken_away(share: float, tiny_bundle: Path, 
         (("--classes", "1", "--num-images", 10**11), "at most 1000000"),
         (("--classes", "1", "--seed", 2**64), "out of range"),
         (("--classes", "1", "--recent-lines", "nan"), "--recent-lines nan: give a number of lines"),
+        (("--classes", "1", "--recent-lines", "-inf"), "--recent-lines -inf: give a number of lines"),
+        (("--classes", "1", "--policy", ""), "the bundle holds no policy"),
+        (("--classes", "1", "--threads", "-1"), "-1 threads asked for: give 1 to"),
+        (("--classes", "1", "--threads", 10**12), "1000000000000 threads asked for: give 1 to"),
         (("--classes", "1", "--recent-lines", "inf"), "--recent-lines inf: give a number of lines"),
         (("--classes", "1", "--budget-lines", "1e999999999"), "neither a number of lines nor a fraction"),
         (("--prompt", "a \udcff fox"), "say which with --classes"),
@@ -370,3 +375,31 @@ def test_arrays_that_are_no_tokens_are_refused(
     assert result.code == 2
     assert "Traceback" not in result.err
     assert "tokens must" in result.err
+
+
+def test_files_of_arrays_replace_nothing_but_files_of_arrays(
+    linert: Linert, tiny_bundle: Path, tiny_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    checkpoint, tokens, trace = (tmp_path / name for name in ("model.pt", "tokens.npz", "trace.npz"))
+    # A checkpoint is a zip, as files of arrays are.
+    shutil.copy(tiny_files[0], checkpoint)
+    run = ("run", tiny_bundle, "--out", tmp_path / "out")
+    written = ("--save-tokens", tokens, "--record-trace", trace)
+    for _ in range(2):
+        assert linert(*run, "--classes", 1, *written, "--force").code == 0
+    before = {path: path.read_bytes() for path in (checkpoint, tokens, trace)}
+    render = ("render", tiny_bundle, tokens, "--out", tmp_path / "again")
+    again = ("run", tiny_bundle, "--out", tmp_path / "new")
+    for command in (
+        *((*again, "--classes", 1, option, checkpoint) for option in ("--save-tokens", "--record-trace")),
+        *((*again, "--replay-trace", trace, option, trace) for option in ("--save-tokens", "--record-trace")),
+        (*again, "--classes", 1, "--save-tokens", tmp_path / "new"),
+        (*render, "--save-pixels", checkpoint),
+        (*render, "--save-pixels", tokens),
+    ):
+        result = linert(*command)
+        assert result.code == 2
+        assert "give another" in result.err
+    assert before == {path: path.read_bytes() for path in before}
+    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "again").exists()
