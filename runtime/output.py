@@ -14,7 +14,7 @@ import PIL.ImageFont
 import PIL.PngImagePlugin
 
 from runtime.array_files import Arrays, read_arrays
-from runtime.errors import RequestError
+from runtime.errors import OutputError, RequestError
 from runtime.geometry import CacheSettings
 from runtime.manifest import Manifest, Record, SamplingSettings
 from runtime.records import RecordError, decode_record
@@ -61,7 +61,12 @@ def write_png(
     """Write a PNG, with ``recipe`` as JSON in its ``linert`` text chunk, and in ``linert_map`` what kind of map of its image it is.
 
     It is whole under its name, but after a power cut may be found cut: :func:`is_whole` tells.
+
+    Raises:
+        OutputError: it cannot be written, or there is something at ``path`` that is no file: a pipe would be waited for.
     """
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no file: move it away")
     info = PIL.PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(METADATA_KEY, msgspec.json.encode(recipe).decode())

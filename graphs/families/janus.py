@@ -284,6 +284,10 @@ class JanusFamily(Family):
     def prompt_format(self, config: JanusConfig, given: Given) -> PromptFormat:
         old = given.processing.get("sft_format") == "deepseek_old"
         user, assistant = ("User", "Assistant") if old else ("<|User|>", "<|Assistant|>")
+        if not old:
+            # A tokenizer without them would read their names as text.
+            given.token(user)
+            given.token(assistant)
         template = f"{user}: {{prompt}}\n\n{assistant}:"
         return PromptFormat((config.begin_of_sentence,), template, (config.begin_of_image,))
 

@@ -259,6 +259,14 @@ def untokened(folder: Path) -> None:
     path.write_text(path.read_text().replace("<begin_of_image>", "<end_of_image>"))
 
 
+def unadded(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] != "<|User|>"]
+    values["model"]["vocab"].pop("<|User|>", None)
+    path.write_text(json.dumps(values))
+
+
 def with_a_wrong_index(folder: Path) -> None:
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -271,6 +279,7 @@ def with_a_wrong_index(folder: Path) -> None:
     [
         (without("tokenizer.json"), (), "has no tokenizer.json beside it: give one with --tokenizer"),
         (untokened, (), "no special token <begin_of_image>"),
+        (unadded, (), "no special token <|User|>"),
         (without("model-00002-of-00003.safetensors"), (), "lacks model-00002-of-00003.safetensors"),
         (with_a_wrong_index, (), "lacks absent.weight, which model.safetensors.index.json names"),
         (without("model.safetensors.index.json"), (), "there is none of model.safetensors.index.json"),
