@@ -348,6 +348,19 @@ def test_output_that_cannot_be_written_is_one_sentence(arguments: tuple[str, ...
     )
 
 
+@pytest.mark.parametrize("name", ["class_0001_seed_000000.png", "contact_sheet.png"])
+def test_a_pipe_in_the_place_of_a_picture_is_not_waited_for(
+    name: str, linert: Callable[..., Result], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    run = ("run", tiny_bundle, "--classes", 1, "--out", tmp_path / "out")
+    assert linert(*run).code == 0
+    (tmp_path / "out" / name).unlink()
+    os.mkfifo(tmp_path / "out" / name)
+    result = linert(*run, "--resume")
+    assert result.code == 2
+    assert f"{name} is no file: move it away" in " ".join(result.err.split())
+
+
 def test_a_pipe_in_the_place_of_a_record_is_not_waited_for(
     linert: Callable[..., Result], tiny_bundle: Path, tmp_path: Path
 ) -> None:
