@@ -13,26 +13,24 @@ import onnx
 import torch
 from onnx import helper
 
-from exporter.bundle_folder import BUNDLE
-from exporter.finiteness import check_numbers
-from exporter.models import Loaded, LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
-from exporter.onnx_export import export_stage
-from exporter.precision import Precision, PrecisionPlan, Weight
-from exporter.vocabulary import TokenizerFile
-from exporter.weights_file import WeightsFile
-from exporter.work import work_of
-from graphs import stages
-from graphs import tensor_spec as graph_spec
-from graphs.families import vq
-from graphs.memory import Memory, memory_of
-from graphs.policies import POLICIES
-from graphs.text_encoder import EncodeText
-from graphs.transformer import FamilyConfig, part_of
-from runtime.bundle import file_sha256, manifest_name
-from runtime.conditions import Conditioner, conditioner_of
-from runtime.errors import ExportError, OutputError
-from runtime.geometry import CacheSettings, Raster
-from runtime.manifest import (
+from linert.exporter.bundle_folder import BUNDLE
+from linert.exporter.finiteness import check_numbers
+from linert.exporter.models import Loaded, LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
+from linert.exporter.onnx_export import export_stage
+from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.vocabulary import TokenizerFile
+from linert.exporter.weights_file import WeightsFile
+from linert.exporter.work import work_of
+from linert.graphs import stages
+from linert.graphs import tensor_spec as graph_spec
+from linert.graphs.families import vq
+from linert.graphs.memory import Memory, memory_of
+from linert.graphs.policies import POLICIES
+from linert.graphs.text_encoder import EncodeText
+from linert.graphs.transformer import FamilyConfig, part_of
+from linert.runtime.bundles.bundle import file_sha256, manifest_name
+from linert.runtime.bundles.geometry import CacheSettings, Raster
+from linert.runtime.bundles.manifest import (
     CONTRACT_KEY,
     SCHEMA,
     CaptionInput,
@@ -48,9 +46,11 @@ from runtime.manifest import (
     TensorSpec,
     Work,
 )
-from runtime.manifest_file import check, contract, encode, seal
-from runtime.replacement import new_folder
-from runtime.tokenizer import TextTokenizer
+from linert.runtime.bundles.manifest_file import check, contract, encode, seal
+from linert.runtime.drawing.conditions import Conditioner, conditioner_of
+from linert.runtime.drawing.tokenizer import TextTokenizer
+from linert.runtime.errors import ExportError, OutputError
+from linert.runtime.files.replacement import new_folder
 
 WEIGHTS_NAME = "weights.bin"
 TOKENIZER_FILE = "tokenizer/tokenizer.json"
@@ -215,7 +215,7 @@ class ExportPlan:
         return found
 
     def check_numbers(self) -> None:
-        """:func:`exporter.finiteness.check_numbers` of all models; images of other sizes have the same."""
+        """:func:`linert.exporter.finiteness.check_numbers` of all models; images of other sizes have the same."""
         weights = self.weights()
         models: dict[str, Loaded[Any, Any]] = {"model": self.transformer, "image_decoder": self.image_decoder}
         if self.text_encoder is not None:

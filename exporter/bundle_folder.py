@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from runtime.engines import ENGINES_FOLDER, RECORD_NAME
-from runtime.locks import is_hidden_name
-from runtime.records import RecordError, read_record
-from runtime.replacement import FolderKind, visible
-from runtime.trt_flavour import FLAVOURS
+from linert.runtime.backends.trt_flavour import FLAVOURS
+from linert.runtime.bundles.engines import ENGINES_FOLDER, RECORD_NAME
+from linert.runtime.files.locks import is_hidden_name
+from linert.runtime.files.records import RecordError, read_record
+from linert.runtime.files.replacement import FolderKind, visible
 
 _MANIFEST = re.compile(r"manifest(\.[1-9]\d*x[1-9]\d*)?\.json")
 _PLANS = re.compile(rf"{ENGINES_FOLDER}/({'|'.join(FLAVOURS)})(\.[1-9]\d*x[1-9]\d*)?/[^/]+")

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporter.bundle_export import ExportPlan
-from exporter.models import LoadedImageDecoder
-from exporter.precision import (
+from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.models import LoadedImageDecoder
+from linert.exporter.precision import (
     Method,
     Precision,
     PrecisionPlan,
@@ -29,20 +29,20 @@ from exporter.precision import (
     round_to_nearest,
     to_integers,
 )
-from exporter.sampling_params import sampling_params
-from graphs.history import full_history
-from graphs.memory import memory_of
-from graphs.sampling import draw, filtered_mass, guide
-from graphs.stages import with_newlines
-from graphs.transformer import Condition, RasterTransformer, part_of
-from runtime import samples
-from runtime.conditions import Conditioner
-from runtime.errors import ExportError
-from runtime.geometry import Raster
-from runtime.loop import uniform_row
-from runtime.machine import available_bytes
-from runtime.manifest import CaptionInput, SamplingSettings
-from runtime.text import size_text
+from linert.exporter.sampling_params import sampling_params
+from linert.graphs.history import full_history
+from linert.graphs.memory import memory_of
+from linert.graphs.sampling import draw, filtered_mass, guide
+from linert.graphs.stages import with_newlines
+from linert.graphs.transformer import Condition, RasterTransformer, part_of
+from linert.runtime.bundles.geometry import Raster
+from linert.runtime.bundles.manifest import CaptionInput, SamplingSettings
+from linert.runtime.drawing import samples
+from linert.runtime.drawing.conditions import Conditioner
+from linert.runtime.drawing.loop import uniform_row
+from linert.runtime.errors import ExportError
+from linert.runtime.machine import available_bytes
+from linert.runtime.text import size_text
 
 DAMPING = 0.01
 """Share of the mean of the Hessian's diagonal that is added to it."""
@@ -307,7 +307,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, block: int = 0) -> Quantize
 
     Args:
         hessian: ``[K, K]``, sum over the samples of ``x x^T``.
-        bits, block: as in :func:`exporter.precision.round_to_nearest`.
+        bits, block: as in :func:`linert.exporter.precision.round_to_nearest`.
     """
     outputs, width = weight.shape
     size = block or width

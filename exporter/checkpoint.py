@@ -16,12 +16,20 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from exporter.state_dicts import AVERAGED_KEY, FLOATS, StateDict, listed, merged, state_dict_of, unwrapped
-from exporter.torch_files import load_torch
-from runtime.bundle import file_sha256
-from runtime.errors import CheckpointError
-from runtime.manifest import Source
-from runtime.text_files import is_lfs_pointer, is_utf8, lfs_remedy, read_json_object
+from linert.exporter.state_dicts import (
+    AVERAGED_KEY,
+    FLOATS,
+    StateDict,
+    listed,
+    merged,
+    state_dict_of,
+    unwrapped,
+)
+from linert.exporter.torch_files import load_torch
+from linert.runtime.bundles.bundle import file_sha256
+from linert.runtime.bundles.manifest import Source
+from linert.runtime.errors import CheckpointError
+from linert.runtime.files.text_files import is_lfs_pointer, is_utf8, lfs_remedy, read_json_object
 
 INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """What tells which of many files a tensor is in."""

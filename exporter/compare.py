@@ -18,25 +18,25 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.compare_grid import Cell, labels_of
-from exporter.finite import require_finite
-from exporter.intervals import Interval, ScoredImages
-from exporter.quality import measure_rows
-from exporter.step_file import StepFile
-from exporter.timing import ResizedBackend, step_times
-from runtime.array_files import read_arrays, write_arrays
-from runtime.backend import Backend
-from runtime.bench import milliseconds
-from runtime.errors import BundleError, RequestError
-from runtime.generator import Generator, make_batch
-from runtime.geometry import CacheSettings
-from runtime.loop import Batch, begin, run_step
-from runtime.manifest import Record, SamplingSettings
-from runtime.metrics import Metric
-from runtime.output import read_tokens
-from runtime.replacement import make_folder
-from runtime.run_folder import TOKENS_NAME, RunRequest, run_folder
-from runtime.samples import Sample
+from linert.exporter.compare_grid import Cell, labels_of
+from linert.exporter.finite import require_finite
+from linert.exporter.intervals import Interval, ScoredImages
+from linert.exporter.quality import measure_rows
+from linert.exporter.step_file import StepFile
+from linert.exporter.timing import ResizedBackend, step_times
+from linert.runtime.backends.base import Backend
+from linert.runtime.bundles.geometry import CacheSettings
+from linert.runtime.bundles.manifest import Record, SamplingSettings
+from linert.runtime.drawing.generator import Generator, make_batch
+from linert.runtime.drawing.loop import Batch, begin, run_step
+from linert.runtime.drawing.output import read_tokens
+from linert.runtime.drawing.run_folder import TOKENS_NAME, RunRequest, run_folder
+from linert.runtime.drawing.samples import Sample
+from linert.runtime.errors import BundleError, RequestError
+from linert.runtime.files.array_files import read_arrays, write_arrays
+from linert.runtime.files.replacement import make_folder
+from linert.runtime.measuring.bench import milliseconds
+from linert.runtime.measuring.metrics import Metric
 
 CELLS = "cells"
 CODE = "metrics_sha256"
@@ -44,7 +44,7 @@ TIMING_ROUNDS = 3
 
 
 class CompareRequest(Record, frozen=True):
-    """What a comparison's folder holds. ``metrics_sha256``: of the metrics' code, as of :func:`runtime.source_digest.source_digest`."""
+    """What a comparison's folder holds. ``metrics_sha256``: of the metrics' code, as of :func:`linert.runtime.files.source_digest.source_digest`."""
 
     bundle_sha256: str
     caches: tuple[CacheSettings, ...]

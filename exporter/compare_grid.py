@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from runtime.cache_request import CacheRequest, budget_lines
-from runtime.errors import GeometryError, RequestError
-from runtime.geometry import CacheSettings
-from runtime.manifest import Manifest
+from linert.runtime.bundles.geometry import CacheSettings
+from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.drawing.cache_request import CacheRequest, budget_lines
+from linert.runtime.errors import GeometryError, RequestError
 
 
 @dataclass(frozen=True)

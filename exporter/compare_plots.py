@@ -15,8 +15,8 @@ from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from exporter.compare import CellResult
-from runtime.metrics import Metric
+from linert.exporter.compare import CellResult
+from linert.runtime.measuring.metrics import Metric
 
 WIDTH, HEIGHT = 5.6, 3.2
 """Of the axes with their labels, in inches; the legend comes below."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import BundleError, CheckpointError
+from linert.runtime.errors import BundleError, CheckpointError
 
 
 def require_finite(values: NDArray[Any], what: str, error: type[BundleError | CheckpointError]) -> None:

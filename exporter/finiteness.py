@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from exporter.models import Loaded
-from exporter.precision import FLOATS, Weight, largest_of
-from graphs.transformer import part_of
-from runtime.errors import CheckpointError, ExportError
+from linert.exporter.models import Loaded
+from linert.exporter.precision import FLOATS, Weight, largest_of
+from linert.graphs.transformer import part_of
+from linert.runtime.errors import CheckpointError, ExportError
 
 MOST_NAMED = 3
 """Tensors that a message names."""

@@ -15,8 +15,8 @@ from functools import cached_property
 import numpy as np
 from scipy import stats
 
-from runtime.errors import LinertError, RequestError
-from runtime.metrics import Metric, Rows
+from linert.runtime.errors import LinertError, RequestError
+from linert.runtime.measuring.metrics import Metric, Rows
 
 CONFIDENCE = 0.95
 ROUNDS = 2000

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from graphs.families.lasadgen import LASADGenConfig
-from runtime.replacement import atomic_file, make_folder
+from linert.graphs.families.lasadgen import LASADGenConfig
+from linert.runtime.files.replacement import atomic_file, make_folder
 
 
 def write_lasadgen(tensors: Mapping[str, Tensor], config: LASADGenConfig, folder: Path) -> None:

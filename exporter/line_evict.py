@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx
 from onnx import helper
 
-from graphs import line_attention, line_evict
+from linert.graphs import line_attention, line_evict
 
 
 def as_operation(model: onnx.ModelProto, attributes: Mapping[str, int]) -> None:

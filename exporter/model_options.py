@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from graphs.families import FAMILIES
-from graphs.families.base import Family
-from graphs.families.given import ModelOption
-from runtime.errors import RequestError
+from linert.graphs.families import FAMILIES
+from linert.graphs.families.base import Family
+from linert.graphs.families.given import ModelOption
+from linert.runtime.errors import RequestError
 
 FLAGS: Mapping[ModelOption, str] = {
     ModelOption.GRID: "--grid",

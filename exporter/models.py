@@ -12,20 +12,20 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from exporter.checkpoint import Checkpoint, checked_tensors, names_of, open_checkpoint, shapes_of
-from exporter.model_options import check_options
-from exporter.precision import largest_of
-from exporter.state_dicts import check_stored, listed
-from exporter.vocabulary import TokenizerFile
-from graphs import text_encoder
-from graphs.families import FAMILIES, vq
-from graphs.families.base import Family, PromptFormat
-from graphs.families.given import DERIVED, Given, Layout, ModelOption
-from graphs.families.settings import Settings
-from graphs.text_encoder import TextEncoder, TextEncoderConfig
-from graphs.transformer import FamilyConfig, RasterTransformer
-from runtime.errors import CheckpointError, RequestError
-from runtime.manifest import Source
+from linert.exporter.checkpoint import Checkpoint, checked_tensors, names_of, open_checkpoint, shapes_of
+from linert.exporter.model_options import check_options
+from linert.exporter.precision import largest_of
+from linert.exporter.state_dicts import check_stored, listed
+from linert.exporter.vocabulary import TokenizerFile
+from linert.graphs import text_encoder
+from linert.graphs.families import FAMILIES, vq
+from linert.graphs.families.base import Family, PromptFormat
+from linert.graphs.families.given import DERIVED, Given, Layout, ModelOption
+from linert.graphs.families.settings import Settings
+from linert.graphs.text_encoder import TextEncoder, TextEncoderConfig
+from linert.graphs.transformer import FamilyConfig, RasterTransformer
+from linert.runtime.bundles.manifest import Source
+from linert.runtime.errors import CheckpointError, RequestError
 
 ConfigT = TypeVar("ConfigT")
 ModelT = TypeVar("ModelT", bound=nn.Module)

@@ -19,13 +19,13 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 
-from exporter.line_evict import as_operation
-from exporter.precision import Weight
-from exporter.weight_storage import lift_weights, store_weights
-from exporter.weights_file import WeightsFile
-from graphs import line_attention
-from graphs.line_buffer import LineEnd
-from graphs.stage import Stage
+from linert.exporter.line_evict import as_operation
+from linert.exporter.precision import Weight
+from linert.exporter.weight_storage import lift_weights, store_weights
+from linert.exporter.weights_file import WeightsFile
+from linert.graphs import line_attention
+from linert.graphs.line_buffer import LineEnd
+from linert.graphs.stage import Stage
 
 PRODUCER = "linert"
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exporter.finite import require_finite
-from exporter.models import LoadedImageDecoder, LoadedTransformer
-from exporter.parity_report import (
+from linert.exporter.finite import require_finite
+from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
+from linert.exporter.parity_report import (
     Bounds,
     Choices,
     LineReport,
@@ -26,19 +26,19 @@ from exporter.parity_report import (
     cost_of,
     parity_checks,
 )
-from exporter.sampling_params import sampling_params
-from graphs.history import History, HistoryModel, full_history
-from graphs.memory import memory_of
-from graphs.policies import POLICIES, LineEndParams
-from graphs.sampling import SamplingParams, draw, filtered_mass, guide
-from graphs.stage import Geometry
-from graphs.stages import with_newlines
-from graphs.transformer import Condition, RasterTransformer
-from runtime.backend import Backend
-from runtime.errors import BundleError, CheckpointError
-from runtime.generator import PixelDecoder
-from runtime.geometry import Mode, Step
-from runtime.loop import Batch, begin, generate, run_step, settings_inputs
+from linert.exporter.sampling_params import sampling_params
+from linert.graphs.history import History, HistoryModel, full_history
+from linert.graphs.memory import memory_of
+from linert.graphs.policies import POLICIES, LineEndParams
+from linert.graphs.sampling import SamplingParams, draw, filtered_mass, guide
+from linert.graphs.stage import Geometry
+from linert.graphs.stages import with_newlines
+from linert.graphs.transformer import Condition, RasterTransformer
+from linert.runtime.backends.base import Backend
+from linert.runtime.bundles.geometry import Mode, Step
+from linert.runtime.drawing.generator import PixelDecoder
+from linert.runtime.drawing.loop import Batch, begin, generate, run_step, settings_inputs
+from linert.runtime.errors import BundleError, CheckpointError
 
 
 @dataclass

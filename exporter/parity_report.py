@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from runtime.manifest import PrecisionSpec
+from linert.runtime.bundles.manifest import PrecisionSpec
 
 
 class Choices(StrEnum):

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from exporter.models import LoadedImageDecoder, LoadedTransformer
-from graphs.decay_memory import DecayMemory, DecayStep
-from graphs.memory import Projections, StepPosition, memory_of
-from graphs.spatial_decay import RowState, fold
-from graphs.stages import with_newlines
-from runtime.generator import picture
+from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
+from linert.graphs.decay_memory import DecayMemory, DecayStep
+from linert.graphs.memory import Projections, StepPosition, memory_of
+from linert.graphs.spatial_decay import RowState, fold
+from linert.graphs.stages import with_newlines
+from linert.runtime.drawing.generator import picture
 
 
 def set_threads(threads: int) -> None:

@@ -15,8 +15,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from runtime.errors import ExportError
-from runtime.manifest import PrecisionSpec
+from linert.runtime.bundles.manifest import PrecisionSpec
+from linert.runtime.errors import ExportError
 
 DEFAULT_BLOCK = 128
 LEAST_BLOCK = 16
@@ -53,7 +53,7 @@ FLOATS = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precisio
 
 
 class Method(StrEnum):
-    """How integers are found: each weight rounded to the nearest (``rtn``), or ``gptq`` (:mod:`exporter.calibration`)."""
+    """How integers are found: each weight rounded to the nearest (``rtn``), or ``gptq`` (:mod:`linert.exporter.calibration`)."""
 
     RTN = "rtn"
     GPTQ = "gptq"
@@ -164,7 +164,7 @@ class PrecisionPlan:
 
     @property
     def uncalibrated(self) -> list[str]:
-        """What this asks for and has not been given: a calibration's work (:func:`exporter.calibration.calibrated`)."""
+        """What this asks for and has not been given: a calibration's work (:func:`linert.exporter.calibration.calibrated`)."""
         missing = []
         if self.integers and self.method is Method.GPTQ and not self.quantized:
             missing.append("weights quantised by gptq")

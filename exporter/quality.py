@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exporter.bundle_export import export_bundle
-from exporter.finite import require_finite
-from exporter.intervals import Interval, ScoredImages
-from exporter.models import LoadedImageDecoder, LoadedTransformer
-from exporter.precision import PrecisionPlan
-from exporter.sources import plan_like
-from runtime.backends import BackendOptions
-from runtime.bundle import Bundle, open_bundle
-from runtime.conditions import Conditioner
-from runtime.errors import BundleError, LinertError, RequestError
-from runtime.generator import Generator, PixelDecoder
-from runtime.geometry import CacheSettings
-from runtime.manifest import SamplingSettings
-from runtime.metrics import Metric, Rows
-from runtime.replacement import scratch_folder
-from runtime.samples import Sample, asked_for
+from linert.exporter.bundle_export import export_bundle
+from linert.exporter.finite import require_finite
+from linert.exporter.intervals import Interval, ScoredImages
+from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
+from linert.exporter.precision import PrecisionPlan
+from linert.exporter.sources import plan_like
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.bundles.geometry import CacheSettings
+from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.drawing.conditions import Conditioner
+from linert.runtime.drawing.generator import Generator, PixelDecoder
+from linert.runtime.drawing.samples import Sample, asked_for
+from linert.runtime.errors import BundleError, LinertError, RequestError
+from linert.runtime.files.replacement import scratch_folder
+from linert.runtime.measuring.metrics import Metric, Rows
 
 METRIC_BATCH = 50
 

@@ -13,11 +13,11 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
-from exporter.compare import CellResult
-from exporter.compare_plots import plots
-from runtime.generator import picture
-from runtime.metrics import Metric
-from runtime.text import size_text
+from linert.exporter.compare import CellResult
+from linert.exporter.compare_plots import plots
+from linert.runtime.drawing.generator import picture
+from linert.runtime.measuring.metrics import Metric
+from linert.runtime.text import size_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "compare.html.j2"
 TILE = 64

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from graphs.sampling import SamplingParams
-from runtime.manifest import SamplingSettings
+from linert.graphs.sampling import SamplingParams
+from linert.runtime.bundles.manifest import SamplingSettings
 
 
 def sampling_params(settings: SamplingSettings) -> SamplingParams:

@@ -6,17 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from exporter.bundle_export import ExportPlan
-from exporter.checkpoint import digest_of, find_weights, is_averaged
-from exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
-from exporter.precision import Method, Precision, PrecisionPlan
-from graphs.families import FAMILIES
-from graphs.families.llama import MOST_ROPE_BASE
-from graphs.families.settings import Settings
-from runtime.bundle import Bundle
-from runtime.errors import BundleError, CheckpointError, RequestError
-from runtime.manifest import Model, PrecisionSpec, PromptInput, Source
-from runtime.manifest_file import MOST
+from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.checkpoint import digest_of, find_weights, is_averaged
+from linert.exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
+from linert.exporter.precision import Method, Precision, PrecisionPlan
+from linert.graphs.families import FAMILIES
+from linert.graphs.families.llama import MOST_ROPE_BASE
+from linert.graphs.families.settings import Settings
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.manifest import Model, PrecisionSpec, PromptInput, Source
+from linert.runtime.bundles.manifest_file import MOST
+from linert.runtime.errors import BundleError, CheckpointError, RequestError
 
 SIZES = frozenset({"dim", "ffn_dim", "heads", "kv_heads", "gate_rank"})
 """Numbers of a configuration that are sides of tensors."""

@@ -16,9 +16,9 @@ from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
-from runtime.backend import Backend
-from runtime.loop import Batch, begin, run_step
-from runtime.manifest import Manifest
+from linert.runtime.backends.base import Backend
+from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.drawing.loop import Batch, begin, run_step
 
 Feed = dict[str, NDArray[Any]]
 

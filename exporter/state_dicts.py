@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphs import text_encoder
-from graphs.families import FAMILIES, vq
-from runtime.errors import CheckpointError
+from linert.graphs import text_encoder
+from linert.graphs.families import FAMILIES, vq
+from linert.runtime.errors import CheckpointError
 
 CONTAINER_KEYS = ("model", "module", "state_dict")
 """Where a checkpoint may keep its weights, in LlamaGen's own order of choice."""

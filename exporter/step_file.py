@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.errors import OutputError
+from linert.runtime.errors import OutputError
 
 
 class StepFile:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import torch
 
-from exporter.bundle_export import ExportPlan, export_bundle, raster_of
-from exporter.calibration import with_integer_decoder
-from exporter.models import LoadedImageDecoder, LoadedTransformer
-from exporter.precision import Method, Precision
-from exporter.sources import precision_plan
-from graphs.policies import POLICIES
-from runtime.bundle import Bundle
-from runtime.cache_request import CacheRequest, budget_lines
-from runtime.errors import RequestError
+from linert.exporter.bundle_export import ExportPlan, export_bundle, raster_of
+from linert.exporter.calibration import with_integer_decoder
+from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
+from linert.exporter.precision import Method, Precision
+from linert.exporter.sources import precision_plan
+from linert.graphs.policies import POLICIES
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.drawing.cache_request import CacheRequest, budget_lines
+from linert.runtime.errors import RequestError
 
 AXES = ("batch", "policy", "budget", "precision", "grid")
 

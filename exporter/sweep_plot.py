@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from runtime.bench import Timings
-from runtime.errors import RequestError
-from runtime.replacement import atomic_file
+from linert.runtime.errors import RequestError
+from linert.runtime.files.replacement import atomic_file
+from linert.runtime.measuring.bench import Timings
 
 
 def check_format(path: Path) -> None:

@@ -10,11 +10,11 @@ import onnx
 import onnxruntime as ort
 from onnx import helper
 
-from runtime.bench import milliseconds
-from runtime.bundle import Bundle
-from runtime.manifest import CONTRACT_KEY, Manifest, TensorSpec
-from runtime.manifest_file import contract
-from runtime.ort import OrtBackend
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.manifest import CONTRACT_KEY, Manifest, TensorSpec
+from linert.runtime.bundles.manifest_file import contract
+from linert.runtime.measuring.bench import milliseconds
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's setting: where the weights of a graph lie that comes without a file of its own."""

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from runtime.errors import CheckpointError
+from linert.runtime.errors import CheckpointError
 
 ZIP_HEAD = b"PK\x03\x04"
 LOCAL_HEADER = struct.Struct("<4s22xHH")

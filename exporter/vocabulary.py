@@ -6,11 +6,11 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-from exporter.checkpoint import TOKENIZER_NAME, Checkpoint, snapshot_of
-from runtime.conditions import USUAL_PROMPTS
-from runtime.errors import CheckpointError
-from runtime.text_encoder import t5_tokens
-from runtime.tokenizer import TextTokenizer
+from linert.exporter.checkpoint import TOKENIZER_NAME, Checkpoint, snapshot_of
+from linert.runtime.drawing.conditions import USUAL_PROMPTS
+from linert.runtime.drawing.text_encoder import t5_tokens
+from linert.runtime.drawing.tokenizer import TextTokenizer
+from linert.runtime.errors import CheckpointError
 
 NAMES = (TOKENIZER_NAME, "text_tokenizer.json")
 """What folders call the file: those of the transformers library, and Chameleon's."""

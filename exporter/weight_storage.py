@@ -14,8 +14,8 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import Tensor
 
-from exporter.precision import Quantized, Range, Weight, join, pack_int4, round_to_nearest
-from exporter.weights_file import WeightsFile
+from linert.exporter.precision import Quantized, Range, Weight, join, pack_int4, round_to_nearest
+from linert.exporter.weights_file import WeightsFile
 
 INLINE_BYTES = 1024
 """Tensors up to this size stay inside the ONNX file."""

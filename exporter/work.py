@@ -9,8 +9,8 @@ from collections.abc import Collection
 import onnx
 from onnx import TensorProto, helper
 
-from graphs import line_attention, spatial_decay_step
-from runtime.manifest import Work
+from linert.graphs import line_attention, spatial_decay_step
+from linert.runtime.bundles.manifest import Work
 
 BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
 

@@ -9,12 +9,12 @@ from onnx import FunctionProto
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphs.memory import LayerStep, Memory, Projections, StepPosition
-from graphs.spatial_decay import Decay, RowState, factors, fold, step_index
-from graphs.spatial_decay_step import IN_PLACE, StepInputs, function_proto, spatial_decay_step
-from graphs.stage import Geometry, Stage
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import RasterTransformer
+from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
+from linert.graphs.spatial_decay import Decay, RowState, factors, fold, step_index
+from linert.graphs.spatial_decay_step import IN_PLACE, StepInputs, function_proto, spatial_decay_step
+from linert.graphs.stage import Geometry, Stage
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import RasterTransformer
 
 Decays = Callable[[RasterTransformer], Iterable[Decay]]
 """What a model's layers have learned, in order."""
@@ -51,7 +51,7 @@ class DecayMemory(Memory):
         ]
 
     def factors(self, model: RasterTransformer) -> Tensor:
-        """:func:`graphs.spatial_decay.factors` of all layers, side by side: ``[W + 2, L x H]``."""
+        """:func:`linert.graphs.spatial_decay.factors` of all layers, side by side: ``[W + 2, L x H]``."""
         width = self.geometry.config.line_width
         return torch.cat([factors(width, decay) for decay in self.decays(model)], dim=1)
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphs.decay_memory import DecayMemory
-from graphs.line_attention import ScoreParams, accumulate
-from graphs.line_buffer import finished_line
-from graphs.memory import Memory
-from graphs.policies import POLICIES, LineEndParams, Policy, end_line, evict
-from graphs.spatial_decay import attend, weights
-from graphs.stage import Geometry
-from graphs.transformer import Condition, RasterTransformer
+from linert.graphs.decay_memory import DecayMemory
+from linert.graphs.line_attention import ScoreParams, accumulate
+from linert.graphs.line_buffer import finished_line
+from linert.graphs.memory import Memory
+from linert.graphs.policies import POLICIES, LineEndParams, Policy, end_line, evict
+from linert.graphs.spatial_decay import attend, weights
+from linert.graphs.stage import Geometry
+from linert.graphs.transformer import Condition, RasterTransformer
 
 Attend = Callable[[int, Tensor], Tensor]
 """What a layer's queries ``[R, G, n, D]`` at the newest positions attend, of the same shape."""

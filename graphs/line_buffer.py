@@ -10,18 +10,18 @@ import torch
 from onnx import FunctionProto
 from torch import Tensor
 
-from graphs.line_attention import (
+from linert.graphs.line_attention import (
     LineAttentionInputs,
     LineBufferState,
     ScoreParams,
     function_proto,
     line_attention,
 )
-from graphs.memory import LayerStep, Memory, Projections, StepPosition
-from graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
-from graphs.stage import Geometry, Stage
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import RasterTransformer
+from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
+from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
+from linert.graphs.stage import Geometry, Stage
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import RasterTransformer
 
 GROUP_ENTRIES = 1 << 15
 """Slots of all rows that a line end works on at a time."""

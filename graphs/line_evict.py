@@ -1,6 +1,6 @@
 """LineEvict: a line's end as one operation, for the policies whose importance its plugin computes.
 
-Its meaning is :class:`graphs.line_buffer.LineEnd`; a traced line end becomes the ONNX model-local function of that name, which
+Its meaning is :class:`linert.graphs.line_buffer.LineEnd`; a traced line end becomes the ONNX model-local function of that name, which
 runtimes without the plugin take.
 """
 

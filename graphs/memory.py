@@ -11,9 +11,9 @@ import torch
 from onnx import FunctionProto
 from torch import Tensor
 
-from graphs.stage import Geometry, Stage
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import FamilyConfig, RasterTransformer
+from linert.graphs.stage import Geometry, Stage
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import FamilyConfig, RasterTransformer
 
 
 class Projections(NamedTuple):

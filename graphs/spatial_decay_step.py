@@ -1,7 +1,7 @@
 """SpatialDecayStep: write a token into the row in progress, and read the row, the prefix and all rows above.
 
-One operation with bodies of the same meaning, like :mod:`graphs.line_attention`: :func:`reference` in PyTorch, and an ONNX
-model-local function of standard operators (:func:`function_proto`). Axes are those of :mod:`graphs.spatial_decay`.
+One operation with bodies of the same meaning, like :mod:`linert.graphs.line_attention`: :func:`reference` in PyTorch, and an ONNX
+model-local function of standard operators (:func:`function_proto`). Axes are those of :mod:`linert.graphs.spatial_decay`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from onnx import FunctionProto
 from torch import Tensor
 
-from graphs.line_attention import opaque_node
-from graphs.spatial_decay import RowState, attend
+from linert.graphs.line_attention import opaque_node
+from linert.graphs.spatial_decay import RowState, attend
 
 OP_TYPE = "SpatialDecayStep"
 IN_PLACE = ("k_line", "v_line")

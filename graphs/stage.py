@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graphs.tensor_spec import NEXT, TensorSpec
-from graphs.transformer import FamilyConfig
+from linert.graphs.tensor_spec import NEXT, TensorSpec
+from linert.graphs.transformer import FamilyConfig
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphs.families.vq import VQModel
-from graphs.line_attention import OPSET
-from graphs.memory import Memory, Projections, StepPosition, kind_of
-from graphs.sampling import SamplingParams, guide, sample
-from graphs.stage import Geometry, Stage
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import FamilyConfig, RasterTransformer
+from linert.graphs.families.vq import VQModel
+from linert.graphs.line_attention import OPSET
+from linert.graphs.memory import Memory, Projections, StepPosition, kind_of
+from linert.graphs.sampling import SamplingParams, guide, sample
+from linert.graphs.stage import Geometry, Stage
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import FamilyConfig, RasterTransformer
 
 SAMPLING_INPUTS = {
     "guidance": torch.float32,

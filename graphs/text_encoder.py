@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.given import Layout, count_of, shape_of
-from graphs.families.layers import RMSNorm
-from graphs.families.settings import Settings
-from graphs.line_attention import OPSET
-from graphs.stage import Stage
-from graphs.tensor_spec import TensorSpec
+from linert.graphs.families.given import Layout, count_of, shape_of
+from linert.graphs.families.layers import RMSNorm
+from linert.graphs.families.settings import Settings
+from linert.graphs.line_attention import OPSET
+from linert.graphs.stage import Stage
+from linert.graphs.tensor_spec import TensorSpec
 
 LAYOUT = Layout(
     "the transformers library's T5",

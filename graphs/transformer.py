@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.tensor_spec import TensorSpec
+from linert.graphs.tensor_spec import TensorSpec
 
 
 class FamilyConfig(Protocol):

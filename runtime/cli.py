@@ -15,23 +15,26 @@ from typing import NoReturn
 
 import click
 
-from runtime.errors import LinertError
+from linert.runtime.errors import LinertError
 
 COMMANDS = {
-    "export": ("exporter.commands.export", "Turn a checkpoint into a bundle (needs torch)."),
-    "run": ("runtime.commands.run", "Draw images from a bundle."),
-    "render": ("runtime.commands.render", "Turn saved tokens into images again."),
+    "export": ("linert.exporter.commands.export", "Turn a checkpoint into a bundle (needs torch)."),
+    "run": ("linert.runtime.commands.run", "Draw images from a bundle."),
+    "render": ("linert.runtime.commands.render", "Turn saved tokens into images again."),
     "validate": (
-        "exporter.commands.validate",
+        "linert.exporter.commands.validate",
         "Prove that a bundle computes what PyTorch computes (needs torch).",
     ),
     "compare": (
-        "exporter.commands.compare",
+        "linert.exporter.commands.compare",
         "Compare cache policies and budgets: quality, memory, speed.",
     ),
-    "build": ("exporter.commands.build", "Build TensorRT plans from a bundle."),
-    "bench": ("runtime.commands.bench", "Measure a bundle against the limit of this machine."),
-    "inspect": ("runtime.commands.inspect", "Tell what a bundle is, costs and needs, without loading it."),
+    "build": ("linert.exporter.commands.build", "Build TensorRT plans from a bundle."),
+    "bench": ("linert.runtime.commands.bench", "Measure a bundle against the limit of this machine."),
+    "inspect": (
+        "linert.runtime.commands.inspect",
+        "Tell what a bundle is, costs and needs, without loading it.",
+    ),
 }
 """Command name to the module that holds it (as ``command``) and its line in the help."""
 

@@ -66,7 +66,14 @@ def main(size: str | None, model: str | None, precision: str, folder: Path | Non
             "--image-decoder-precision",
             "fp32" if precision == "fp32" else "fp16",
         ]
-        command = [sys.executable, "-c", "from runtime.cli import main; main()", "export", *arguments, *plain]
+        command = [
+            sys.executable,
+            "-c",
+            "from linert.runtime.cli import main; main()",
+            "export",
+            *arguments,
+            *plain,
+        ]
         start = time.perf_counter()
         process = subprocess.Popen([*command, "--precision", precision, "--out", str(Path(name) / "bundle")])
         held = [0]

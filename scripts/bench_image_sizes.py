@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 from random_checkpoint import random_bundle
 
-from graphs.families.lasadgen import SIZES, Variant
-from runtime.backends import BackendOptions
-from runtime.bench import Measured
-from runtime.cache_request import CacheRequest
-from runtime.replacement import atomic_file
+from linert.graphs.families.lasadgen import SIZES, Variant
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.files.replacement import atomic_file
+from linert.runtime.measuring.bench import Measured
 
 LASAD = {f"LASADGen, {variant}": variant for variant in (Variant.MANHATTAN, Variant.SIGNED)}
 

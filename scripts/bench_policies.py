@@ -19,12 +19,12 @@ from pathlib import Path
 import click
 from random_checkpoint import SIZES, random_bundle
 
-from graphs.policies import POLICIES
-from runtime.cache_request import CacheRequest
-from runtime.generator import make_batch
-from runtime.loop import begin, run_step
-from runtime.ort import OrtBackend
-from runtime.samples import ClassLabel, Sample
+from linert.graphs.policies import POLICIES
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.generator import make_batch
+from linert.runtime.drawing.loop import begin, run_step
+from linert.runtime.drawing.samples import ClassLabel, Sample
 
 
 @click.command(help=__doc__)

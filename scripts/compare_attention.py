@@ -29,19 +29,19 @@ from rich.table import Table
 from torch.nn import functional as F
 from train_demo import TASKS, encode, load_vq
 
-from exporter.bundle_export import ExportPlan, export_bundle
-from exporter.commands.export import CacheWishes
-from exporter.intervals import ScoredImages
-from exporter.models import LoadedTransformer, ModelRequest, load_models
-from exporter.quality import measure_rows
-from runtime.backends import BackendOptions
-from runtime.bench import Measured, Timings, measure
-from runtime.cache_request import CacheRequest
-from runtime.generator import Generator
-from runtime.manifest import SamplingSettings
-from runtime.metrics import Metric, Rows
-from runtime.samples import ClassLabel, plan_samples
-from runtime.text import size_text
+from linert.exporter.bundle_export import ExportPlan, export_bundle
+from linert.exporter.commands.export import CacheWishes
+from linert.exporter.intervals import ScoredImages
+from linert.exporter.models import LoadedTransformer, ModelRequest, load_models
+from linert.exporter.quality import measure_rows
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.generator import Generator
+from linert.runtime.drawing.samples import ClassLabel, plan_samples
+from linert.runtime.measuring.bench import Measured, Timings, measure
+from linert.runtime.measuring.metrics import Metric, Rows
+from linert.runtime.text import size_text
 
 TASK = TASKS["demo"]
 

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 from train_demo import digits, upscale
 
-from runtime.metrics import ClassAccuracy, FrechetDistance, Metric
+from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance, Metric
 
 HIDDEN = (128, 64)
 MOVED_COPIES = 4

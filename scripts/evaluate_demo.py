@@ -20,9 +20,9 @@ from sklearn.svm import SVC
 from torch.nn import functional as F
 from train_demo import digits, upscale
 
-from exporter.intervals import share_interval
-from runtime import Generator
-from runtime.samples import asked_for
+from linert import Generator
+from linert.exporter.intervals import share_interval
+from linert.runtime.drawing.samples import asked_for
 
 POOLED_SIDE = 12
 MOVED_COPIES = 4

@@ -17,8 +17,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from exporter.intervals import Interval, ScoredImages
-from runtime.metrics import ClassAccuracy, FrechetDistance, Gaussian, Metric, Rows, frechet_distance
+from linert.exporter.intervals import Interval, ScoredImages
+from linert.runtime.measuring.metrics import (
+    ClassAccuracy,
+    FrechetDistance,
+    Gaussian,
+    Metric,
+    Rows,
+    frechet_distance,
+)
 
 SIZES = (40, 200, 1000)
 Experiment = tuple[Interval, float]

@@ -16,10 +16,10 @@ from typing import Any
 
 import click
 
-from runtime import replacement
-from runtime.bundle import Bundle, open_bundle
-from runtime.cli import main
-from runtime.engines import read_engines
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.bundles.engines import read_engines
+from linert.runtime.cli import main
+from linert.runtime.files import replacement
 
 WRITING = frozenset(
     ["os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate", "linert.exchange"]
@@ -173,7 +173,7 @@ def linert(*arguments: object) -> None:
     Raises:
         click.ClickException: it failed.
     """
-    command = [sys.executable, "-c", "from runtime.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from linert.runtime.cli import main; main()", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise click.ClickException(f"linert {arguments[0]} failed: {done.stderr}")
@@ -184,7 +184,7 @@ def make_bundle(folder: Path) -> Bundle:
     import torch
     from random_checkpoint import random_tensors
 
-    from graphs.families import llamagen, vq
+    from linert.graphs.families import llamagen, vq
 
     model = llamagen.LlamaGenConfig(
         layers=1, dim=16, heads=2, ffn_dim=32, vocab_size=32, num_classes=5, grid=4
@@ -203,7 +203,7 @@ def remembered_stages(bundle: Bundle) -> None:
     import onnx_ir as ir
     import torch
 
-    from exporter import bundle_export
+    from linert.exporter import bundle_export
 
     data = bundle.file(bundle_export.WEIGHTS_NAME).read_bytes()
 
@@ -226,8 +226,8 @@ def remembered_stages(bundle: Bundle) -> None:
 
 def remembered_plans(bundle: Bundle) -> None:
     """Take the plans of ``bundle`` where TensorRT would build them; they are written piece by piece."""
-    from exporter.tensorrt import build
-    from exporter.tensorrt.build_stage import Event
+    from linert.exporter.tensorrt import build
+    from linert.exporter.tensorrt.build_stage import Event
 
     folder = bundle.path / "engines" / "rtx"
     plans = read_engines(bundle, "rtx").plans
@@ -248,12 +248,12 @@ def remembered_plans(bundle: Bundle) -> None:
 
 def steady_previews() -> None:
     """Refresh a preview at every line, however long it takes: so a run's operations on files are the same every time."""
-    from runtime.commands import run
+    from linert.runtime.commands import run
 
     run.PREVIEW_SHARE = 1.0
 
 
 def announced(one: Path, other: Path) -> bool:
-    """What :func:`runtime.replacement.exchange` does on systems that cannot exchange two folders."""
+    """What :func:`linert.runtime.files.replacement.exchange` does on systems that cannot exchange two folders."""
     sys.audit("linert.exchange", str(one), str(other))
     return False

@@ -16,14 +16,14 @@ import numpy as np
 import PIL.Image
 from kill_processes import Place, Started
 
-from runtime.bundle import Bundle, open_bundle
-from runtime.engines import read_engines
-from runtime.errors import LinertError
-from runtime.output import METADATA_KEY
-from runtime.replacement import recover
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.bundles.engines import read_engines
+from linert.runtime.drawing.output import METADATA_KEY
+from linert.runtime.errors import LinertError
+from linert.runtime.files.replacement import recover
 
 METRICS = """
-from runtime.metrics import ClassAccuracy
+from linert.runtime.measuring.metrics import ClassAccuracy
 
 def metrics():
     return [ClassAccuracy(lambda pixels: (pixels.mean((1, 2, 3)) > 0).astype(int))]

@@ -48,8 +48,8 @@ from kill_scenes import SCENES, Scene
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bundle import Bundle, open_bundle
-from runtime.cli import COMMANDS, INTERRUPTED
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.cli import COMMANDS, INTERRUPTED
 
 MOMENT, OPERATION, ENDING = "moment", "operation", "ending"
 WAYS = (MOMENT, OPERATION, ENDING)

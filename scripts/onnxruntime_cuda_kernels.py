@@ -172,9 +172,9 @@ def report_of(bundle: Path) -> str:
     """What becomes of every stage."""
     import onnxruntime
 
-    from runtime.bundle import open_bundle
-    from runtime.errors import LinertError
-    from runtime.ort_cuda import OrtCudaBackend
+    from linert.runtime.backends.ort_cuda import OrtCudaBackend
+    from linert.runtime.bundles.bundle import open_bundle
+    from linert.runtime.errors import LinertError
 
     log = Path(os.environ["STAND_IN_LOG"])
 

@@ -14,7 +14,7 @@ from digit_metrics import Embedding
 from evaluate_demo import DigitClassifier
 from train_demo import digit_pairs
 
-from runtime.metrics import ClassAccuracy, FrechetDistance, Metric
+from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance, Metric
 
 
 def quarters(pixels: np.ndarray) -> list[np.ndarray]:

@@ -13,15 +13,15 @@ from pathlib import Path
 import click
 import torch
 
-from exporter.bundle_export import ExportPlan, export_bundle
-from exporter.commands.export import CacheWishes
-from exporter.lasadgen_folder import write_lasadgen
-from exporter.models import ModelRequest, load_models
-from graphs.families import lasadgen, llamagen, vq
-from runtime.bundle import Bundle, open_bundle
-from runtime.cache_request import CacheRequest
-from runtime.manifest import SamplingSettings
-from runtime.replacement import atomic_file
+from linert.exporter.bundle_export import ExportPlan, export_bundle
+from linert.exporter.commands.export import CacheWishes
+from linert.exporter.lasadgen_folder import write_lasadgen
+from linert.exporter.models import ModelRequest, load_models
+from linert.graphs.families import lasadgen, llamagen, vq
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.files.replacement import atomic_file
 
 SIZES = {
     # layers, width, heads, feed-forward width

@@ -22,7 +22,7 @@ import torch
 from random_checkpoint import VQ_CHANNELS, random_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from graphs.families import janus, lumina, vq
+from linert.graphs.families import janus, lumina, vq
 
 Shapes = dict[str, tuple[int, ...]]
 

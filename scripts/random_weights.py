@@ -25,10 +25,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from runtime.bundle import file_sha256, manifest_name, sizes_of
-from runtime.errors import BundleError
-from runtime.manifest import FileRecord, Manifest
-from runtime.manifest_file import decode, encode, seal
+from linert.runtime.bundles.bundle import file_sha256, manifest_name, sizes_of
+from linert.runtime.bundles.manifest import FileRecord, Manifest
+from linert.runtime.bundles.manifest_file import decode, encode, seal
+from linert.runtime.errors import BundleError
 
 FLOATS = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.BFLOAT16: np.uint16}
 WHOLE = {TensorProto.INT64, TensorProto.INT32, TensorProto.BOOL}

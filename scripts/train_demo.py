@@ -34,10 +34,10 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from exporter.lasadgen_folder import write_lasadgen
-from graphs.families import lasadgen, llamagen, vq
-from graphs.transformer import RasterTransformer
-from runtime.replacement import atomic_file
+from linert.exporter.lasadgen_folder import write_lasadgen
+from linert.graphs.families import lasadgen, llamagen, vq
+from linert.graphs.transformer import RasterTransformer
+from linert.runtime.files.replacement import atomic_file
 
 GRID = 16
 SPLIT_SEED = 0

@@ -29,10 +29,10 @@ if not torch.cuda.is_available():
     # Kernels are interpreted; triton asks once, when it is imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from exporter import onnx_export
-from graphs.families import llamagen, vq
-from runtime.cli import main
-from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode
+from linert.exporter import onnx_export
+from linert.graphs.families import llamagen, vq
+from linert.runtime.bundles.geometry import Aggregation, CacheSettings, HeadScores, Mode
+from linert.runtime.cli import main
 from tests.golden_weights import golden_state
 from tests.traced_graphs import TraceStore
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from graphs import stages
-from graphs.memory import Memory
-from graphs.policies import POLICIES, LineEndParams
-from graphs.tensor_spec import NEXT
-from graphs.transformer import FamilyConfig, RasterTransformer
+from linert.graphs import stages
+from linert.graphs.memory import Memory
+from linert.graphs.policies import POLICIES, LineEndParams
+from linert.graphs.tensor_spec import NEXT
+from linert.graphs.transformer import FamilyConfig, RasterTransformer
 
 GUIDANCE = 3.0
 

@@ -21,9 +21,9 @@ import numpy as np
 import onnxruntime as ort
 from cuda.bindings import driver as real
 
-from runtime.bundle import Bundle
-from runtime.engines import Plan, read_engines
-from runtime.manifest import StageSpec, TensorSpec
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.engines import Plan, read_engines
+from linert.runtime.bundles.manifest import StageSpec, TensorSpec
 
 CAPABILITY = 89
 MEMORY = 8 << 30

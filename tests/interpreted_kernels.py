@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
-from exporter.tensorrt.compile import ALIGNMENT
-from runtime.plugins import line_attention, line_evict, spatial_decay_step
-from runtime.plugins.base import HELD, Launch, Operation, TensorKind
-from runtime.plugins.line_attention import LineAttentionLaunch
-from runtime.plugins.line_evict import LineEvictLaunch
-from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
+from linert.exporter.tensorrt.compile import ALIGNMENT
+from linert.runtime.plugins import line_attention, line_evict, spatial_decay_step
+from linert.runtime.plugins.base import HELD, Launch, Operation, TensorKind
+from linert.runtime.plugins.line_attention import LineAttentionLaunch
+from linert.runtime.plugins.line_evict import LineEvictLaunch
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 from tests.emulated_gpu import Kernel
 
 

@@ -13,8 +13,8 @@ import onnx
 import onnxruntime as ort
 from onnx import defs, inliner, shape_inference
 
-from runtime.bundle import open_bundle
-from runtime.ort_cuda import NOT_CAPTURED, OrtCudaBackend
+from linert.runtime.backends.ort_cuda import NOT_CAPTURED, OrtCudaBackend
+from linert.runtime.bundles.bundle import open_bundle
 from tests.conftest import ROOT
 
 TABLE = json.loads((ROOT / "tests" / "data" / "onnxruntime_cuda_kernels.json").read_text())

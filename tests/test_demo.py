@@ -71,8 +71,8 @@ def test_pairs_are_repeated_from_far_above(export: Callable[..., Path], classifi
     import numpy as np
     from pair_metrics import RepeatAccuracy
 
-    from runtime import Generator
-    from runtime.cache_request import CacheRequest
+    from linert import Generator
+    from linert.runtime.drawing.cache_request import CacheRequest
 
     generator = Generator(export(*PAIRS, *OPTIONS, "--policy", "streaming,full", "--batch", 50))
     manifest, metric = generator.manifest, RepeatAccuracy(classifier)

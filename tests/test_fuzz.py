@@ -39,11 +39,11 @@ def test_damaged_inputs_are_refused_or_draw_the_same(tmp_path: Path) -> None:
 
 UNCHECKED = """
 import numpy
-from runtime import output
+from linert.runtime.drawing import output
 output.read_arrays = lambda path: dict(numpy.load(path))
 """
 UNVERIFIED = """
-from runtime.commands import bundle_argument
+from linert.runtime.commands import bundle_argument
 bundle_argument.BundlePlace.open.__kwdefaults__["digests"] = False
 """
 

@@ -49,7 +49,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bare")
     (folder / "sitecustomize.py").write_text(NOT_INSTALLED)
     done = subprocess.run(
-        [sys.executable, "-c", "import runtime"],
+        [sys.executable, "-c", "import linert"],
         env={"PYTHONPATH": str(folder)},
         cwd="/",
         capture_output=True,
@@ -216,9 +216,9 @@ def test_random_weights_make_a_bundle_whole(carried: Path, tmp_path: Path) -> No
     from gpu_phases.onnxruntime import bundle_name, unpacked
     from random_weights import fill
 
-    from runtime.bundle import open_bundle
-    from runtime.errors import BundleError
-    from runtime.generator import Generator
+    from linert.runtime.bundles.bundle import open_bundle
+    from linert.runtime.drawing.generator import Generator
+    from linert.runtime.errors import BundleError
 
     place = Place(carried, tmp_path)
     bundle = unpacked(place, tmp_path, bundle_name(1, 4))

@@ -53,7 +53,7 @@ def replace(self, target):
 Path.replace = replace
 """
 NOTHING_REMOVED = """
-from runtime import replacement
+from linert.runtime.files import replacement
 replacement.leftovers = lambda *arguments: []
 """
 

@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from runtime.cli import COMMANDS
+from linert.runtime.cli import COMMANDS
 from tests.conftest import ROOT
 
 

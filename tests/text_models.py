@@ -22,8 +22,8 @@ from random_folder import (
     write_tokenizer,
 )
 
-from graphs import text_encoder
-from graphs.families import janus, vq
+from linert.graphs import text_encoder
+from linert.graphs.families import janus, vq
 from tests.conftest import Result, random_state
 
 JANUS_VOCABULARY = 320

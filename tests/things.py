@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from runtime.replacement import FolderKind
+from linert.runtime.files.replacement import FolderKind
 
 
 def foreign(folder: Path) -> list[str] | None:

@@ -21,9 +21,9 @@ import torch
 from filelock import FileLock
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from exporter import onnx_export
-from exporter.onnx_export import Traced
-from graphs.stage import Stage
+from linert.exporter import onnx_export
+from linert.exporter.onnx_export import Traced
+from linert.graphs.stage import Stage
 
 ROOT = Path(__file__).parents[1]
 SOURCES = (
@@ -79,13 +79,13 @@ def _told(value: Any, seen: dict[int, int]) -> Any:
         return type(value).__qualname__, parts
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
         return value.__module__, value.__qualname__
-    if type(value).__module__.startswith(("graphs.", "tests.")):
+    if type(value).__module__.startswith(("linert.graphs.", "tests.")):
         return type(value).__qualname__, _told(vars(value), seen)
     raise TypeError(f"{type(value)} in a stage: say in tests/traced_graphs.py what tells two of them apart")
 
 
 class TraceStore:
-    """Stands for :func:`exporter.onnx_export.trace`; ``folder`` is shared by all workers and runs."""
+    """Stands for :func:`linert.exporter.onnx_export.trace`; ``folder`` is shared by all workers and runs."""
 
     def __init__(self, folder: Path) -> None:
         self._trace, self._folder = onnx_export.trace, folder

@@ -6,12 +6,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from exporter.tensorrt.build import BuildPlan, build, parse_capabilities
-from exporter.tensorrt.build_stage import Event
-from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.engines import Engines, engines_folder
-from runtime.text import size_text
-from runtime.trt_flavour import FLAVOURS
+from linert.exporter.tensorrt.build import BuildPlan, build, parse_capabilities
+from linert.exporter.tensorrt.build_stage import Event
+from linert.runtime.backends.trt_flavour import FLAVOURS
+from linert.runtime.bundles.engines import Engines, engines_folder
+from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.text import size_text
 
 RTX_CAPABILITIES = "80,86,89,120"
 

@@ -17,23 +17,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from exporter.compare import CellResult, CompareRequest, Comparison
-from exporter.compare_grid import Grid
-from exporter.intervals import require_images
-from exporter.report import render_page, tables
-from runtime.backends import BackendOptions
-from runtime.cache_request import PYRAMID, UNIFORM
-from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.commands.condition_options import ConditionRequest, condition_options
-from runtime.errors import OutputError, RequestError
-from runtime.generator import Generator
-from runtime.geometry import Aggregation, HeadScores, Mode
-from runtime.metric_source import load_metrics
-from runtime.metrics import Metric
-from runtime.records import RecordError, read_record
-from runtime.replacement import atomic_file, is_empty, working_folder
-from runtime.samples import plan_samples
-from runtime.source_digest import source_digest
+from linert.exporter.compare import CellResult, CompareRequest, Comparison
+from linert.exporter.compare_grid import Grid
+from linert.exporter.intervals import require_images
+from linert.exporter.report import render_page, tables
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.geometry import Aggregation, HeadScores, Mode
+from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.commands.condition_options import ConditionRequest, condition_options
+from linert.runtime.drawing.cache_request import PYRAMID, UNIFORM
+from linert.runtime.drawing.generator import Generator
+from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.errors import OutputError, RequestError
+from linert.runtime.files.records import RecordError, read_record
+from linert.runtime.files.replacement import atomic_file, is_empty, working_folder
+from linert.runtime.files.source_digest import source_digest
+from linert.runtime.measuring.metric_source import load_metrics
+from linert.runtime.measuring.metrics import Metric
 
 REQUEST_NAME = "request.json"
 JSON_NAME = "compare.json"

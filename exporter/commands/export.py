@@ -9,25 +9,31 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from exporter.bundle_export import ExportPlan, export_bundle, raster_of
-from exporter.bundle_folder import BUNDLE
-from exporter.calibration import Calibration, calibrated
-from exporter.model_options import help_text
-from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder, load_transformer
-from exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
-from graphs.families.given import ModelOption
-from graphs.policies import POLICIES
-from runtime.cache_request import CacheRequest, quarter
-from runtime.commands.bundle_argument import parse_size
-from runtime.commands.cache_options import cache_options
-from runtime.commands.condition_options import ConditionRequest
-from runtime.errors import RequestError
-from runtime.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
-from runtime.manifest import MOST_COUNT, SamplingSettings
-from runtime.replacement import claim_folder
-from runtime.samples import Prompt, shortened
-from runtime.text import lines_text, size_text
-from runtime.text_files import is_utf8
+from linert.exporter.bundle_export import ExportPlan, export_bundle, raster_of
+from linert.exporter.bundle_folder import BUNDLE
+from linert.exporter.calibration import Calibration, calibrated
+from linert.exporter.model_options import help_text
+from linert.exporter.models import (
+    LoadedTransformer,
+    ModelRequest,
+    load_models,
+    load_text_encoder,
+    load_transformer,
+)
+from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
+from linert.graphs.families.given import ModelOption
+from linert.graphs.policies import POLICIES
+from linert.runtime.bundles.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
+from linert.runtime.bundles.manifest import MOST_COUNT, SamplingSettings
+from linert.runtime.commands.bundle_argument import parse_size
+from linert.runtime.commands.cache_options import cache_options
+from linert.runtime.commands.condition_options import ConditionRequest
+from linert.runtime.drawing.cache_request import CacheRequest, quarter
+from linert.runtime.drawing.samples import Prompt, shortened
+from linert.runtime.errors import RequestError
+from linert.runtime.files.replacement import claim_folder
+from linert.runtime.files.text_files import is_utf8
+from linert.runtime.text import lines_text, size_text
 
 MOST_CALIBRATION_IMAGES = 4096
 

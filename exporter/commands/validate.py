@@ -17,28 +17,28 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from exporter.parity import validate
-from exporter.parity_report import Bounds, Check, Choices, Report
-from exporter.sources import load_sources
-from runtime.backends import BackendName, BackendOptions
-from runtime.bundle import Bundle
-from runtime.cache_request import CacheRequest
-from runtime.commands.backend_options import backend_options
-from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.commands.cache_options import cache_options
-from runtime.commands.condition_options import ConditionRequest, condition_options
-from runtime.conditioning import open_conditioner
-from runtime.conditions import Conditioner
-from runtime.engines import built_flavours, missing_plugins, read_engines
-from runtime.errors import LinertError, RequestError
-from runtime.generator import PixelDecoder, make_batch
-from runtime.loop import Batch
-from runtime.metric_source import load_metrics
-from runtime.samples import Sample, plan_samples
-from runtime.trace import Trace, read_trace
+from linert.exporter.parity import validate
+from linert.exporter.parity_report import Bounds, Check, Choices, Report
+from linert.exporter.sources import load_sources
+from linert.runtime.backends.options import BackendName, BackendOptions
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.engines import built_flavours, missing_plugins, read_engines
+from linert.runtime.commands.backend_options import backend_options
+from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.commands.cache_options import cache_options
+from linert.runtime.commands.condition_options import ConditionRequest, condition_options
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.conditioning import open_conditioner
+from linert.runtime.drawing.conditions import Conditioner
+from linert.runtime.drawing.generator import PixelDecoder, make_batch
+from linert.runtime.drawing.loop import Batch
+from linert.runtime.drawing.samples import Sample, plan_samples
+from linert.runtime.drawing.trace import Trace, read_trace
+from linert.runtime.errors import LinertError, RequestError
+from linert.runtime.measuring.metric_source import load_metrics
 
 if TYPE_CHECKING:
-    from exporter.quality import QualityCost
+    from linert.exporter.quality import QualityCost
 
 
 @click.command()
@@ -132,9 +132,9 @@ def command(
     # What an option needs is missed before the work, not after.
     comparing = None
     if metrics is not None:
-        comparing = _with_extra("exporter.quality", "--metrics", "compare")
-        _with_extra("exporter.intervals", "--metrics", "compare").require_images(measures, samples)
-    staging = _with_extra("exporter.stage_parity", "--stages", "stages") if by_stages else None
+        comparing = _with_extra("linert.exporter.quality", "--metrics", "compare")
+        _with_extra("linert.exporter.intervals", "--metrics", "compare").require_images(measures, samples)
+    staging = _with_extra("linert.exporter.stage_parity", "--stages", "stages") if by_stages else None
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console

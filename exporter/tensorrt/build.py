@@ -17,16 +17,16 @@ import msgspec
 import onnx
 from onnx import helper
 
-from exporter.bundle_folder import PLANS
-from exporter.tensorrt.build_stage import Event, Job
-from runtime import plugins
-from runtime.bundle import Bundle, file_sha256
-from runtime.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, read_engines
-from runtime.errors import BundleError, ExportError
-from runtime.plugins import OPERATIONS, tuning
-from runtime.plugins.base import Launch, TensorKind
-from runtime.replacement import new_folder, scratch_folder
-from runtime.trt_flavour import Flavour
+from linert.exporter.bundle_folder import PLANS
+from linert.exporter.tensorrt.build_stage import Event, Job
+from linert.runtime import plugins
+from linert.runtime.backends.trt_flavour import Flavour
+from linert.runtime.bundles.bundle import Bundle, file_sha256
+from linert.runtime.bundles.engines import RECORD_NAME, SCHEMA, Engines, Plan, engines_folder, read_engines
+from linert.runtime.errors import BundleError, ExportError
+from linert.runtime.files.replacement import new_folder, scratch_folder
+from linert.runtime.plugins import OPERATIONS, tuning
+from linert.runtime.plugins.base import Launch, TensorKind
 
 PLUGIN_SOURCES = (
     *sorted(Path(__file__).parent.glob("*_kernels.py")),
@@ -194,7 +194,12 @@ def run_job(job: Job, environment: dict[str, str], report: Callable[[Event], Non
     Raises:
         ExportError: it failed.
     """
-    command = [sys.executable, "-m", "exporter.tensorrt.build_stage", msgspec.json.encode(job).decode()]
+    command = [
+        sys.executable,
+        "-m",
+        "linert.exporter.tensorrt.build_stage",
+        msgspec.json.encode(job).decode(),
+    ]
     with tempfile.TemporaryFile() as log:
         # It ends when its standard input does, which this process holds open, however this process ends.
         process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Build one stage's plan, in a process of its own: ``python -m exporter.tensorrt.build_stage JOB``.
+"""Build one stage's plan, in a process of its own: ``python -m linert.exporter.tensorrt.build_stage JOB``.
 
 TensorRT ends the process where it finds a fault in itself, holds its memory until the process ends, and reads the library path
 when the process starts. JOB is a :class:`Job` as JSON; events go to standard output, a JSON object a line.
@@ -19,15 +19,15 @@ from typing import Any
 
 import msgspec
 
-from exporter.tensorrt.callbacks import make_monitor, make_writer
-from runtime.engines import Layer
-from runtime.errors import ExportError
-from runtime.plugins import NAMESPACE
-from runtime.plugins.base import Launch, Operation
-from runtime.plugins.kernels import KernelSet
-from runtime.plugins.trt import register
-from runtime.replacement import output_error
-from runtime.trt_flavour import FLAVOURS, make_logger
+from linert.exporter.tensorrt.callbacks import make_monitor, make_writer
+from linert.runtime.backends.trt_flavour import FLAVOURS, make_logger
+from linert.runtime.bundles.engines import Layer
+from linert.runtime.errors import ExportError
+from linert.runtime.files.replacement import output_error
+from linert.runtime.plugins import NAMESPACE
+from linert.runtime.plugins.base import Launch, Operation
+from linert.runtime.plugins.kernels import KernelSet
+from linert.runtime.plugins.trt import register
 
 MEMORY = re.compile(r"Total (Weights|Activation) Memory: (\d+) bytes")
 """What TensorRT logs of an engine's device memory."""
@@ -46,7 +46,7 @@ class Job(msgspec.Struct, frozen=True):
 class Event(msgspec.Struct, frozen=True, omit_defaults=True):
     """Progress (``phase``, ``step`` of ``steps``), a failure (``error``), or the end (the rest).
 
-    ``operations``, ``aliases``, the bytes and ``user_allocation`` are those of :class:`runtime.engines.Plan`.
+    ``operations``, ``aliases``, the bytes and ``user_allocation`` are those of :class:`linert.runtime.bundles.engines.Plan`.
     """
 
     phase: str = ""
@@ -84,7 +84,7 @@ def build(job: Job) -> Event:
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     if job.plugin:
-        from exporter.tensorrt.compile import kernels_of
+        from linert.exporter.tensorrt.compile import kernels_of
 
         capabilities = job.capabilities or (capability_at_hand(),)
 
@@ -182,7 +182,7 @@ def capability_at_hand() -> int:
     """
     from cuda.bindings import driver
 
-    from runtime.plugins.kernels import checked, current_capability
+    from linert.runtime.plugins.kernels import checked, current_capability
 
     checked(driver, driver.cuInit(0))
     return current_capability(driver, checked(driver, driver.cuDeviceGet(0)))

@@ -10,14 +10,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
-from runtime.errors import ExportError
-from runtime.plugins import line_evict, spatial_decay_step
-from runtime.plugins.base import Launch
-from runtime.plugins.kernels import CompiledKernel, KernelSet
-from runtime.plugins.line_attention import LineAttentionLaunch
-from runtime.plugins.line_evict import SETTINGS, LineEvictLaunch
-from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
+from linert.runtime.errors import ExportError
+from linert.runtime.plugins import line_evict, spatial_decay_step
+from linert.runtime.plugins.base import Launch
+from linert.runtime.plugins.kernels import CompiledKernel, KernelSet
+from linert.runtime.plugins.line_attention import LineAttentionLaunch
+from linert.runtime.plugins.line_evict import SETTINGS, LineEvictLaunch
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 
 PTX_CAPABILITY = 80
 """The text is compiled for the oldest GPU, so that all later ones can take it."""

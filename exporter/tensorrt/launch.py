@@ -7,20 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from exporter.tensorrt import line_attention_kernels as kernels
-from exporter.tensorrt.line_evict_kernels import line_evict as line_evict_kernel
-from exporter.tensorrt.spatial_decay_step_kernels import spatial_decay_step as spatial_decay_step_kernel
-from graphs.line_attention import LineAttentionInputs
-from graphs.spatial_decay_step import StepInputs
-from runtime.plugins.line_attention import INPUTS, LineAttentionLaunch
-from runtime.plugins.line_evict import WARPS as EVICT_WARPS
-from runtime.plugins.line_evict import LineEvictLaunch
-from runtime.plugins.spatial_decay_step import WARPS as STEP_WARPS
-from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.exporter.tensorrt import line_attention_kernels as kernels
+from linert.exporter.tensorrt.line_evict_kernels import line_evict as line_evict_kernel
+from linert.exporter.tensorrt.spatial_decay_step_kernels import (
+    spatial_decay_step as spatial_decay_step_kernel,
+)
+from linert.graphs.line_attention import LineAttentionInputs
+from linert.graphs.spatial_decay_step import StepInputs
+from linert.runtime.plugins.line_attention import INPUTS, LineAttentionLaunch
+from linert.runtime.plugins.line_evict import WARPS as EVICT_WARPS
+from linert.runtime.plugins.line_evict import LineEvictLaunch
+from linert.runtime.plugins.spatial_decay_step import WARPS as STEP_WARPS
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 
 
 def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | None = None) -> Tensor:
-    """What :func:`graphs.line_attention.reference` does, in place: returns what was attended, ``[R, 1, G, D]``.
+    """What :func:`linert.graphs.line_attention.reference` does, in place: returns what was attended, ``[R, 1, G, D]``.
 
     Needs ``TRITON_INTERPRET=1`` set before the first import of triton where the tensors are on the CPU.
 
@@ -83,7 +85,7 @@ def check(inputs: LineAttentionInputs, launch: LineAttentionLaunch) -> None:
 
 
 def spatial_decay_step(inputs: StepInputs, launch: SpatialDecayStepLaunch | None = None) -> Tensor:
-    """What :func:`graphs.spatial_decay_step.reference` does, in place: returns what was attended, ``[R, 1, 1, E]``.
+    """What :func:`linert.graphs.spatial_decay_step.reference` does, in place: returns what was attended, ``[R, 1, 1, E]``.
 
     Args:
         launch: other parts or blocks than the shape's own.
@@ -103,7 +105,7 @@ def spatial_decay_step(inputs: StepInputs, launch: SpatialDecayStepLaunch | None
 def line_evict(
     launch: LineEvictLaunch, settings: Sequence[Tensor], scores: Sequence[Tensor], slot_pos: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """What :class:`graphs.line_buffer.LineEnd` does, for the policies that the plugin has.
+    """What :class:`linert.graphs.line_buffer.LineEnd` does, for the policies that the plugin has.
 
     Args:
         settings: capacity ... position, the stage's inputs in front of the state.

@@ -50,7 +50,7 @@ def attend(
     """One row and one part of its slots; with one part (not ``SPLIT``) the whole operation.
 
     Args:
-        q ... score_max: the operation's inputs (:mod:`graphs.line_attention`); caches, scores and positions are updated
+        q ... score_max: the operation's inputs (:mod:`linert.graphs.line_attention`); caches, scores and positions are updated
             where they lie.
         attended: ``[R, 1, G, D]``, if not ``SPLIT``.
         logits: ``[R, G, C]`` float32 scratch.

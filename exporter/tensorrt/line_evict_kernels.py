@@ -23,7 +23,7 @@ COMPARED = tl.constexpr(256)
 
 @triton.jit
 def _importance(scores, slot_pos, slot, inside, now, score_max, W: tl.constexpr, KIND: tl.constexpr):
-    """Importance of the slots ``slot`` of a row; ``KIND`` as :class:`graphs.line_evict.Importance`, without pooled attention."""
+    """Importance of the slots ``slot`` of a row; ``KIND`` as :class:`linert.graphs.line_evict.Importance`, without pooled attention."""
     if KIND == 0:
         score = tl.load(scores + slot, mask=inside, other=0.0)
         held = tl.load(slot_pos + slot, mask=inside, other=-1)
@@ -168,7 +168,7 @@ def line_evict(
 
     Args:
         table: ``[L, 5]`` int64: a layer's slots, and the addresses of its scores, positions, new scores and new positions.
-        capacity ... position: the stage's inputs (:class:`graphs.policies.LineEndParams`).
+        capacity ... position: the stage's inputs (:class:`linert.graphs.policies.LineEndParams`).
         write_slots: ``[L, R, W]`` int64, the result.
         scratch: ``[programs, SLOTS_PAD]`` int32, or with pooled attention ``[programs, 2 SLOTS_PAD + NEIGHBOURS]``.
         rows, layers: R and L.

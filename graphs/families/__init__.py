@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from graphs.families import janus, lasadgen, llamagen, lumina
-from graphs.families.base import Family
+from linert.graphs.families import janus, lasadgen, llamagen, lumina
+from linert.graphs.families.base import Family
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (llamagen.FAMILY, lasadgen.FAMILY, janus.FAMILY, lumina.FAMILY)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import SquareRaster, raster_faults
-from graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
-from graphs.rotary import axial_table
-from graphs.transformer import Block, FamilyConfig, RasterTransformer
+from linert.graphs.families.base import SquareRaster, raster_faults
+from linert.graphs.families.layers import RMSNorm, Rope, rope_tables, swiglu
+from linert.graphs.rotary import axial_table
+from linert.graphs.transformer import Block, FamilyConfig, RasterTransformer
 
 
 class AxialConfig(FamilyConfig, Protocol):

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from graphs.families.given import Given, Layout, ModelOption
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import RasterTransformer
+from linert.graphs.families.given import Given, Layout, ModelOption
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import RasterTransformer
 
 MOST_LINES = 512
 """Lines of an image, and tokens in one: four times as many as were ever measured. What is larger is taken for a slip."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from graphs.families.settings import Settings
+from linert.graphs.families.settings import Settings
 
 DERIVED = re.compile(
     r"(?:.+\.)?(?:inv_freq|original_inv_freq|freqs|freqs_cis|freqs_cos|freqs_sin|(?:cos|sin|cos_sin)_cached?|rope_(?:cache|table)"

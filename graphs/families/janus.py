@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import (
+from linert.graphs.families.base import (
     MOST_LINES,
     Family,
     PromptFormat,
@@ -23,8 +23,8 @@ from graphs.families.base import (
     raster_faults,
     unless_given,
 )
-from graphs.families.given import Given, Layout, ModelOption, shape_of
-from graphs.families.llama import (
+from linert.graphs.families.given import Given, Layout, ModelOption, shape_of
+from linert.graphs.families.llama import (
     LlamaBlock,
     PromptedLlama,
     check_positions,
@@ -32,8 +32,8 @@ from graphs.families.llama import (
     norm_eps,
     rope_base,
 )
-from graphs.line_buffer import KeyValueCache
-from graphs.transformer import Condition
+from linert.graphs.line_buffer import KeyValueCache
+from linert.graphs.transformer import Condition
 
 GRID = 24
 """Tokens in an image row of every published size (384 px, patch 16)."""

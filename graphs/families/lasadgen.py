@@ -21,19 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.decay_memory import DecayMemory
-from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from graphs.families.base import Family, UsualSampling
-from graphs.families.given import Given, Layout, count_of, shape_of
-from graphs.families.layers import RMSNorm, Rope
-from graphs.families.llama import MOST_ROPE_BASE
-from graphs.families.settings import Settings
-from graphs.memory import Memory
-from graphs.rotary import rotate_interleaved
-from graphs.spatial_decay import Decay, attend, weights
-from graphs.stage import Geometry
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import Condition, RasterTransformer
+from linert.graphs.decay_memory import DecayMemory
+from linert.graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
+from linert.graphs.families.base import Family, UsualSampling
+from linert.graphs.families.given import Given, Layout, count_of, shape_of
+from linert.graphs.families.layers import RMSNorm, Rope
+from linert.graphs.families.llama import MOST_ROPE_BASE
+from linert.graphs.families.settings import Settings
+from linert.graphs.memory import Memory
+from linert.graphs.rotary import rotate_interleaved
+from linert.graphs.spatial_decay import Decay, attend, weights
+from linert.graphs.stage import Geometry
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import Condition, RasterTransformer
 
 MODEL_TYPE = "lasadgen"
 

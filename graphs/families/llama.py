@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import prompt_inputs
-from graphs.families.given import Given
-from graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
-from graphs.families.settings import Settings
-from graphs.rotary import rotate_halves, sequence_table
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import Block, FamilyConfig, RasterTransformer
+from linert.graphs.families.base import prompt_inputs
+from linert.graphs.families.given import Given
+from linert.graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
+from linert.graphs.families.settings import Settings
+from linert.graphs.rotary import rotate_halves, sequence_table
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import Block, FamilyConfig, RasterTransformer
 
 MOST_ROPE_BASE = 1e12
 

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from graphs.families.base import Family, UsualSampling, unless_given
-from graphs.families.given import Given, Layout, ModelOption, count_of, shape_of
-from graphs.families.layers import RMSNorm, Rope
-from graphs.line_buffer import KeyValueCache
-from graphs.rotary import rotate_interleaved
-from graphs.tensor_spec import TensorSpec
-from graphs.transformer import Condition
+from linert.graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
+from linert.graphs.families.base import Family, UsualSampling, unless_given
+from linert.graphs.families.given import Given, Layout, ModelOption, count_of, shape_of
+from linert.graphs.families.layers import RMSNorm, Rope
+from linert.graphs.line_buffer import KeyValueCache
+from linert.graphs.rotary import rotate_interleaved
+from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.transformer import Condition
 
 PUBLISHED_HEADS = {
     # (layers, dim): heads

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.base import Family, PromptFormat, UsualSampling, raster_faults, unless_given
-from graphs.families.given import Given, Layout, ModelOption
-from graphs.families.layers import Rope
-from graphs.families.llama import (
+from linert.graphs.families.base import Family, PromptFormat, UsualSampling, raster_faults, unless_given
+from linert.graphs.families.given import Given, Layout, ModelOption
+from linert.graphs.families.layers import Rope
+from linert.graphs.families.llama import (
     DecoderSizes,
     LlamaAttention,
     LlamaBlock,
@@ -27,8 +27,8 @@ from graphs.families.llama import (
     norm_eps,
     rope_base,
 )
-from graphs.line_buffer import KeyValueCache
-from graphs.transformer import Condition
+from linert.graphs.line_buffer import KeyValueCache
+from linert.graphs.transformer import Condition
 
 PREFIX_LEN = 128
 """Longest prompt, in tokens, unless another is asked for."""

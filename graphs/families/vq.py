@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphs.families.given import DERIVED, count_of, shape_of
+from linert.graphs.families.given import DERIVED, count_of, shape_of
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6

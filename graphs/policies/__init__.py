@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from graphs.policies.base import FinishedLine, LineEndParams, Policy, choose_slots, end_line, evict
-from graphs.policies.full import Full
-from graphs.policies.h2o import H2O
-from graphs.policies.linear import Linear
-from graphs.policies.rkv import RKV
-from graphs.policies.snapkv import SnapKV
-from graphs.policies.streaming import Streaming
+from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy, choose_slots, end_line, evict
+from linert.graphs.policies.full import Full
+from linert.graphs.policies.h2o import H2O
+from linert.graphs.policies.linear import Linear
+from linert.graphs.policies.rkv import RKV
+from linert.graphs.policies.snapkv import SnapKV
+from linert.graphs.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy]] = {
     policy.name: policy for policy in (Linear, Streaming, H2O, SnapKV, RKV, Full)

@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from graphs.line_evict import Importance
+from linert.graphs.line_evict import Importance
 
 EMPTY_STEP = 1e30
 """Between the keys of empty slots, and from them to every importance."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from graphs.line_evict import Importance
-from graphs.policies.base import FinishedLine, LineEndParams, Policy
+from linert.graphs.line_evict import Importance
+from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy
 
 
 class H2O(Policy):

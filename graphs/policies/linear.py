@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphs.line_evict import Importance
-from graphs.policies.base import FinishedLine, LineEndParams, Policy
+from linert.graphs.line_evict import Importance
+from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy
 
 
 class Linear(Policy):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphs.policies.base import FinishedLine, LineEndParams, Policy, pool_along_raster
+from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy, pool_along_raster
 
 KERNEL = 7
 NEAR_DUPLICATE = 0.5

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphs.line_evict import Importance
-from graphs.policies.base import FinishedLine, LineEndParams, Policy, pool_along_raster
+from linert.graphs.line_evict import Importance
+from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy, pool_along_raster
 
 KERNEL = 5
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from runtime.backends import BackendName, BackendOptions
-from runtime.commands.option_group import Decorator, option_group
+from linert.runtime.backends.options import BackendName, BackendOptions
+from linert.runtime.commands.option_group import Decorator, option_group
 
 
 def backend_options() -> Decorator:

@@ -16,25 +16,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from runtime.backends import BackendName, BackendOptions
-from runtime.bench import Measured, NodeTime, Timings, measure, profile, step_work
-from runtime.bundle import Bundle
-from runtime.cache_request import CacheRequest
-from runtime.commands.backend_options import backend_options
-from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.commands.cache_options import cache_options
-from runtime.conditioning import open_conditioner
-from runtime.errors import LinertError, OutputError, RequestError
-from runtime.machine import (
+from linert.runtime.backends.options import BackendName, BackendOptions
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.commands.backend_options import backend_options
+from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.commands.cache_options import cache_options
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.conditioning import open_conditioner
+from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.errors import LinertError, OutputError, RequestError
+from linert.runtime.files.replacement import check_target, scratch_folder
+from linert.runtime.machine import (
     default_threads,
     forget_peak,
     peak_resident_bytes,
     processor_name,
 )
-from runtime.manifest import Manifest
-from runtime.replacement import check_target, scratch_folder
-from runtime.samples import plan_samples
-from runtime.text import size_text
+from linert.runtime.measuring.bench import Measured, NodeTime, Timings, measure, profile, step_work
+from linert.runtime.text import size_text
 
 TOP = 10
 MATPLOTLIB = b"atplotlib"
@@ -47,7 +47,7 @@ PEER_STEPS = 4
 
 
 class Peer(Protocol):
-    """Another implementation of the model: see :class:`exporter.peers.PyTorchPeer`."""
+    """Another implementation of the model: see :class:`linert.exporter.peers.PyTorchPeer`."""
 
     images: int
     note: str
@@ -140,7 +140,7 @@ def command(
         raise OutputError(f"{plot} exists and is no plot of a sweep: give another --plot, or remove it")
     check_target(plot)
     if plot:
-        _needing("exporter.sweep_plot", "compare").check_format(plot)
+        _needing("linert.exporter.sweep_plot", "compare").check_format(plot)
     if options.name is not BackendName.CPU and (sweep or profiled):
         raise RequestError(f"--sweep and --profile measure the CPU: leave --backend {options.name} out")
     threads = options.threads or default_threads()
@@ -177,7 +177,7 @@ def command(
     peak = peak_resident_bytes()
     peers: dict[str, Peer] = {}
     if compare_pytorch:
-        loaded = _needing("exporter.sources", "export").load_sources(opened, checkpoint, vq)
+        loaded = _needing("linert.exporter.sources", "export").load_sources(opened, checkpoint, vq)
         peers = _peers(console, opened, loaded, threads, opened.manifest.images)
     with _progress(as_json) as report:
         [timings], times = measure_beside(
@@ -208,10 +208,10 @@ def _sweep(
     plot: Path | None,
 ) -> dict[str, Any]:
     """Export and measure every combination in turns."""
-    sweep = _needing("exporter.sweep", "export")
+    sweep = _needing("linert.exporter.sweep", "export")
     axes = sweep.parse_axes(texts)
     wanted = sweep.cells(bundle, axes)
-    checkpoints = _needing("exporter.sources", "export").Checkpoints.find(bundle, checkpoint, vq)
+    checkpoints = _needing("linert.exporter.sources", "export").Checkpoints.find(bundle, checkpoint, vq)
     loaded = {grid: checkpoints.load(grid) for grid in sorted({cell.grid for cell in wanted})}
     peers: dict[str, Peer] = {}
     with scratch_folder() as folder:
@@ -231,7 +231,9 @@ def _sweep(
             )
     _print_sweep(console, [cell.labels for cell in wanted], timings, times)
     if plot is not None:
-        _needing("exporter.sweep_plot", "compare").draw([cell.labels for cell in wanted], timings, plot)
+        _needing("linert.exporter.sweep_plot", "compare").draw(
+            [cell.labels for cell in wanted], timings, plot
+        )
     return {
         "cells": [
             {"labels": dict(cell.labels), **timing.to_json()}
@@ -293,7 +295,7 @@ def measure_beside(
     image_rounds: int,
     progress: Callable[[int, int], None],
 ) -> tuple[list[Timings], dict[str, PeerTimes]]:
-    """:func:`runtime.bench.measure`, with PyTorch peers in the same rounds."""
+    """:func:`linert.runtime.measuring.bench.measure`, with PyTorch peers in the same rounds."""
     steps: dict[str, list[float]] = {name: [] for name in peers}
     images: dict[str, list[float]] = {name: [] for name in peers}
 
@@ -324,7 +326,7 @@ def measure_beside(
 
 def _peers(console: Console, bundle: Bundle, loaded: Any, threads: int, batch: int) -> dict[str, Peer]:
     """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works."""
-    peers = _needing("exporter.peers", "export")
+    peers = _needing("linert.exporter.peers", "export")
     conditioner = open_conditioner(bundle)
     samples = plan_samples(conditioner.usual(), batch, seed=0)
     inputs = conditioner.inputs([sample.condition for sample in samples])

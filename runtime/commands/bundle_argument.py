@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from runtime.bundle import Bundle, open_bundle
-from runtime.commands.option_group import Decorator, option_group
-from runtime.samples import shortened
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.commands.option_group import Decorator, option_group
+from linert.runtime.drawing.samples import shortened
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class BundlePlace:
     size: str | None = None
 
     def open(self, *, digests: bool = True) -> Bundle:
-        """:func:`runtime.bundle.open_bundle`."""
+        """:func:`linert.runtime.bundles.bundle.open_bundle`."""
         return open_bundle(self.path, self.size, digests=digests)
 
 

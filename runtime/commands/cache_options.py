@@ -7,10 +7,10 @@ from dataclasses import fields
 
 import click
 
-from runtime.cache_request import CacheRequest
-from runtime.commands.option_group import Decorator, option_group
-from runtime.geometry import Aggregation, HeadScores, Mode
-from runtime.manifest import MOST_COUNT
+from linert.runtime.bundles.geometry import Aggregation, HeadScores, Mode
+from linert.runtime.bundles.manifest import MOST_COUNT
+from linert.runtime.commands.option_group import Decorator, option_group
+from linert.runtime.drawing.cache_request import CacheRequest
 
 
 def cache_options(policy: bool = True) -> Decorator:

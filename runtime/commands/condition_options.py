@@ -8,11 +8,11 @@ from pathlib import Path
 
 import click
 
-from runtime.commands.option_group import Decorator, option_group
-from runtime.conditions import CaptionConditioner, Conditioner
-from runtime.errors import RequestError
-from runtime.samples import MOST_IMAGES, ClassLabel, Condition, Prompt, shortened
-from runtime.text_files import read_lines
+from linert.runtime.commands.option_group import Decorator, option_group
+from linert.runtime.drawing.conditions import CaptionConditioner, Conditioner
+from linert.runtime.drawing.samples import MOST_IMAGES, ClassLabel, Condition, Prompt, shortened
+from linert.runtime.errors import RequestError
+from linert.runtime.files.text_files import read_lines
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bundle import Bundle
-from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.engines import built_flavours, read_engines
-from runtime.geometry import CacheSettings, cache_text
-from runtime.manifest import Manifest
-from runtime.text import lines_text, size_text
-from runtime.trt_flavour import FLAVOURS, Flavour
+from linert.runtime.backends.trt_flavour import FLAVOURS, Flavour
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.engines import built_flavours, read_engines
+from linert.runtime.bundles.geometry import CacheSettings, cache_text
+from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.text import lines_text, size_text
 
 if TYPE_CHECKING:
-    from runtime.trt_graphs import StageGraph
+    from linert.runtime.backends.trt_graphs import StageGraph
 
 
 @click.command()
@@ -59,8 +59,8 @@ def command(place: BundlePlace, stage: str | None, graphs_of: str | None, as_jso
 
 def _graphs(bundle: Bundle, flavour: Flavour) -> list[StageGraph]:
     # Needs a driver and TensorRT, which everything else here does not.
-    from runtime.trt import TrtBackend
-    from runtime.trt_graphs import captured_graphs
+    from linert.runtime.backends.trt import TrtBackend
+    from linert.runtime.backends.trt_graphs import captured_graphs
 
     with TrtBackend(bundle, bundle.manifest.stages, flavour) as backend:
         return captured_graphs(backend)

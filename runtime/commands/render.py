@@ -10,13 +10,11 @@ import click
 import msgspec
 import numpy as np
 
-from runtime.array_files import check_arrays_target, write_parts
-from runtime.backends import BackendOptions
-from runtime.commands.backend_options import backend_options
-from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.errors import RequestError
-from runtime.generator import PixelDecoder, Pixels, picture
-from runtime.output import (
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.commands.backend_options import backend_options
+from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.drawing.generator import PixelDecoder, Pixels, picture
+from linert.runtime.drawing.output import (
     SHEET_IMAGES,
     SHEET_NAME,
     contact_sheet,
@@ -24,9 +22,11 @@ from runtime.output import (
     read_tokens,
     write_png,
 )
-from runtime.records import RecordError, read_record
-from runtime.replacement import FolderKind, atomic_file, claim_folder, new_folder, visible
-from runtime.samples import shortened
+from linert.runtime.drawing.samples import shortened
+from linert.runtime.errors import RequestError
+from linert.runtime.files.array_files import check_arrays_target, write_parts
+from linert.runtime.files.records import RecordError, read_record
+from linert.runtime.files.replacement import FolderKind, atomic_file, claim_folder, new_folder, visible
 
 RENDER_NAME = "render.json"
 

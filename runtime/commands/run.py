@@ -16,21 +16,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from runtime.array_files import check_arrays_target, write_arrays
-from runtime.backend import Array, Backend
-from runtime.backends import BackendOptions
-from runtime.cache_request import CacheRequest
-from runtime.commands.backend_options import backend_options
-from runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from runtime.commands.cache_options import cache_options
-from runtime.commands.condition_options import ConditionRequest, condition_options
-from runtime.conditioning import open_conditioner
-from runtime.errors import RequestError
-from runtime.eviction_map import MapKind, Residency, draw_map
-from runtime.generator import Generator, Replay, Tokens, picture
-from runtime.geometry import CacheSettings, cache_text
-from runtime.manifest import MOST_COUNT
-from runtime.output import (
+from linert.runtime.backends.base import Array, Backend
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.geometry import CacheSettings, cache_text
+from linert.runtime.bundles.manifest import MOST_COUNT
+from linert.runtime.commands.backend_options import backend_options
+from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.commands.cache_options import cache_options
+from linert.runtime.commands.condition_options import ConditionRequest, condition_options
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.conditioning import open_conditioner
+from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
+from linert.runtime.drawing.generator import Generator, Replay, Tokens, picture
+from linert.runtime.drawing.output import (
     SHEET_IMAGES,
     SHEET_NAME,
     Recipe,
@@ -40,9 +38,17 @@ from runtime.output import (
     sheet_columns,
     write_png,
 )
-from runtime.run_folder import PREVIEW_NAME, RunFolder, RunRequest, check_run_folder, run_folder
-from runtime.samples import Sample, plan_samples
-from runtime.trace import Trace, TraceHeader, per_image, read_trace
+from linert.runtime.drawing.run_folder import (
+    PREVIEW_NAME,
+    RunFolder,
+    RunRequest,
+    check_run_folder,
+    run_folder,
+)
+from linert.runtime.drawing.samples import Sample, plan_samples
+from linert.runtime.drawing.trace import Trace, TraceHeader, per_image, read_trace
+from linert.runtime.errors import RequestError
+from linert.runtime.files.array_files import check_arrays_target, write_arrays
 
 
 @click.command()

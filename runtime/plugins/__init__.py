@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from runtime.plugins.base import Operation
-from runtime.plugins.line_attention import LineAttention
-from runtime.plugins.line_evict import LineEvict
-from runtime.plugins.spatial_decay_step import SpatialDecayStep
+from linert.runtime.plugins.base import Operation
+from linert.runtime.plugins.line_attention import LineAttention
+from linert.runtime.plugins.line_evict import LineEvict
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStep
 
 NAMESPACE, VERSION = "linert", "1"
 CONTENTS = "linert_contents"

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from runtime.plugins.kernels import DeviceKernels
+from linert.runtime.plugins.kernels import DeviceKernels
 
 HELD = "held"
 """Type of tensors that have the type of the first input: one of :data:`HELD_TYPES`."""

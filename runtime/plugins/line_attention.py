@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import (
+from linert.runtime.plugins.base import (
     HELD,
     HELD_TYPES,
     Call,
@@ -23,8 +23,8 @@ from runtime.plugins.base import (
     power_of_two,
     refuse,
 )
-from runtime.plugins.kernels import DeviceKernels
-from runtime.plugins.tuning import tuning_of
+from linert.runtime.plugins.kernels import DeviceKernels
+from linert.runtime.plugins.tuning import tuning_of
 
 INPUTS = {
     "q": HELD,
@@ -39,7 +39,7 @@ INPUTS = {
     "fresh_from": "int32",
     "score_max": "bool",
 }
-"""Type of each input (see :mod:`graphs.line_attention`)."""
+"""Type of each input (see :mod:`linert.graphs.line_attention`)."""
 
 ALIASED = ("k_cache", "v_cache", "scores", "slot_pos")
 """Inputs that the outputs behind the first are written over."""

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned, power_of_two, refuse
-from runtime.plugins.kernels import DeviceKernels
+from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned, power_of_two, refuse
+from linert.runtime.plugins.kernels import DeviceKernels
 
 SETTINGS = (
     "capacity",
@@ -37,7 +37,7 @@ LEAST_NEIGHBOURS = 1024
 """Positions that pooled attention looks at in a round where slots are few."""
 
 POOLED = 4
-"""The importance for which neighbours are looked for (:class:`graphs.line_evict.Importance`)."""
+"""The importance for which neighbours are looked for (:class:`linert.graphs.line_evict.Importance`)."""
 
 ADDRESSES = 5
 """Numbers a layer in the table: its slots, and where its scores, its positions and the new ones of both lie."""
@@ -136,7 +136,7 @@ class LineEvict(Operation):
     layer. Outputs: ``write_slots [L, R, W]`` int64, new scores of every layer unless they are carried on, new positions.
 
     ``branches``: 2 where unconditional rows follow the conditional ones. ``importance``: a number of
-    :class:`graphs.line_evict.Importance`.
+    :class:`linert.graphs.line_evict.Importance`.
     """
 
     name: ClassVar[str] = "LineEvict"

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from runtime.plugins.base import (
+from linert.runtime.plugins.base import (
     HELD,
     Call,
     Launch,
@@ -20,7 +20,7 @@ from runtime.plugins.base import (
     power_of_two,
     refuse,
 )
-from runtime.plugins.kernels import DeviceKernels
+from linert.runtime.plugins.kernels import DeviceKernels
 
 INPUTS = {
     "q": HELD,
@@ -34,7 +34,7 @@ INPUTS = {
     "weighed": "float32",
     "above_weighed": "float32",
 }
-"""Type of each input (see :mod:`graphs.spatial_decay_step`)."""
+"""Type of each input (see :mod:`linert.graphs.spatial_decay_step`)."""
 
 ALIASED = ("k_line", "v_line")
 """Inputs that the outputs behind the first are written over."""

@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 import msgspec
 import numpy as np
 
-from runtime.plugins import CONTENTS, NAMESPACE, OPERATIONS, VERSION
-from runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind
-from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel, checked, current_capability
+from linert.runtime.plugins import CONTENTS, NAMESPACE, OPERATIONS, VERSION
+from linert.runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind
+from linert.runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel, checked, current_capability
 
 Compile = Callable[[Operation, Launch], KernelSet]
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
-from runtime.errors import ExportError
-from runtime.plugins.base import HELD_TYPES
-from runtime.records import RecordError, read_record
-from runtime.replacement import atomic_file
+from linert.runtime.errors import ExportError
+from linert.runtime.files.records import RecordError, read_record
+from linert.runtime.files.replacement import atomic_file
+from linert.runtime.plugins.base import HELD_TYPES
 
 FILE = Path(__file__).with_name("tuning.json")
 
@@ -27,7 +27,7 @@ class Tuning(msgspec.Struct, frozen=True, order=True):
     """What is fastest on a kind of GPU.
 
     ``capability``: 80 means 8.0. ``head_pad``: the head size, rounded up to a power of two. ``dtype``: of keys and values. ``warps``
-    and ``tile``: see :class:`runtime.plugins.line_attention.LineAttentionLaunch`.
+    and ``tile``: see :class:`linert.runtime.plugins.line_attention.LineAttentionLaunch`.
     """
 
     capability: int

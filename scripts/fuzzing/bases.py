@@ -34,7 +34,7 @@ class Bases:
     run: Path = field(init=False)
 
     def __post_init__(self) -> None:
-        from graphs.families import llamagen, vq
+        from linert.graphs.families import llamagen, vq
         from tests.conftest import TINY, TINY_VQ, random_state
         from tests.text_models import write_lumina
 

@@ -14,8 +14,8 @@ import numpy as np
 from fuzzing.bases import Target, linked, pictures, replace
 from fuzzing.mutations import json_bytes, mutate_bytes, mutate_json, mutate_npz, nested
 from fuzzing.workers import command
-from runtime.manifest import Manifest
-from runtime.manifest_file import encode, seal
+from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.manifest_file import encode, seal
 
 FREE = ("producer", "precision", "sampling", "cache", "model/source", "image_decoder/source", "stages")
 """Parts of a manifest that tell of the export, or that a run may choose: who changes them and seals them again draws otherwise

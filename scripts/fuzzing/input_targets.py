@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from exporter.models import ModelRequest, load_models
 from fuzzing.bases import Target, linked, pictures, replace
 from fuzzing.mutations import json_bytes, mutate_array, mutate_bytes, mutate_json, mutate_zip, nested
 from fuzzing.workers import command
-from runtime.errors import RequestError
-from runtime.manifest import CaptionInput
+from linert.exporter.models import ModelRequest, load_models
+from linert.runtime.bundles.manifest import CaptionInput
+from linert.runtime.errors import RequestError
 
 
 class CheckpointTarget(Target):
@@ -205,7 +205,7 @@ class CaptionsTarget(Target):
         return said
 
     def use(self, folder: Path) -> str:
-        from runtime.conditions import CaptionConditioner
+        from linert.runtime.drawing.conditions import CaptionConditioner
 
         conditioner = CaptionConditioner(CaptionInput(8), 6, None, guided=True)
         captions = conditioner.read(folder / "captions.npy")

@@ -18,8 +18,8 @@ from typing import Any
 import click
 import msgspec
 
-from runtime.errors import LinertError
-from runtime.machine import forget_peak, peak_resident_bytes, resident_bytes
+from linert.runtime.errors import LinertError
+from linert.runtime.machine import forget_peak, peak_resident_bytes, resident_bytes
 
 SECONDS = 10
 """That a case may take at the most."""
@@ -78,7 +78,7 @@ def command(*arguments: object) -> str:
         RefusedError: it refused with a message.
         AssertionError: another exit code, or a traceback.
     """
-    from runtime.cli import main
+    from linert.runtime.cli import main
 
     out, err = io.StringIO(), io.StringIO()
     before = sys.argv

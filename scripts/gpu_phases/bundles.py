@@ -14,7 +14,7 @@ import numpy as np
 from gpu_phases.onnxruntime import CELLS, DEMO_CLASSES, DEMO_SEED, DEMOS, FOLDER, bundle_name
 from gpu_phases.place import ROOT
 from gpu_phases.plans import DEMO, linert
-from runtime.generator import Generator
+from linert.runtime.drawing.generator import Generator
 
 DEMO_IMAGES = 4
 

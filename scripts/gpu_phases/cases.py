@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 
 from gpu_phases.place import Place
-from runtime.plugins import OPERATIONS
-from runtime.plugins.base import Call, Launch, Operation, TensorKind
-from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel
+from linert.runtime.plugins import OPERATIONS
+from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
+from linert.runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel
 
 FILE = "cases.msgpack.z"
 ThingT = TypeVar("ThingT", bound=msgspec.Struct)

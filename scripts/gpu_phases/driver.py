@@ -1,4 +1,4 @@
-"""Phase driver: the CUDA driver does what runtime/cuda.py asks of it."""
+"""Phase driver: the CUDA driver does what runtime/backends/cuda.py asks of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from gpu_phases.outcome import Check, Outcome
 from gpu_phases.place import Place
-from runtime.cuda import Device
+from linert.runtime.backends.cuda import Device
 
 SIZES = (1, 3, 4096, (1 << 20) + 1, 64 << 20)
 

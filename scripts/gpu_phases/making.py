@@ -9,16 +9,16 @@ import msgspec
 import torch
 from torch import Tensor
 
-from exporter.tensorrt.compile import kernels_of
 from gpu_phases.cases import Case, Values
 from gpu_phases.speeds import Fill, Speed, Variant
-from graphs.line_attention import reference as attention_reference
-from graphs.spatial_decay import RowState
-from graphs.spatial_decay_step import reference as decay_reference
-from runtime.plugins.base import Launch, Operation, TensorKind
-from runtime.plugins.line_attention import LineAttention
-from runtime.plugins.line_evict import LineEvict
-from runtime.plugins.spatial_decay_step import SpatialDecayStep
+from linert.exporter.tensorrt.compile import kernels_of
+from linert.graphs.line_attention import reference as attention_reference
+from linert.graphs.spatial_decay import RowState
+from linert.graphs.spatial_decay_step import reference as decay_reference
+from linert.runtime.plugins.base import Launch, Operation, TensorKind
+from linert.runtime.plugins.line_attention import LineAttention
+from linert.runtime.plugins.line_evict import LineEvict
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStep
 from tests.exporter.test_line_attention_kernels import TOLERANCE
 from tests.exporter.test_line_attention_kernels import inputs_of as attention_inputs
 from tests.exporter.test_line_evict_kernels import NAMES

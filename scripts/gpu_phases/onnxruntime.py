@@ -14,9 +14,9 @@ import numpy as np
 
 from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
 from gpu_phases.place import Place
-from runtime.backends import BackendName, BackendOptions
-from runtime.bench import Measured, measure
-from runtime.generator import Generator
+from linert.runtime.backends.options import BackendName, BackendOptions
+from linert.runtime.drawing.generator import Generator
+from linert.runtime.measuring.bench import Measured, measure
 
 FOLDER = "bundles"
 DEMO_SEED = 7

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu_phases.outcome import NotRunError
-from runtime.cuda import Device
-from runtime.errors import LinertError
-from runtime.plugins.base import Launch, Operation, TensorKind
+from linert.runtime.backends.cuda import Device
+from linert.runtime.errors import LinertError
+from linert.runtime.plugins.base import Launch, Operation, TensorKind
 
 ROOT = Path(__file__).parents[2]
 

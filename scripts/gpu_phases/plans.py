@@ -11,9 +11,9 @@ from pathlib import Path
 
 from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
 from gpu_phases.place import ROOT, Place
-from runtime.backends import BackendName
-from runtime.errors import LinertError
-from runtime.trt_flavour import FLAVOURS
+from linert.runtime.backends.options import BackendName
+from linert.runtime.backends.trt_flavour import FLAVOURS
+from linert.runtime.errors import LinertError
 
 DEMO = ROOT / "demo"
 DEMOS: dict[str, tuple[object, ...]] = {
@@ -74,7 +74,7 @@ def linert(*arguments: object, may_fail: bool = False) -> str:
     Raises:
         RuntimeError: it failed; the message is its own. ``may_fail`` allows exit code 1.
     """
-    command = [sys.executable, "-c", "from runtime.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from linert.runtime.cli import main; main()", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode not in ((0, 1) if may_fail else (0,)):
         raise RuntimeError(done.stderr.strip()[-2000:] or done.stdout[-2000:])

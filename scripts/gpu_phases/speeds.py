@@ -14,12 +14,12 @@ import numpy as np
 from gpu_phases.cases import read_carried
 from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
 from gpu_phases.place import Place
-from runtime.cuda import Device
-from runtime.plugins import OPERATIONS
-from runtime.plugins.base import Call, Launch, Operation, TensorKind
-from runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel
-from runtime.plugins.line_attention import LineAttentionLaunch
-from runtime.plugins.tuning import Tuning, write_tunings
+from linert.runtime.backends.cuda import Device
+from linert.runtime.plugins import OPERATIONS
+from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
+from linert.runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel
+from linert.runtime.plugins.line_attention import LineAttentionLaunch
+from linert.runtime.plugins.tuning import Tuning, write_tunings
 
 FILE = "speeds.msgpack.z"
 TABLE = "tuning.json"
@@ -98,7 +98,7 @@ def checks(place: Place, recorder: Recorder) -> Iterator[tuple[str, Check]]:
 
 
 class Layout(NamedTuple):
-    """How programs of LineAttention are laid out on a head size and a type; see :mod:`runtime.plugins.tuning`."""
+    """How programs of LineAttention are laid out on a head size and a type; see :mod:`linert.runtime.plugins.tuning`."""
 
     head_pad: int
     dtype: str
@@ -267,8 +267,8 @@ def against_standard(place: Place, batch: int, slots: int) -> Outcome:
         raise NotRunError(f"{error.name} is not installed") from error
     if not torch.cuda.is_available():
         raise NotRunError(f"PyTorch {torch.__version__} sees no CUDA device")
-    from exporter.tensorrt.launch import line_attention
-    from graphs.line_attention import accumulate
+    from linert.exporter.tensorrt.launch import line_attention
+    from linert.graphs.line_attention import accumulate
     from tests.exporter.test_line_attention_kernels import inputs_of
     from tests.graphs.test_line_attention import bundled
 

@@ -19,17 +19,17 @@ import pytest
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("triton")
 
-from exporter.bundle_folder import PLANS
-from exporter.tensorrt.build import BuildPlan, environment_of, parse_capabilities
-from runtime.bundle import open_bundle
-from runtime.engines import engines_folder, missing_plugins, read_engines
-from runtime.errors import BundleError, ExportError
-from runtime.loop import generate
-from runtime.ort import OrtBackend
-from runtime.plugins.kernels import CompiledKernel
-from runtime.plugins.line_attention import LineAttentionLaunch
-from runtime.replacement import claim_folder
-from runtime.trt_flavour import FLAVOURS
+from linert.exporter.bundle_folder import PLANS
+from linert.exporter.tensorrt.build import BuildPlan, environment_of, parse_capabilities
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.backends.trt_flavour import FLAVOURS
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.engines import engines_folder, missing_plugins, read_engines
+from linert.runtime.drawing.loop import generate
+from linert.runtime.errors import BundleError, ExportError
+from linert.runtime.files.replacement import claim_folder
+from linert.runtime.plugins.kernels import CompiledKernel
+from linert.runtime.plugins.line_attention import LineAttentionLaunch
 from tests.conftest import ROOT, TINY, Result
 from tests.exporter.compiler import run_compiler
 from tests.graphs.test_line_attention import function_model, random_inputs
@@ -161,7 +161,7 @@ def test_a_plan_that_cannot_be_written_whole_is_no_plan(half: Path, tmp_path: Pa
     bundle = Path(shutil.copytree(half, tmp_path / "bundle", ignore=shutil.ignore_patterns("engines")))
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        "from runtime.cli import main; main()"
+        "from linert.runtime.cli import main; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "build", bundle, *SM, "--no-plugin"],
@@ -191,7 +191,7 @@ def test_an_interrupted_build_leaves_nothing(kind: signal.Signals, half: Path, t
     # A shell starts jobs in the background with SIGINT ignored.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from runtime.cli import main; main()"
+        "from linert.runtime.cli import main; main()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "build", bundle, *SM], cwd=ROOT, stderr=subprocess.PIPE, text=True
@@ -251,9 +251,9 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
     compiled = tmp_path / "kernels"
     script = (
         "import sys, msgspec; from pathlib import Path\n"
-        "from exporter.tensorrt.compile import kernels_of\n"
-        "from runtime.plugins.line_attention import LineAttentionLaunch\n"
-        "from runtime.plugins.line_evict import LineEvictLaunch\n"
+        "from linert.exporter.tensorrt.compile import kernels_of\n"
+        "from linert.runtime.plugins.line_attention import LineAttentionLaunch\n"
+        "from linert.runtime.plugins.line_evict import LineEvictLaunch\n"
         "found = kernels_of(LineAttentionLaunch.tuned(24, 1, 97, 100, 'bfloat16'), [80, 90, 120]).kernels\n"
         "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90, 120]).kernels\n"
         "Path(sys.argv[1]).write_bytes(msgspec.msgpack.encode(found))\n"
@@ -275,7 +275,7 @@ def test_a_kernel_that_needs_memory_of_triton_s_own_is_refused(tmp_path: Path) -
     # The description of a tensor lies in such memory.
     file.write_text(
         "import triton, triton.language as tl\n"
-        "from exporter.tensorrt.compile import compile_kernel\n"
+        "from linert.exporter.tensorrt.compile import compile_kernel\n"
         "@triton.jit\n"
         "def described(source, target, BLOCK: tl.constexpr):\n"
         "    tensor = tl.make_tensor_descriptor(source, [BLOCK], [1], [BLOCK])\n"
@@ -297,8 +297,8 @@ def test_what_triton_cannot_do_is_said_by_the_build(tmp_path: Path) -> None:
     # In the place of a Triton whose kernels need memory of its own.
     script = (
         "import sys; from types import SimpleNamespace\n"
-        "from exporter.tensorrt import compile\n"
-        "from exporter.tensorrt.build_stage import Job, build\n"
+        "from linert.exporter.tensorrt import compile\n"
+        "from linert.exporter.tensorrt.build_stage import Job, build\n"
         "refuse = compile.refuse_hidden_memory\n"
         "compile.refuse_hidden_memory = lambda name, _: refuse(name, SimpleNamespace(global_scratch_size=1))\n"
         "print(build(Job('rtx', sys.argv[1], sys.argv[2], (89,), True)).error)\n"

@@ -15,17 +15,17 @@ pytest.importorskip("triton")
 
 from random_checkpoint import random_tensors, transformer_shapes, vq_shapes
 
-from exporter.lasadgen_folder import write_lasadgen
-from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
-from runtime.bundle import Bundle, open_bundle
-from runtime.conditioning import open_conditioner
-from runtime.conditions import conditions_of
-from runtime.engines import Engines, missing_plugins, read_engines
-from runtime.generator import make_batch
-from runtime.loop import generate
-from runtime.ort import OrtBackend
-from runtime.ort_cuda import OrtCudaBackend
-from runtime.samples import plan_samples
+from linert.exporter.lasadgen_folder import write_lasadgen
+from linert.graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.backends.ort_cuda import OrtCudaBackend
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.bundles.engines import Engines, missing_plugins, read_engines
+from linert.runtime.drawing.conditioning import open_conditioner
+from linert.runtime.drawing.conditions import conditions_of
+from linert.runtime.drawing.generator import make_batch
+from linert.runtime.drawing.loop import generate
+from linert.runtime.drawing.samples import plan_samples
 from tests.conftest import ROOT, Result, random_state
 from tests.runtime.test_backends import emulated
 from tests.text_models import write_lumina

@@ -13,13 +13,13 @@ import torch
 from random_folder import write_tokenizer
 from tokenizers import Tokenizer, processors
 
-from graphs.families import vq
-from runtime.backends import BackendOptions
-from runtime.bundle import open_bundle
-from runtime.errors import BundleError
-from runtime.manifest_file import check
-from runtime.text_encoder import TextEncoder
-from runtime.tokenizer import TextTokenizer
+from linert.graphs.families import vq
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.manifest_file import check
+from linert.runtime.drawing.text_encoder import TextEncoder
+from linert.runtime.drawing.tokenizer import TextTokenizer
+from linert.runtime.errors import BundleError
 from tests.conftest import Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
 from tests.graphs.test_text_encoder import published

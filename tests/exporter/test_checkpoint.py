@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from exporter.checkpoint import open_checkpoint
-from exporter.models import LoadedTransformer, ModelRequest, load_image_decoder, load_transformer
-from graphs.families import llamagen
-from runtime.errors import CheckpointError
+from linert.exporter.checkpoint import open_checkpoint
+from linert.exporter.models import LoadedTransformer, ModelRequest, load_image_decoder, load_transformer
+from linert.graphs.families import llamagen
+from linert.runtime.errors import CheckpointError
 from tests.conftest import TINY, TINY_VQ, random_state
 
 

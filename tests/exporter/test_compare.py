@@ -21,25 +21,25 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.compare import forced_logits
-from exporter.compare_grid import Grid, budget_lines, labels_of
-from exporter.quality import measure_rows
-from exporter.timing import ResizedBackend, step_times
-from graphs.families.llamagen import LlamaGen
-from graphs.families.vq import VQModel
-from runtime import Generator
-from runtime.bundle import open_bundle
-from runtime.errors import RequestError
-from runtime.generator import PixelDecoder, make_batch
-from runtime.metrics import Metric
-from runtime.replacement import working_folder
-from runtime.samples import ClassLabel, Sample
+from linert import Generator
+from linert.exporter.compare import forced_logits
+from linert.exporter.compare_grid import Grid, budget_lines, labels_of
+from linert.exporter.quality import measure_rows
+from linert.exporter.timing import ResizedBackend, step_times
+from linert.graphs.families.llamagen import LlamaGen
+from linert.graphs.families.vq import VQModel
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.drawing.generator import PixelDecoder, make_batch
+from linert.runtime.drawing.samples import ClassLabel, Sample
+from linert.runtime.errors import RequestError
+from linert.runtime.files.replacement import working_folder
+from linert.runtime.measuring.metrics import Metric
 from tests.conftest import ROOT, TINY, TINY_VQ, Result, random_state
 
 Linert = Callable[..., Result]
 METRICS = """
 import numpy as np
-from runtime.metrics import ClassAccuracy, FrechetDistance
+from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance
 
 def metrics():
     real = np.random.default_rng(0).normal(size=(50, 3))
@@ -175,13 +175,13 @@ SLOW = """
 import signal, sys, time
 # A shell may have started the tests with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from exporter.compare import Comparison
+from linert.exporter.compare import Comparison
 original = getattr(Comparison, {phase!r})
 def slow(self, *arguments):
     time.sleep(0.5)
     return original(self, *arguments)
 setattr(Comparison, {phase!r}, slow)
-from runtime.cli import main
+from linert.runtime.cli import main
 main()
 """
 
@@ -234,7 +234,7 @@ def test_metrics_whose_code_changed_are_measured_again(
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "brightness.py").write_text(
-        "from runtime.metrics import Metric\n"
+        "from linert.runtime.measuring.metrics import Metric\n"
         "class Brightness(Metric):\n"
         "    name, higher_is_better = 'brightness', True\n"
         "    def measure(self, pixels, asked):\n"

@@ -11,13 +11,13 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from exporter import sweep_plot
-from exporter.compare import CellResult
-from exporter.compare_plots import figures, svg
-from exporter.intervals import Interval
-from exporter.report import tables
-from runtime.bench import Limit, Start, Timings
-from runtime.metrics import ClassAccuracy, FrechetDistance, Metric
+from linert.exporter import sweep_plot
+from linert.exporter.compare import CellResult
+from linert.exporter.compare_plots import figures, svg
+from linert.exporter.intervals import Interval
+from linert.exporter.report import tables
+from linert.runtime.measuring.bench import Limit, Start, Timings
+from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance, Metric
 from tests.conftest import cache_settings
 
 POLICIES = ("linear", "streaming", "h2o", "snapkv", "rkv")

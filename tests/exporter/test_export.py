@@ -21,20 +21,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter import bundle_export
-from exporter.bundle_folder import foreign_to_bundle
-from exporter.commands.export import cache_plan
-from exporter.models import ModelRequest, load_models
-from exporter.sources import family_config, precision_plan
-from exporter.weights_file import WeightsFile
-from graphs.families import llamagen
-from graphs.line_attention import DOMAIN, OP_TYPE
-from runtime.bundle import open_bundle
-from runtime.cache_request import CacheRequest
-from runtime.errors import BundleError, ExportError, GeometryError, OutputError
-from runtime.geometry import Raster
-from runtime.locks import Lock, lock_path
-from runtime.manifest import SamplingSettings
+from linert.exporter import bundle_export
+from linert.exporter.bundle_folder import foreign_to_bundle
+from linert.exporter.commands.export import cache_plan
+from linert.exporter.models import ModelRequest, load_models
+from linert.exporter.sources import family_config, precision_plan
+from linert.exporter.weights_file import WeightsFile
+from linert.graphs.families import llamagen
+from linert.graphs.line_attention import DOMAIN, OP_TYPE
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.geometry import Raster
+from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.errors import BundleError, ExportError, GeometryError, OutputError
+from linert.runtime.files.locks import Lock, lock_path
 from tests.conftest import ROOT, TINY, Result, cache_settings, random_state
 
 Linert = Callable[..., Result]
@@ -310,7 +310,9 @@ def test_an_interrupted_export_leaves_nothing(
     out = tmp_path / "bundle"
     # A shell starts jobs in the background with SIGINT ignored, and nohup with SIGHUP.
     usual = "signal.default_int_handler" if kind == "SIGINT" else "signal.SIG_DFL"
-    code = f"import signal; signal.signal(signal.{kind}, {usual})\nfrom runtime.cli import main; main()"
+    code = (
+        f"import signal; signal.signal(signal.{kind}, {usual})\nfrom linert.runtime.cli import main; main()"
+    )
     command = [sys.executable, "-c", code, "export", tiny_files[0], "--vq"]
     process = subprocess.Popen(
         [*command, tiny_files[1], "--grid", "6", "--heads", "4", "--out", out],

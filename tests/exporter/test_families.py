@@ -11,16 +11,16 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from exporter.onnx_export import export_stage
-from exporter.precision import Precision, PrecisionPlan, Weight
-from exporter.weights_file import WeightsFile
-from graphs import stages
-from graphs.families import FAMILIES, janus, llamagen, lumina
-from graphs.line_buffer import LineEnd
-from graphs.memory import memory_of
-from graphs.policies import POLICIES
-from graphs.tensor_spec import NEXT
-from graphs.transformer import RasterTransformer
+from linert.exporter.onnx_export import export_stage
+from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.weights_file import WeightsFile
+from linert.graphs import stages
+from linert.graphs.families import FAMILIES, janus, llamagen, lumina
+from linert.graphs.line_buffer import LineEnd
+from linert.graphs.memory import memory_of
+from linert.graphs.policies import POLICIES
+from linert.graphs.tensor_spec import NEXT
+from linert.graphs.transformer import RasterTransformer
 from tests.conftest import random_state
 from tests.eager import fed_stages, usual_inputs
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from exporter.bundle_export import ExportPlan
-from exporter.calibration import Calibration, calibrated, with_integer_decoder
-from exporter.commands.export import CacheWishes
-from exporter.models import ModelRequest, load_image_decoder, load_models
-from exporter.precision import Method, Precision, PrecisionPlan, largest_of, round_to_nearest
-from runtime.cache_request import CacheRequest
-from runtime.errors import CheckpointError, ExportError
-from runtime.geometry import Raster
-from runtime.manifest import SamplingSettings
+from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.calibration import Calibration, calibrated, with_integer_decoder
+from linert.exporter.commands.export import CacheWishes
+from linert.exporter.models import ModelRequest, load_image_decoder, load_models
+from linert.exporter.precision import Method, Precision, PrecisionPlan, largest_of, round_to_nearest
+from linert.runtime.bundles.geometry import Raster
+from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.errors import CheckpointError, ExportError
 from tests.conftest import TINY, Result
 from tests.exporter.test_checkpoint import weights
 from tests.text_models import write_tiny_janus

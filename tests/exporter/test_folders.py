@@ -12,10 +12,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from exporter.checkpoint import find_weights, names_of, open_checkpoint
-from exporter.models import ModelRequest, load_models, named_side
-from exporter.vocabulary import TokenizerFile
-from runtime.errors import CheckpointError
+from linert.exporter.checkpoint import find_weights, names_of, open_checkpoint
+from linert.exporter.models import ModelRequest, load_models, named_side
+from linert.exporter.vocabulary import TokenizerFile
+from linert.runtime.errors import CheckpointError
 from tests.conftest import Result
 from tests.text_models import parts, write_shards, write_tiny_janus
 

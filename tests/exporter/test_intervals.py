@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from interval_coverage import KINDS, Distance, Mean, Median, coverage
 
-from exporter.intervals import Interval, ScoredImages, mean_difference, share_difference, share_interval
-from runtime.errors import RequestError
-from runtime.metrics import ClassAccuracy, Metric
+from linert.exporter.intervals import (
+    Interval,
+    ScoredImages,
+    mean_difference,
+    share_difference,
+    share_interval,
+)
+from linert.runtime.errors import RequestError
+from linert.runtime.measuring.metrics import ClassAccuracy, Metric
 
 RNG = np.random.default_rng(0)
 RIGHT = ClassAccuracy(lambda pixels: pixels)

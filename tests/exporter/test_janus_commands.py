@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from runtime.output import read_recipe
+from linert.runtime.drawing.output import read_recipe
 from tests.conftest import Result
 from tests.graphs.test_janus import original, published
 from tests.onnxruntime_cuda import cuda_faults
@@ -224,7 +224,7 @@ def test_policies_are_compared_on_prompts(
 ) -> None:
     (tmp_path / "metric.py").write_text(
         "import numpy as np\n"
-        "from runtime.metrics import Metric\n"
+        "from linert.runtime.measuring.metrics import Metric\n"
         "class Length(Metric):\n"
         "    name, higher_is_better = 'length', True\n"
         "    def measure(self, pixels, asked):\n"

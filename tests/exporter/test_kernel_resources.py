@@ -14,11 +14,11 @@ pytest.importorskip("triton")
 
 import triton
 
-from runtime.plugins import OPERATIONS
-from runtime.plugins.kernels import CompiledKernel, KernelSet
-from runtime.plugins.line_attention import LineAttentionLaunch
-from runtime.plugins.line_evict import LineEvictLaunch
-from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.runtime.plugins import OPERATIONS
+from linert.runtime.plugins.kernels import CompiledKernel, KernelSet
+from linert.runtime.plugins.line_attention import LineAttentionLaunch
+from linert.runtime.plugins.line_evict import LineEvictLaunch
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 from tests.exporter.compiler import run_compiler
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -58,8 +58,8 @@ COMPILE = """
 import sys
 from pathlib import Path
 import msgspec
-from exporter.tensorrt.compile import kernels_of
-from runtime.plugins import OPERATIONS
+from linert.exporter.tensorrt.compile import kernels_of
+from linert.runtime.plugins import OPERATIONS
 sets = []
 for name, fields in msgspec.json.decode(Path(sys.argv[1]).read_bytes()):
     sets.append(kernels_of(msgspec.convert(fields, OPERATIONS[name].launch_type), [80, 90]))

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.lasadgen_folder import write_lasadgen
-from exporter.peers import peer_of
-from exporter.sources import Checkpoints
-from graphs.families import vq
-from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
-from graphs.memory import memory_of
-from runtime.bundle import open_bundle
-from runtime.loop import generate
-from runtime.ort import OrtBackend
+from linert.exporter.lasadgen_folder import write_lasadgen
+from linert.exporter.peers import peer_of
+from linert.exporter.sources import Checkpoints
+from linert.graphs.families import vq
+from linert.graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
+from linert.graphs.memory import memory_of
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.drawing.loop import generate
 from tests.conftest import TINY_VQ, Result, random_state
 from tests.eager import Eager
 from tests.onnxruntime_cuda import CapturingBackend, cuda_faults

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from exporter.tensorrt.launch import line_attention
-from graphs.line_attention import reference
-from runtime.plugins.line_attention import LineAttentionLaunch
+from linert.exporter.tensorrt.launch import line_attention
+from linert.graphs.line_attention import reference
+from linert.runtime.plugins.line_attention import LineAttentionLaunch
 from tests.graphs.test_line_attention import Inputs, bundled, random_inputs
 
 Shape = tuple[int, int, int, int, str]

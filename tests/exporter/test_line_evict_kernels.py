@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from exporter.tensorrt.launch import line_evict
-from graphs.families.llamagen import LlamaGenConfig
-from graphs.line_buffer import LineEnd
-from graphs.line_evict import Importance
-from graphs.memory import memory_of
-from graphs.policies import POLICIES
-from runtime.plugins.line_evict import LineEvict, LineEvictLaunch
+from linert.exporter.tensorrt.launch import line_evict
+from linert.graphs.families.llamagen import LlamaGenConfig
+from linert.graphs.line_buffer import LineEnd
+from linert.graphs.line_evict import Importance
+from linert.graphs.memory import memory_of
+from linert.graphs.policies import POLICIES
+from linert.runtime.plugins.line_evict import LineEvict, LineEvictLaunch
 from tests.exporter.test_line_attention_kernels import DEVICE
 from tests.exporter.watched_memory import watched
 

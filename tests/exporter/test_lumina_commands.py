@@ -14,9 +14,9 @@ import torch
 from random_folder import lumina_vocabulary, write_shards
 from tokenizers import Tokenizer
 
-from graphs.families import lumina, vq
-from graphs.policies import POLICIES
-from runtime.bundle import open_bundle
+from linert.graphs.families import lumina, vq
+from linert.graphs.policies import POLICIES
+from linert.runtime.bundles.bundle import open_bundle
 from tests.conftest import Result, random_state
 from tests.graphs.test_lumina import chameleon
 from tests.onnxruntime_cuda import cuda_faults

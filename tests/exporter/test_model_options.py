@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from exporter.commands.export import command
-from exporter.lasadgen_folder import write_lasadgen
-from exporter.model_options import FLAGS, takers
-from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder
-from graphs.families import FAMILIES
-from graphs.families.given import ModelOption
-from graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
-from runtime.errors import CheckpointError
+from linert.exporter.commands.export import command
+from linert.exporter.lasadgen_folder import write_lasadgen
+from linert.exporter.model_options import FLAGS, takers
+from linert.exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder
+from linert.graphs.families import FAMILIES
+from linert.graphs.families.given import ModelOption
+from linert.graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
+from linert.runtime.errors import CheckpointError
 from tests.conftest import ROOT, TINY_VQ, Result, random_state
 from tests.text_models import write_lumina, write_tiny_janus, write_tiny_t5
 

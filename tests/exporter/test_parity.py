@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.families.llamagen import LlamaGen
-from graphs.families.vq import VQModel
-from runtime import metrics
-from runtime.bundle import open_bundle
-from runtime.loop import Batch, begin, run_step, uniform_row
-from runtime.manifest import SamplingSettings
-from runtime.ort import OrtBackend
+from linert.graphs.families.llamagen import LlamaGen
+from linert.graphs.families.vq import VQModel
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.drawing.loop import Batch, begin, run_step, uniform_row
+from linert.runtime.measuring import metrics
 from tests.conftest import TINY, TINY_VQ, Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
 
@@ -176,8 +176,8 @@ def test_another_model_fails_validation(
     linert: Linert, lazy_bundle: Path, golden_files: Files, tmp_path: Path
 ) -> None:
     """A bundle whose recorded digest says so, but whose weights were exported from something else."""
-    from exporter import sources
-    from exporter.commands import validate as command
+    from linert.exporter import sources
+    from linert.exporter.commands import validate as command
 
     state = golden_state("c2i")
     state["layers.1.feed_forward.w2.weight"] = state["layers.1.feed_forward.w2.weight"] * 1.02
@@ -238,7 +238,7 @@ def test_logits_that_are_not_finite_are_reported(
 @pytest.mark.parametrize(
     ("options", "package", "extra"),
     [
-        (("--metrics", "runtime.metrics:some_metrics"), "scipy", "compare"),
+        (("--metrics", "linert.runtime.measuring.metrics:some_metrics"), "scipy", "compare"),
         (("--stages", "--backend", "cuda"), "polygraphy", "stages"),
     ],
 )
@@ -252,7 +252,7 @@ def test_what_an_option_needs_is_missed_before_the_work(
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    for name in ("exporter.quality", "exporter.intervals", "exporter.stage_parity"):
+    for name in ("linert.exporter.quality", "linert.exporter.intervals", "linert.exporter.stage_parity"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(metrics, "some_metrics", lambda: [metrics.ClassAccuracy(len)], raising=False)

@@ -10,15 +10,15 @@ import pytest
 pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("triton")
 
-from exporter.onnx_export import export_stage
-from exporter.precision import Precision, PrecisionPlan, Weight
-from exporter.tensorrt.build import environment_of, run_job
-from exporter.tensorrt.build_stage import Job
-from exporter.weights_file import WeightsFile
-from graphs.families.llamagen import LlamaGen, LlamaGenConfig
-from graphs.memory import memory_of
-from graphs.stages import Decode
-from runtime.trt_flavour import FLAVOURS
+from linert.exporter.onnx_export import export_stage
+from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.tensorrt.build import environment_of, run_job
+from linert.exporter.tensorrt.build_stage import Job
+from linert.exporter.weights_file import WeightsFile
+from linert.graphs.families.llamagen import LlamaGen, LlamaGenConfig
+from linert.graphs.memory import memory_of
+from linert.graphs.stages import Decode
+from linert.runtime.backends.trt_flavour import FLAVOURS
 from tests.conftest import random_state
 
 

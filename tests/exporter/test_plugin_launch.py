@@ -13,14 +13,14 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
-from graphs.line_attention import reference
-from graphs.spatial_decay_step import reference as decay_reference
-from runtime.cuda import Device
-from runtime.plugins.base import Call, Launch, Operation, TensorKind
-from runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
-from runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
-from runtime.plugins.line_evict import LineEvict
-from runtime.plugins.spatial_decay_step import SpatialDecayStep, SpatialDecayStepLaunch
+from linert.graphs.line_attention import reference
+from linert.graphs.spatial_decay_step import reference as decay_reference
+from linert.runtime.backends.cuda import Device
+from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
+from linert.runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
+from linert.runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
+from linert.runtime.plugins.line_evict import LineEvict
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStep, SpatialDecayStepLaunch
 from tests.emulated_gpu import CAPABILITY, EmulatedDriver
 from tests.exporter.test_line_attention_kernels import inputs_of
 from tests.exporter.test_line_evict_kernels import NAMES, Case, tensors_of

@@ -16,11 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from exporter.bundle_export import export_bundle
-from exporter.calibration import gptq
-from exporter.commands.export import parse_parts
-from exporter.parity_report import Bounds, cost_of
-from exporter.precision import (
+from linert.exporter.bundle_export import export_bundle
+from linert.exporter.calibration import gptq
+from linert.exporter.commands.export import parse_parts
+from linert.exporter.parity_report import Bounds, cost_of
+from linert.exporter.precision import (
     Method,
     Precision,
     PrecisionPlan,
@@ -29,11 +29,11 @@ from exporter.precision import (
     pack_int4,
     round_to_nearest,
 )
-from exporter.sources import Checkpoints, plan_like
-from runtime.bundle import open_bundle
-from runtime.errors import ExportError
-from runtime.manifest import PrecisionSpec
-from runtime.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
+from linert.exporter.sources import Checkpoints, plan_like
+from linert.runtime.backends.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.manifest import PrecisionSpec
+from linert.runtime.errors import ExportError
 from tests.conftest import ROOT, TINY, Result
 from tests.onnxruntime_cuda import cuda_faults
 
@@ -92,7 +92,7 @@ def test_scales_do_not_depend_on_what_is_searched_together(monkeypatch: pytest.M
     for importance in (None, of_all, of_each):
         whole = best_scales(groups, 4, importance)
         with monkeypatch.context() as patch:
-            patch.setattr("exporter.precision.SEARCHED_TOGETHER", 2 * 3 * 16)
+            patch.setattr("linert.exporter.precision.SEARCHED_TOGETHER", 2 * 3 * 16)
             assert (best_scales(groups, 4, importance) == whole).all()
 
 
@@ -180,8 +180,8 @@ def test_a_precision_that_costs_more_fails(
 ) -> None:
     from click.testing import CliRunner
 
-    from exporter import parity_report
-    from exporter.commands.validate import command
+    from linert.exporter import parity_report
+    from linert.exporter.commands.validate import command
 
     bundle = precise("--precision", "int4")
     monkeypatch.setitem(parity_report.COSTS, "int4", parity_report.COSTS["fp16"])
@@ -402,7 +402,7 @@ def test_what_a_precision_costs_is_told_in_metrics(
     source = tmp_path / "brightness.py"
     source.write_text(
         "import numpy as np\n"
-        "from runtime.metrics import FrechetDistance, Metric\n"
+        "from linert.runtime.measuring.metrics import FrechetDistance, Metric\n"
         "class Brightness(Metric):\n"
         "    name, higher_is_better = 'brightness', True\n"
         "    def measure(self, pixels, classes):\n"

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from exporter.tensorrt.launch import spatial_decay_step
-from graphs.spatial_decay import RowState
-from graphs.spatial_decay_step import StepInputs, reference
-from runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.exporter.tensorrt.launch import spatial_decay_step
+from linert.graphs.spatial_decay import RowState
+from linert.graphs.spatial_decay_step import StepInputs, reference
+from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

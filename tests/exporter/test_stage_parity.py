@@ -14,11 +14,11 @@ import pytest
 
 pytest.importorskip("polygraphy")
 
-from exporter.stage_parity import compare_stages
-from runtime.bundle import file_sha256, open_bundle
-from runtime.engines import engines_folder, missing_plugins, read_engines
-from runtime.ort import OrtBackend
-from runtime.plugins import CONTENTS
+from linert.exporter.stage_parity import compare_stages
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.bundles.bundle import file_sha256, open_bundle
+from linert.runtime.bundles.engines import engines_folder, missing_plugins, read_engines
+from linert.runtime.plugins import CONTENTS
 from tests.conftest import Result
 from tests.runtime.test_backends import emulated
 from tests.runtime.test_ort import tiny_batch

@@ -16,12 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from exporter.checkpoint import open_checkpoint
-from exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder, load_transformer
-from exporter.state_dicts import unwrapped
-from graphs import text_encoder
-from graphs.families import FAMILIES, janus, llamagen, lumina, vq
-from runtime.errors import CheckpointError, RequestError
+from linert.exporter.checkpoint import open_checkpoint
+from linert.exporter.models import (
+    LoadedTransformer,
+    ModelRequest,
+    load_models,
+    load_text_encoder,
+    load_transformer,
+)
+from linert.exporter.state_dicts import unwrapped
+from linert.graphs import text_encoder
+from linert.graphs.families import FAMILIES, janus, llamagen, lumina, vq
+from linert.runtime.errors import CheckpointError, RequestError
 from tests.conftest import TINY, random_state
 from tests.exporter.test_checkpoint import weights
 from tests.text_models import write_tiny_janus, write_tiny_t5

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from exporter.step_file import StepFile
-from runtime.errors import OutputError
+from linert.exporter.step_file import StepFile
+from linert.runtime.errors import OutputError
 
 
 def test_what_was_written_is_read_again_and_again(tmp_path: Path) -> None:

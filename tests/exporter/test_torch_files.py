@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from exporter.torch_files import Inert, load_torch
-from runtime.errors import CheckpointError
+from linert.exporter.torch_files import Inert, load_torch
+from linert.runtime.errors import CheckpointError
 from tests.exporter.test_checkpoint import weights
 
 Change = Callable[[str, bytes], bytes | None]

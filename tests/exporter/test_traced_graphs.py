@@ -9,15 +9,15 @@ import onnx
 import pytest
 import torch
 
-from exporter import onnx_export
-from exporter.precision import Precision, PrecisionPlan, Weight
-from exporter.weights_file import WeightsFile
-from graphs.families import llamagen
-from graphs.line_buffer import LineEnd
-from graphs.memory import memory_of
-from graphs.policies import POLICIES
-from graphs.stage import Stage
-from graphs.stages import Decode, Prefill
+from linert.exporter import onnx_export
+from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.weights_file import WeightsFile
+from linert.graphs.families import llamagen
+from linert.graphs.line_buffer import LineEnd
+from linert.graphs.memory import memory_of
+from linert.graphs.policies import POLICIES
+from linert.graphs.stage import Stage
+from linert.graphs.stages import Decode, Prefill
 from tests.conftest import TINY, random_state
 from tests.traced_graphs import TraceStore, fingerprint
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.families import janus
-from graphs.memory import memory_of
+from linert.graphs.families import janus
+from linert.graphs.memory import memory_of
 from tests.eager import Eager
 
 transformers = pytest.importorskip("transformers")

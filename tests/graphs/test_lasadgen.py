@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graphs.families import FAMILIES
-from graphs.families.lasadgen import FAMILY, SIZES, LASADGen, LASADGenConfig, Variant, infer_config
-from graphs.history import full_history
-from graphs.memory import memory_of
+from linert.graphs.families import FAMILIES
+from linert.graphs.families.lasadgen import FAMILY, SIZES, LASADGen, LASADGenConfig, Variant, infer_config
+from linert.graphs.history import full_history
+from linert.graphs.memory import memory_of
 from tests.conftest import random_state
 from tests.eager import Eager
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from graphs.line_attention import (
+from linert.graphs.line_attention import (
     DOMAIN,
     OP_TYPE,
     OPSET,

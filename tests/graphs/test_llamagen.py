@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from graphs.families import llamagen, vq
-from graphs.history import HistoryModel
-from graphs.memory import memory_of
-from graphs.policies import POLICIES, LineEndParams
-from runtime.generator import picture
+from linert.graphs.families import llamagen, vq
+from linert.graphs.history import HistoryModel
+from linert.graphs.memory import memory_of
+from linert.graphs.policies import POLICIES, LineEndParams
+from linert.runtime.drawing.generator import picture
 from tests.eager import Eager
 from tests.golden_weights import golden_outputs, golden_state
 

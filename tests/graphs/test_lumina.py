@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_folder import chameleon_names
 
-from graphs.families import lumina, vq
-from graphs.families.given import Given
-from graphs.memory import memory_of
+from linert.graphs.families import lumina, vq
+from linert.graphs.families.given import Given
+from linert.graphs.memory import memory_of
 from tests.conftest import random_state
 from tests.eager import Eager
 from tests.golden_weights import golden_outputs, golden_state

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs.policies import POLICIES, FinishedLine, LineEndParams, base, choose_slots, end_line
-from graphs.policies.base import shared_importance
+from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, base, choose_slots, end_line
+from linert.graphs.policies.base import shared_importance
 from tests.graphs import policy_reference as reference
 
 WIDTH, PREFIX, LINES, HEADS, HEAD_DIM = 4, 2, 9, 2, 6

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs.sampling import RUN, SamplingParams, draw, filtered_mass, guide, sample
+from linert.graphs.sampling import RUN, SamplingParams, draw, filtered_mass, guide, sample
 from tests.golden_weights import golden_outputs
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from graphs.spatial_decay import Decay, RowState, attend, factors, fold, step_index, weights
-from graphs.spatial_decay_step import StepInputs, reference
+from linert.graphs.spatial_decay import Decay, RowState, attend, factors, fold, step_index, weights
+from linert.graphs.spatial_decay_step import StepInputs, reference
 
 PREFIX = 3
 

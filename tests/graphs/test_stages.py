@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graphs import line_buffer
-from graphs.families import llamagen
-from graphs.history import HistoryModel
-from graphs.line_buffer import LineEnd
-from graphs.memory import Memory, memory_of
-from graphs.policies import POLICIES, LineEndParams
+from linert.graphs import line_buffer
+from linert.graphs.families import llamagen
+from linert.graphs.history import HistoryModel
+from linert.graphs.line_buffer import LineEnd
+from linert.graphs.memory import Memory, memory_of
+from linert.graphs.policies import POLICIES, LineEndParams
 from tests.conftest import TINY, random_state
 from tests.eager import Eager
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from graphs import text_encoder
+from linert.graphs import text_encoder
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.array_files import read_arrays, write_arrays, write_parts
-from runtime.errors import RequestError
+from linert.runtime.errors import RequestError
+from linert.runtime.files.array_files import read_arrays, write_arrays, write_parts
 
 
 @pytest.mark.parametrize("parts", [[(3, 2), (1, 2), (3, 2)], [(1,)], [(2, 0)]])

@@ -17,17 +17,17 @@ import msgspec
 import numpy as np
 import pytest
 
-from runtime.backend import Backend
-from runtime.backends import BackendName, BackendOptions
-from runtime.bundle import Bundle, open_bundle
-from runtime.cuda import Device
-from runtime.errors import BundleError, DeviceError, LinertError, RequestError
-from runtime.generator import Generator
-from runtime.loop import generate
-from runtime.ort import OrtBackend
-from runtime.ort_cuda import OrtCudaBackend
-from runtime.trt import TrtBackend
-from runtime.trt_flavour import FLAVOURS, Flavour
+from linert.runtime.backends.base import Backend
+from linert.runtime.backends.cuda import Device
+from linert.runtime.backends.options import BackendName, BackendOptions
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.backends.ort_cuda import OrtCudaBackend
+from linert.runtime.backends.trt import TrtBackend
+from linert.runtime.backends.trt_flavour import FLAVOURS, Flavour
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.drawing.generator import Generator
+from linert.runtime.drawing.loop import generate
+from linert.runtime.errors import BundleError, DeviceError, LinertError, RequestError
 from tests.conftest import TINY, Result
 from tests.runtime.test_ort import STAGES, tiny_batch
 
@@ -252,7 +252,7 @@ def test_copies_that_nobody_asked_for_are_told(
     bundle = open_bundle(planned_bundle)
     driver = EmulatedDriver()
     module = EmulatedTensorRT("rtx", FLAVOURS["rtx"].load(), bundle, driver)
-    monkeypatch.setattr("runtime.cuda._driver", lambda: driver)
+    monkeypatch.setattr("linert.runtime.backends.cuda._driver", lambda: driver)
     monkeypatch.setattr(Flavour, "load", lambda flavour: module)
     asked = linert("inspect", planned_bundle, "--graphs", "rtx")
     assert asked.code == 0, asked.err
@@ -321,7 +321,7 @@ def test_a_backend_that_cannot_be_made_keeps_no_device(
     driver = EmulatedDriver()
     module = EmulatedTensorRT("rtx", FLAVOURS["rtx"].load(), bundle, driver)
     flavour = cast("Flavour", SimpleNamespace(name="rtx", load=lambda: module))
-    monkeypatch.setattr("runtime.cuda._driver", lambda: driver)
+    monkeypatch.setattr("linert.runtime.backends.cuda._driver", lambda: driver)
     monkeypatch.setattr(Device, "capability", 120)
     with pytest.raises(BundleError, match="SM120"):
         TrtBackend(bundle, STAGES, flavour)
@@ -362,7 +362,7 @@ def test_plans_that_do_not_fit_this_machine_are_refused(
     elif wrong == "capability":
         monkeypatch.setattr(Device, "capability", 120)
     elif wrong == "plugin":
-        monkeypatch.setattr("runtime.trt.PLUGIN_VERSION", "2")
+        monkeypatch.setattr("linert.runtime.backends.trt.PLUGIN_VERSION", "2")
     else:
         monkeypatch.setattr(emulated_gpu.EmulatedEngine, "get_tensor_shape", lambda engine, name: (1,))
     with pytest.raises(BundleError, match=r"linert build .* --target rtx"):
@@ -407,7 +407,7 @@ def test_a_backend_that_is_not_here_says_what_to_do(
 def test_a_runtime_that_is_not_installed_says_what_to_install(
     planned_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtime.ort", "runtime.ort_sessions", "onnxruntime"):
+    for module in ("linert.runtime.backends.ort", "linert.runtime.backends.ort_sessions", "onnxruntime"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(sys, "meta_path", [Without("onnxruntime"), *sys.meta_path])
     with pytest.raises(LinertError, match=r"needs onnxruntime.*linert\[cpu\]"):

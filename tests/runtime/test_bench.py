@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from exporter.sources import Checkpoints
-from exporter.sweep import cell_plan, cells, parse_axes
-from runtime import memory
-from runtime.backends import BackendOptions
-from runtime.bench import Limit, Measured, limit_of, profile
-from runtime.bundle import open_bundle
-from runtime.errors import RequestError
-from runtime.machine import ReadBandwidth, forget_peak, peak_macs, peak_resident_bytes, resident_bytes
+from linert.exporter.sources import Checkpoints
+from linert.exporter.sweep import cell_plan, cells, parse_axes
+from linert.runtime.backends import host_memory as memory
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.errors import RequestError
+from linert.runtime.machine import ReadBandwidth, forget_peak, peak_macs, peak_resident_bytes, resident_bytes
+from linert.runtime.measuring.bench import Limit, Measured, limit_of, profile
 from tests.conftest import ROOT, TINY, Result
 
 Linert = Callable[..., Result]
@@ -70,9 +70,9 @@ def test_other_systems_have_no_resource_module() -> None:
     """Windows: commands are imported, and what is not known is not told."""
     script = (
         "import sys; sys.modules['resource'] = None\n"
-        "import runtime.commands.bench, runtime.commands.run\n"
+        "import linert.runtime.commands.bench, linert.runtime.commands.run\n"
         "from pathlib import Path\n"
-        "from runtime import machine\n"
+        "from linert.runtime import machine\n"
         "def absent(self, *rest, **named): raise FileNotFoundError(self)\n"
         "Path.read_text = absent\n"
         "print(machine.peak_resident_bytes(), machine.resident_bytes(), machine.available_bytes())\n"

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.bundle import open_bundle
-from runtime.errors import BundleError, RequestError
-from runtime.manifest import SCHEMA, SamplingSettings
-from runtime.manifest_file import decode, encode, seal
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.manifest import SCHEMA, SamplingSettings
+from linert.runtime.bundles.manifest_file import decode, encode, seal
+from linert.runtime.errors import BundleError, RequestError
 from tests.conftest import Result
 
 Linert = Callable[..., Result]
@@ -125,7 +125,7 @@ def decode_unsealed(values: dict):  # type: ignore[type-arg, no-untyped-def]
     """A manifest with a digest that fits its (forged) contents."""
     import msgspec
 
-    from runtime.manifest import Manifest
+    from linert.runtime.bundles.manifest import Manifest
 
     return seal(msgspec.convert(values, Manifest, strict=False))
 
@@ -326,7 +326,7 @@ def test_sizes_that_are_no_sizes_are_refused(bundle: Path) -> None:
 
 
 def test_files_that_are_replaced_under_an_open_bundle_are_not_used(bundle: Path) -> None:
-    from runtime.generator import Generator
+    from linert.runtime.drawing.generator import Generator
 
     generator = Generator(bundle)
     generator.generate([1])
@@ -342,7 +342,7 @@ def test_files_that_are_replaced_under_an_open_bundle_are_not_used(bundle: Path)
 
 def test_what_is_drawn_while_a_file_is_written_to_is_thrown_away(bundle: Path) -> None:
     """Weights are mapped: written in place, they change under a session that was loaded."""
-    from runtime.generator import Generator
+    from linert.runtime.drawing.generator import Generator
 
     generator = Generator(bundle)
     [image] = generator.generate([1])

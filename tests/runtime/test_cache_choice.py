@@ -12,17 +12,17 @@ import onnx
 import PIL.Image
 import pytest
 
-from exporter.commands.export import cache_plan
-from runtime import Generator
-from runtime.bundle import open_bundle
-from runtime.cache_request import CacheRequest
-from runtime.errors import GeometryError, RequestError
-from runtime.eviction_map import MapKind, Residency, draw_map
-from runtime.geometry import CacheSettings, Raster, pyramid
-from runtime.loop import begin, run_step
-from runtime.output import read_recipe
-from runtime.samples import ClassLabel, Sample
-from runtime.trace import read_trace
+from linert import Generator
+from linert.exporter.commands.export import cache_plan
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.geometry import CacheSettings, Raster, pyramid
+from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
+from linert.runtime.drawing.loop import begin, run_step
+from linert.runtime.drawing.output import read_recipe
+from linert.runtime.drawing.samples import ClassLabel, Sample
+from linert.runtime.drawing.trace import read_trace
+from linert.runtime.errors import GeometryError, RequestError
 from tests.conftest import TINY, Result
 
 Linert = Callable[..., Result]
@@ -223,7 +223,7 @@ def test_a_replay_follows_the_trace_and_not_the_scores(
     seen: list[np.ndarray] = []
     from dataclasses import replace
 
-    from runtime.generator import Replay
+    from linert.runtime.drawing.generator import Replay
 
     generator.draw(
         recorded.header.samples,
@@ -359,10 +359,10 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
     """Stage against stage on the same live state, at every line."""
     import torch
 
-    from graphs.line_buffer import LineEnd
-    from graphs.memory import memory_of
-    from graphs.policies import POLICIES as REGISTERED
-    from runtime.generator import make_batch
+    from linert.graphs.line_buffer import LineEnd
+    from linert.graphs.memory import memory_of
+    from linert.graphs.policies import POLICIES as REGISTERED
+    from linert.runtime.drawing.generator import make_batch
 
     manifest = generator.manifest
     cache = settled(generator, policy=policy)

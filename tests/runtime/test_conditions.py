@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from runtime.commands.condition_options import parse_classes
-from runtime.conditions import CaptionConditioner, PromptConditioner, conditions_of
-from runtime.errors import BundleError, RequestError
-from runtime.manifest import CaptionInput, PromptInput
-from runtime.samples import MOST_IMAGES, Caption, ClassLabel, Prompt, plan_samples
-from runtime.text_encoder import TextEncoder, t5_tokens
-from runtime.tokenizer import TextTokenizer
+from linert.runtime.bundles.manifest import CaptionInput, PromptInput
+from linert.runtime.commands.condition_options import parse_classes
+from linert.runtime.drawing.conditions import CaptionConditioner, PromptConditioner, conditions_of
+from linert.runtime.drawing.samples import MOST_IMAGES, Caption, ClassLabel, Prompt, plan_samples
+from linert.runtime.drawing.text_encoder import TextEncoder, t5_tokens
+from linert.runtime.drawing.tokenizer import TextTokenizer
+from linert.runtime.errors import BundleError, RequestError
 from tests.text_models import JANUS_VOCABULARY, write_tiny_janus, write_tiny_t5
 
 TEXT = "a red fox in fresh snow, König & 狐 🦊"

@@ -14,12 +14,12 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime.bundle import file_sha256, open_bundle
-from runtime.errors import BundleError, RequestError
-from runtime.generator import Generator
-from runtime.machine import resident_bytes
-from runtime.manifest import FileRecord
-from runtime.manifest_file import encode, seal
+from linert.runtime.bundles.bundle import file_sha256, open_bundle
+from linert.runtime.bundles.manifest import FileRecord
+from linert.runtime.bundles.manifest_file import encode, seal
+from linert.runtime.drawing.generator import Generator
+from linert.runtime.errors import BundleError, RequestError
+from linert.runtime.machine import resident_bytes
 from tests.conftest import Result
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphs.families import janus, llamagen
-from graphs.memory import memory_of
-from runtime.bundle import open_bundle
-from runtime.commands.inspect import CacheSaving
+from linert.graphs.families import janus, llamagen
+from linert.graphs.memory import memory_of
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.commands.inspect import CacheSaving
 
 
 def test_the_saving_is_what_the_states_differ_by(tiny_bundle: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime import machine, ort
-from runtime.bundle import open_bundle
-from runtime.ort import OrtBackend
+from linert.runtime import machine
+from linert.runtime.backends import ort
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.bundles.bundle import open_bundle
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import runtime.metrics
-from runtime.errors import RequestError
-from runtime.metric_source import load_metrics
+import linert.runtime.measuring.metrics
+from linert.runtime.errors import RequestError
+from linert.runtime.measuring.metric_source import load_metrics
 from tests.conftest import ROOT
 
 METRICS = """
 import numpy as np
 from helper import SHIFT
-from runtime.metrics import Metric
+from linert.runtime.measuring.metrics import Metric
 
 class Brightness(Metric):
     name, higher_is_better = "brightness", True
@@ -106,10 +106,10 @@ def test_a_file_takes_no_modules_place(name: str, metric_file: Path) -> None:
     path = metric_file.rename(metric_file.with_name(f"{name}.py"))
     script = (
         "import json, sys\n"
-        "from runtime.metric_source import load_metrics\n"
+        "from linert.runtime.measuring.metric_source import load_metrics\n"
         "[metric] = load_metrics(sys.argv[1])\n"
-        "import colorsys, json, numpy, runtime, runtime.metrics\n"
-        "places = [module.__file__ for module in (colorsys, json, numpy, runtime, runtime.metrics)]\n"
+        "import colorsys, json, numpy, runtime, linert.runtime.measuring.metrics\n"
+        "places = [module.__file__ for module in (colorsys, json, numpy, runtime, linert.runtime.measuring.metrics)]\n"
         "print(json.dumps([metric.name, places]))"
     )
     done = subprocess.run(
@@ -118,7 +118,7 @@ def test_a_file_takes_no_modules_place(name: str, metric_file: Path) -> None:
     metric, places = json.loads(done.stdout)
     assert metric == "brightness"
     assert not [place for place in places if place.startswith(str(path.parent))]
-    assert runtime.metrics.__file__ in places
+    assert linert.runtime.measuring.metrics.__file__ in places
 
 
 @pytest.mark.parametrize(

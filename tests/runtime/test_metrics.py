@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.errors import RequestError
-from runtime.metrics import ClassAccuracy, FrechetDistance, Gaussian, frechet_distance
+from linert.runtime.errors import RequestError
+from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance, Gaussian, frechet_distance
 
 RNG = np.random.default_rng(0)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from packaging.requirements import Requirement
 
-from runtime.bundle import open_bundle
-from runtime.loop import Batch, begin, generate, uniform_row  # noqa: F401 (begin: used by a script below)
-from runtime.ort import OrtBackend
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.drawing.loop import Batch, begin, generate, uniform_row  # noqa: F401 (begin: used by a script below)
 from tests.conftest import ROOT, TINY
 
 STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.linear"]
@@ -41,7 +41,7 @@ def test_state_stays_where_it_is(tiny_bundle: Path) -> None:
 def test_the_caches_are_written_in_place(tiny_bundle: Path) -> None:
     """ONNX Runtime says so, once a cache, when it has to copy one."""
     script = f"""
-import onnxruntime, runtime.ort
+import onnxruntime, linert.runtime.backends.ort
 options = onnxruntime.SessionOptions
 class Talkative(options):
     log_severity_level = property(options.log_severity_level.fget, lambda self, level: None)
@@ -106,8 +106,8 @@ def runtime_only_site(folder: Path) -> Path:
 
 
 def test_importing_the_runtime_imports_nothing_heavy() -> None:
-    commands = "runtime.commands.run, runtime.commands.bench, runtime.commands.render"
-    script = f"import runtime, runtime.cli, {commands}, sys; print(*sys.modules)"
+    commands = "linert.runtime.commands.run, linert.runtime.commands.bench, linert.runtime.commands.render"
+    script = f"import linert, linert.runtime.cli, {commands}, sys; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -122,7 +122,7 @@ def test_running_needs_no_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     package.mkdir()
     for name in ("exporter", "graphs", "runtime"):
         (package / name).symlink_to(ROOT / name)
-    script = "from runtime.cli import main; main()"
+    script = "from linert.runtime.cli import main; main()"
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -13,12 +13,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from runtime.backend import Backend
-from runtime.bundle import Bundle, open_bundle
-from runtime.errors import BundleError, DeviceError, RequestError
-from runtime.loop import Batch, generate
-from runtime.ort import OrtBackend
-from runtime.ort_cuda import OrtCudaBackend, cuda_options
+from linert.runtime.backends.base import Backend
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.backends.ort_cuda import OrtCudaBackend, cuda_options
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.drawing.loop import Batch, generate
+from linert.runtime.errors import BundleError, DeviceError, RequestError
 from tests.conftest import TINY, cache_settings
 from tests.onnxruntime_cuda import CapturingBackend, constant_outputs, cuda_faults, inlined, without_kernel
 from tests.runtime.test_ort import tiny_batch

@@ -10,9 +10,9 @@ pytest.importorskip("cuda.bindings")
 
 import cuda.bindings
 
-from runtime.cuda import Device
-from runtime.plugins.kernels import CompiledKernel, KernelSet
-from runtime.plugins.trt import Contexts
+from linert.runtime.backends.cuda import Device
+from linert.runtime.plugins.kernels import CompiledKernel, KernelSet
+from linert.runtime.plugins.trt import Contexts
 from tests.emulated_gpu import EmulatedDriver
 
 

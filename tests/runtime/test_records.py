@@ -10,14 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from runtime.bundle import open_bundle
-from runtime.engines import engines_folder, read_engines
-from runtime.errors import BundleError, RequestError
-from runtime.output import read_recipe
-from runtime.plugins import tuning
-from runtime.records import MOST_BYTES, RecordError, read_record
-from runtime.text import brief
-from runtime.trace import read_trace
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.engines import engines_folder, read_engines
+from linert.runtime.drawing.output import read_recipe
+from linert.runtime.drawing.trace import read_trace
+from linert.runtime.errors import BundleError, RequestError
+from linert.runtime.files.records import MOST_BYTES, RecordError, read_record
+from linert.runtime.plugins import tuning
+from linert.runtime.text import brief
 from tests.conftest import Result
 
 Linert = Callable[..., Result]

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime import locks, replacement
-from runtime.errors import OutputError
-from runtime.locks import new_token, partial_path, replaced_path
-from runtime.replacement import (
+from linert.runtime.errors import OutputError
+from linert.runtime.files import locks, replacement
+from linert.runtime.files.locks import new_token, partial_path, replaced_path
+from linert.runtime.files.replacement import (
     atomic_file,
     check_target,
     claim_folder,
@@ -40,9 +40,9 @@ Elsewhere = Callable[..., subprocess.Popen[str]]
 PRELUDE = """
 import os, signal, sys, time
 from pathlib import Path
-from runtime import replacement
-from runtime.errors import LinertError
-from runtime.replacement import *
+from linert.runtime.files import replacement
+from linert.runtime.errors import LinertError
+from linert.runtime.files.replacement import *
 from tests.things import THING, wait_for
 out = Path(sys.argv[1])
 

@@ -16,14 +16,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from runtime.cli import interruptible
-from runtime.output import is_whole, read_recipe
-from runtime.replacement import working_folder
+from linert.runtime.cli import interruptible
+from linert.runtime.drawing.output import is_whole, read_recipe
+from linert.runtime.files.replacement import working_folder
 from tests.conftest import ROOT, Result
 from tests.runtime.test_replacement import NAMESPACES, namespaces
 
 Linert = Callable[..., Result]
-COMMAND = (sys.executable, "-c", "from runtime.cli import main; main()")
+COMMAND = (sys.executable, "-c", "from linert.runtime.cli import main; main()")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -168,7 +168,7 @@ def test_a_run_that_filled_the_disk_goes_on(drawn: Path, tiny_bundle: Path, tmp_
     script = f"""
         set -e
         mount -t tmpfs -o size=4k none {tmp_path}
-        linert() {{ "$PYTHON" -c 'from runtime.cli import main; main()' "$@"; }}
+        linert() {{ "$PYTHON" -c 'from linert.runtime.cli import main; main()' "$@"; }}
         draw() {{ linert run {tiny_bundle} {options} --out {tmp_path}/out "$@" 2> {tmp_path}/../said && code=0 || code=$?; }}
         head -c 4000 /dev/zero > {tmp_path}/full
         draw

@@ -15,14 +15,14 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from runtime import Generator
-from runtime.commands import render
-from runtime.conditions import conditions_of
-from runtime.errors import LinertError
-from runtime.manifest import SamplingSettings
-from runtime.ort import OrtBackend
-from runtime.output import read_recipe
-from runtime.samples import ClassLabel, Sample, plan_samples
+from linert import Generator
+from linert.runtime.backends.ort import OrtBackend
+from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.commands import render
+from linert.runtime.drawing.conditions import conditions_of
+from linert.runtime.drawing.output import read_recipe
+from linert.runtime.drawing.samples import ClassLabel, Sample, plan_samples
+from linert.runtime.errors import LinertError
 from tests.conftest import ROOT, TINY, Result
 
 Linert = Callable[..., Result]
@@ -149,7 +149,7 @@ SLOW_RUN = """
 import signal, sys, time
 # A shell may have started the tests with the signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from runtime.generator import Generator
+from linert.runtime.drawing.generator import Generator
 # A shell may have started the tests with these ignored.
 for kind in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(kind, signal.SIG_DFL)
@@ -158,7 +158,7 @@ def slow(*arguments, **named):
     time.sleep(0.4)
     return draw(*arguments, **named)
 Generator.draw = slow
-from runtime.cli import main
+from linert.runtime.cli import main
 main()
 """
 
@@ -210,7 +210,7 @@ def test_a_preview_is_refreshed_and_taken_away(share: float, tiny_bundle: Path, 
     seen = []
     from click.testing import CliRunner
 
-    from runtime.commands import run
+    from linert.runtime.commands import run
 
     write = run.write_png
 

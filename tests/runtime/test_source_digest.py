@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import source_digest as module
-from runtime.source_digest import source_digest
+from linert.runtime.files import source_digest as module
+from linert.runtime.files.source_digest import source_digest
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.commands.condition_options import ConditionRequest
-from runtime.conditions import PromptConditioner
-from runtime.errors import BundleError, RequestError
-from runtime.manifest import PromptInput
-from runtime.samples import Prompt
-from runtime.text_files import MOST_BYTES, read_json_object, read_lines, read_text
-from runtime.tokenizer import TextTokenizer
+from linert.runtime.bundles.manifest import PromptInput
+from linert.runtime.commands.condition_options import ConditionRequest
+from linert.runtime.drawing.conditions import PromptConditioner
+from linert.runtime.drawing.samples import Prompt
+from linert.runtime.drawing.tokenizer import TextTokenizer
+from linert.runtime.errors import BundleError, RequestError
+from linert.runtime.files.text_files import MOST_BYTES, read_json_object, read_lines, read_text
 from tests.text_models import write_tiny_janus
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import ExportError
-from runtime.plugins import tuning
-from runtime.plugins.base import HELD, TensorKind
-from runtime.plugins.line_attention import INPUTS, LineAttention, LineAttentionLaunch
-from runtime.plugins.tuning import Tuning, read_tunings, tuning_of, write_tunings
+from linert.runtime.errors import ExportError
+from linert.runtime.plugins import tuning
+from linert.runtime.plugins.base import HELD, TensorKind
+from linert.runtime.plugins.line_attention import INPUTS, LineAttention, LineAttentionLaunch
+from linert.runtime.plugins.tuning import Tuning, read_tunings, tuning_of, write_tunings
 
 HALVES = Tuning(90, 64, "float16", 2, 512)
 OLDER = Tuning(80, 64, "float16", 4, 1024)

@@ -1,0 +1,1 @@
+"""What runs stages: ONNX Runtime on the CPU and on CUDA, TensorRT."""

@@ -1,0 +1,313 @@
+"""The manifest: the contract between the exporter and every runtime. Decoded strictly; nothing is guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from linert.runtime.bundles.geometry import CacheSettings, Raster
+from linert.runtime.errors import BundleError, RequestError
+
+SCHEMA = 7
+MANIFEST_NAME = "manifest.json"
+CONTRACT_KEY = "linert.contract"
+"""Of the entry in an ONNX file's metadata that holds :func:`linert.runtime.bundles.manifest_file.contract`."""
+
+MOST_COUNT = 2**31 - 1
+"""Largest number of steps or tokens that a setting takes."""
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of every part of the manifest."""
+
+
+class TensorSpec(Record, frozen=True):
+    """Name, dtype (numpy's name) and static shape of a tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class Work(Record, frozen=True):
+    """What one run of a stage reads and computes: bytes of weights and of state, multiply-accumulates."""
+
+    weight_bytes: int
+    state_bytes: int
+    macs: int
+
+
+class StageSpec(Record, frozen=True):
+    """One ONNX file and how it is bound.
+
+    ``updates`` maps an output to the state that it replaces; the states in ``in_place`` may share memory with
+    their outputs.
+    """
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    updates: dict[str, str]
+    in_place: tuple[str, ...]
+    work: Work
+
+
+class SamplingSettings(Record, frozen=True):
+    """How tokens are drawn.
+
+    ``guidance``: scale of classifier-free guidance; 1 or less uses the conditional logits alone.
+    ``guidance_interval``: decode steps after this one (from 0) are unguided; -1 never. ``top_k`` 0 and
+    ``top_p`` 1 keep every token. ``greedy`` takes the most likely token.
+    """
+
+    guidance: float = 1.0
+    guidance_interval: int = -1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    @property
+    def filtered(self) -> bool:
+        """Whether top-k or top-p have anything to do."""
+        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
+
+    def faults(self, *, guided: bool) -> list[str]:
+        """What is wrong with these settings for a bundle with (``guided``) or without unconditional rows."""
+        found = []
+        if not math.isfinite(self.guidance) or self.guidance < 0:
+            found.append(f"guidance {self.guidance} must be a finite number of at least 0")
+        elif not guided and self.guidance > 1:
+            found.append(
+                f"guidance {self.guidance} needs unconditional rows and the bundle was exported without: "
+                "export it with --guidance above 1"
+            )
+        if not -1 <= self.guidance_interval <= MOST_COUNT:
+            found.append(f"guidance_interval {self.guidance_interval} must be -1 or a step number")
+        if not math.isfinite(self.temperature) or self.temperature <= 0:
+            found.append(f"temperature {self.temperature} must be a finite number above 0")
+        if not 0 <= self.top_k <= MOST_COUNT:
+            found.append(f"top_k {self.top_k} must be at least 0 and at most {MOST_COUNT}")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p {self.top_p} must be above 0 and at most 1")
+        return found
+
+
+class Source(Record, frozen=True):
+    """A checkpoint that went into the bundle. ``path`` is where it was; only the digest binds."""
+
+    path: str
+    sha256: str
+    bytes: int
+    weights: str
+
+
+class Model(Record, frozen=True):
+    """The transformer: family, its configuration, and the checkpoint."""
+
+    family: str
+    config: dict[str, Any]
+    parameters: int
+    vocab_size: int
+    layers: int
+    source: Source
+
+
+class ClassInput(Record, frozen=True, tag="class"):
+    """The model draws classes."""
+
+    num_classes: int
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"{self.num_classes} classes"
+
+
+class PromptInput(Record, frozen=True, tag="prompt"):
+    """The model draws what prompts say: ids, the tokens of ``template`` with the prompt in place of ``{prompt}``, ids.
+
+    ``tokenizer``: a file of the bundle. ``stripped``: white space around the prompt goes.
+    """
+
+    tokenizer: str
+    first: tuple[int, ...]
+    template: str
+    last: tuple[int, ...]
+    stripped: bool
+
+    @property
+    def text(self) -> str:
+        return f"prompts, {self.template!r}"
+
+
+class CaptionInput(Record, frozen=True, tag="caption"):
+    """The model draws what features of captions say, vectors of ``feature_dim``.
+
+    ``tokenizer``: a file of the bundle, where it has a stage ``text_encoder`` that makes features of text; else empty.
+    ``encoder``: the checkpoint of that stage.
+    """
+
+    feature_dim: int
+    tokenizer: str = ""
+    encoder: Source | None = None
+
+    @property
+    def text(self) -> str:
+        what = "prompts, by its text encoder, or " if self.encoder else ""
+        return f"{what}features of captions, {self.feature_dim} wide"
+
+
+class ImageDecoder(Record, frozen=True):
+    """The VQ decoder. ``patch``: pixels along the side of a token."""
+
+    config: dict[str, Any]
+    patch: int
+    codebook_size: int
+    source: Source
+
+
+class PolicySpec(Record, frozen=True):
+    """A cache policy that the bundle holds. ``score_window``: decode's input of that name."""
+
+    score_window: int
+
+
+class PrecisionSpec(Record, frozen=True):
+    """What weights are stored in (``fp32``, ``fp16``, ``bf16``, ``int8``, ``int4``) and what is computed in.
+
+    ``parts``: exceptions by part of the transformer (``embedding``, ``output``, a layer's number). ``block``: most inputs
+    that share a scale in int4. ``method``: how integers were found (``none`` where there are none).
+    """
+
+    weights: str
+    activations: str
+    parts: dict[str, str]
+    block: int
+    method: str
+    image_decoder: str
+
+    @property
+    def text(self) -> str:
+        """For people: ``int4 (output int8), activations fp32``."""
+        kept = ", ".join(f"{part} {name}" for part, name in self.parts.items())
+        method = "" if self.method == "none" else f", {self.method}"
+        return (
+            f"{self.weights}{f' ({kept})' if kept else ''}, activations {self.activations}{method}; "
+            f"image decoder {self.image_decoder}"
+        )
+
+
+class FileRecord(Record, frozen=True):
+    sha256: str
+    bytes: int
+
+
+class Manifest(Record, frozen=True):
+    """Everything that a runtime has to know about a bundle.
+
+    ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
+    file, it names the bundle. ``prefix_steps``: decode steps that feed the condition after the prefill.
+    ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
+    A model whose state is of one size has no cache: there are no capacities and no policies, and one ``line_end``.
+    """
+
+    schema: int
+    producer: dict[str, str]
+    precision: PrecisionSpec
+    model: Model
+    condition: ClassInput | PromptInput | CaptionInput
+    image_decoder: ImageDecoder
+    raster: Raster
+    prefix_steps: int
+    images: int
+    guided: bool
+    capacity_lines: tuple[int, ...]
+    policies: dict[str, PolicySpec]
+    cache: CacheSettings | None
+    sampling: SamplingSettings
+    state: tuple[TensorSpec, ...]
+    stages: dict[str, StageSpec]
+    files: dict[str, FileRecord]
+    sha256: str = ""
+
+    @property
+    def size(self) -> str:
+        """Width and height of the images in pixels, as in ``512x768``."""
+        return self.raster.size(self.image_decoder.patch)
+
+    @property
+    def state_bytes(self) -> int:
+        """Exact size of everything that persists between decode steps."""
+        return sum(spec.nbytes for spec in self.state)
+
+    def state_bytes_at(self, lines: Sequence[int]) -> int:
+        """Exact size of the same state in a bundle whose layers have buffers of so many ``lines``."""
+        return sum(spec.nbytes for spec in self.state_at(lines))
+
+    def state_at(self, lines: Sequence[int]) -> tuple[TensorSpec, ...]:
+        """The state of a bundle whose layers have buffers of so many ``lines``."""
+        return tuple(self._resized(spec, lines) for spec in self.state)
+
+    def _resized(self, spec: TensorSpec, lines: Sequence[int]) -> TensorSpec:
+        _, layered, layer = spec.name.partition(".")
+        if not layered or self.cache is None:
+            return spec
+        slots = self.raster.slots(self.capacity_lines[int(layer)])
+        axis = 2 if len(spec.shape) == 4 else 1
+        if spec.shape[axis] != slots:
+            raise BundleError(f"{spec.name} has shape {spec.shape}, not {slots} slots")
+        shape = list(spec.shape)
+        shape[axis] = self.raster.slots(lines[int(layer)])
+        return TensorSpec(spec.name, spec.dtype, tuple(shape))
+
+    def state_spec(self, name: str) -> TensorSpec:
+        """The state tensor of that name."""
+        return next(spec for spec in self.state if spec.name == name)
+
+    @property
+    def branches(self) -> int:
+        """Rows an image: 2 with an unconditional one."""
+        return 2 if self.guided else 1
+
+    def require_cache(self, what: str) -> CacheSettings:
+        """The default settings of the cache.
+
+        Raises:
+            RequestError: there is none; the message says that ``what`` needs one.
+        """
+        if self.cache is None:
+            raise RequestError(f"{what}: a {self.model.family} bundle has no KV cache; leave that out")
+        return self.cache
+
+    def check_cache(self, cache: CacheSettings | None, *, replayed: bool = False) -> None:
+        """Raise :class:`RequestError` or :class:`GeometryError` for settings that this bundle cannot run with.
+
+        A ``replayed`` run asks no policy: the bundle need not hold it.
+        """
+        if cache is None:
+            if self.cache is not None:
+                raise RequestError("the bundle has a KV cache, for which there are no settings")
+            return
+        self.require_cache("cache settings")
+        if cache.policy not in self.policies and not replayed:
+            held = ", ".join(self.policies)
+            raise RequestError(
+                f"the bundle holds no policy {cache.policy}, only {held}: export it with --policy "
+                f"{','.join([*self.policies, cache.policy])}"
+            )
+        if cache.share_guidance and not self.guided:
+            raise RequestError(
+                "share_guidance needs unconditional rows and the bundle was exported without: "
+                "export it with --guidance above 1"
+            )
+        cache.check(self.raster, self.capacity_lines)

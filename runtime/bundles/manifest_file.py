@@ -1,0 +1,290 @@
+"""The manifest's file: written in one way, and read strictly. What was changed, contradicts itself or is out of bounds is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from linert.runtime.bundles.manifest import (
+    ITEM_BYTES,
+    SCHEMA,
+    CaptionInput,
+    ClassInput,
+    Manifest,
+    PromptInput,
+    StageSpec,
+    TensorSpec,
+)
+from linert.runtime.errors import BundleError, GeometryError, RequestError
+from linert.runtime.text import brief
+
+MAX_BYTES = 64 << 20
+"""Of a manifest's file; the largest that were made have one."""
+
+MOST = {
+    "images": 1 << 14,
+    "layers": 1 << 12,
+    "lines": 1 << 14,
+    "tokens a line": 1 << 14,
+    "prefix": 1 << 20,
+    "vocabulary": 1 << 26,
+    "pixels a token": 1 << 10,
+    "tensor": 1 << 48,
+    "work": 1 << 62,
+}
+"""Bounds of a manifest's numbers (of ``tensor``: bytes; of ``work``: bytes or operations of a stage), far above every model that there is; arithmetic with what is below is safe."""
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,199}")
+"""Of stages, tensors and policies."""
+
+MAX_RANK = 8
+
+FORMATS = frozenset({"fp32", "fp16", "bf16", "int8", "int4"})
+"""What weights are stored in."""
+
+METHODS = frozenset({"none", "rtn", "gptq"})
+"""How integers are found."""
+
+DRIVEN = {
+    "decode": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
+    "decode.unfiltered": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
+    "line_end.replay": frozenset({"replay_slots"}),
+    "text_encoder": frozenset({"text_tokens", "text_lengths", "text_features"}),
+    "vq_decoder": frozenset({"grid_tokens", "pixels"}),
+}
+"""Tensors that the loop writes and reads by name."""
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The one byte sequence that stands for ``manifest`` on disk."""
+    return msgspec.json.format(msgspec.json.encode(manifest, order="deterministic"), indent=1) + b"\n"
+
+
+def seal(manifest: Manifest) -> Manifest:
+    """Return ``manifest`` with its digest filled in."""
+    empty = msgspec.structs.replace(manifest, sha256="")
+    return msgspec.structs.replace(manifest, sha256=hashlib.sha256(encode(empty)).hexdigest())
+
+
+def contract(manifest: Manifest) -> str:
+    """Digest of everything that the stages were traced for: image, batch, buffers, policies, condition, tensors.
+
+    Every ONNX file carries it, so that a file is never run under a manifest that it was not made for. What a run may choose
+    (sampling, what the cache keeps) and what only tells of the export (digests, sources, versions) is not part of it.
+    """
+    values: dict[str, Any] = msgspec.to_builtins(manifest)
+    for name in ("producer", "precision", "sampling", "cache", "files", "sha256"):
+        del values[name]
+    for part in ("model", "image_decoder"):
+        del values[part]["source"]
+    values["condition"].pop("encoder", None)
+    for stage in values["stages"].values():
+        del stage["file"], stage["work"]
+    values["activations"] = manifest.precision.activations
+    return hashlib.sha256(msgspec.json.encode(values, order="deterministic")).hexdigest()
+
+
+class _Version(msgspec.Struct):
+    schema: int
+
+
+def decode(data: bytes, where: str) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        data: contents of the file.
+        where: the file's name, for messages.
+
+    Raises:
+        BundleError: not a manifest, of another schema version, with missing or unknown fields, changed since it was written, with
+            numbers that no model has, or contradicting itself.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema
+    except (ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{where} is not a bundle manifest ({brief(str(error))}); export the bundle again"
+        ) from error
+    if version != SCHEMA:
+        age = "older" if version < SCHEMA else "newer"
+        remedy = "export the bundle again" if version < SCHEMA else "upgrade linert"
+        raise BundleError(
+            f"{where} has schema {version}, {age} than the {SCHEMA} that this linert reads; {remedy}"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+        written = encode(manifest)
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise BundleError(f"{where}: {brief(str(error))}; export the bundle again") from error
+    if written != data or seal(manifest) != manifest:
+        raise BundleError(f"{where} was changed after it was written; export the bundle again")
+    try:
+        check(manifest)
+    except BundleError as error:
+        raise BundleError(f"{where}: {error}; export the bundle again") from error
+    return manifest
+
+
+def check(manifest: Manifest) -> None:
+    """Hold a manifest's parts against one another.
+
+    Raises:
+        BundleError: a number is out of bounds, or two parts contradict each other; the message names all that do.
+    """
+    # The second calculates with what the first bounds.
+    for find in (_out_of_bounds, _contradictions):
+        if faults := list(find(manifest)):
+            shown = "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+            raise BundleError(f"the manifest contradicts itself: {shown}")
+    try:
+        manifest.check_cache(manifest.cache)
+    except (RequestError, GeometryError) as error:
+        raise BundleError(f"the manifest contradicts itself: {error}") from error
+
+
+def _out_of_bounds(manifest: Manifest) -> Iterable[str]:
+    """Numbers and names that no bundle has."""
+    raster = manifest.raster
+    numbers = [
+        ("images", manifest.images, 1, MOST["images"]),
+        ("layers", manifest.model.layers, 1, MOST["layers"]),
+        ("parameters", manifest.model.parameters, 0, MOST["tensor"]),
+        ("vocab_size", manifest.model.vocab_size, 1, MOST["vocabulary"]),
+        ("codebook_size", manifest.image_decoder.codebook_size, 1, MOST["vocabulary"]),
+        ("patch", manifest.image_decoder.patch, 1, MOST["pixels a token"]),
+        ("lines", raster.lines, 2, MOST["lines"]),
+        ("line_width", raster.line_width, 2, MOST["tokens a line"]),
+        ("newlines", raster.newlines, 0, 1),
+        ("prefix_len", raster.prefix_len, 1, MOST["prefix"]),
+        ("prefix_steps", manifest.prefix_steps, 1, MOST["prefix"]),
+        *[("capacity_lines", lines, 1, raster.lines) for lines in manifest.capacity_lines],
+        *[("score_window", spec.score_window, 0, raster.line_width) for spec in manifest.policies.values()],
+        *[
+            (f"{what} of {name}", number, 0, MOST["work"])
+            for name, stage in manifest.stages.items()
+            for what, number in msgspec.structs.asdict(stage.work).items()
+        ],
+        *[(f"bytes of {name}", record.bytes, 0, MOST["tensor"]) for name, record in manifest.files.items()],
+    ]
+    if isinstance(manifest.condition, ClassInput):
+        numbers.append(("num_classes", manifest.condition.num_classes, 1, MOST["vocabulary"]))
+    if isinstance(manifest.condition, CaptionInput):
+        numbers.append(("feature_dim", manifest.condition.feature_dim, 1, MOST["prefix"]))
+    if isinstance(manifest.condition, PromptInput):
+        ids = (*manifest.condition.first, *manifest.condition.last)
+        numbers += [("token id", number, 0, MOST["vocabulary"]) for number in ids]
+        if not manifest.condition.first:
+            yield "a prompt without a first token"
+    for name, number, least, most in numbers:
+        if not least <= number <= most:
+            yield f"{name} is {number}, not {least} to {most}"
+    precision = manifest.precision
+    for stored in (
+        *(precision.weights, precision.activations, precision.image_decoder),
+        *precision.parts.values(),
+    ):
+        if stored not in FORMATS:
+            yield f"a precision of {stored[:40]!r}"
+    if precision.method not in METHODS:
+        yield f"integers found by {precision.method[:40]!r}"
+    names = [*manifest.stages, *manifest.policies, *(spec.name for spec in _tensors(manifest))]
+    for stage in manifest.stages.values():
+        names += [*stage.updates, *stage.updates.values(), *stage.in_place]
+    yield from (f"the name {name[:40]!r}" for name in names if not NAME.fullmatch(name))
+    for spec in _tensors(manifest):
+        if spec.dtype not in ITEM_BYTES:
+            yield f"{spec.name} of dtype {spec.dtype[:40]!r}"
+        elif len(spec.shape) > MAX_RANK or min(spec.shape, default=1) < 1 or _bytes_above(spec):
+            yield f"{spec.name} of shape {list(spec.shape[:MAX_RANK])}"
+
+
+def _bytes_above(spec: TensorSpec) -> bool:
+    # Sides are checked one by one: the product of huge ones takes long.
+    return any(side > MOST["tensor"] for side in spec.shape) or spec.nbytes > MOST["tensor"]
+
+
+def _tensors(manifest: Manifest) -> Iterable[TensorSpec]:
+    yield from manifest.state
+    for stage in manifest.stages.values():
+        yield from (*stage.inputs, *stage.outputs)
+
+
+def _contradictions(manifest: Manifest) -> Iterable[str]:
+    """Parts that do not belong together, of a manifest within bounds."""
+    raster, states = manifest.raster, {spec.name: spec for spec in manifest.state}
+    if len(states) != len(manifest.state):
+        yield "two states of one name"
+    wanted = {"prefill", "decode", "decode.unfiltered", "vq_decoder"}
+    if manifest.cache is None:
+        wanted.add("line_end")
+        if manifest.capacity_lines or manifest.policies:
+            yield "capacities or policies of no cache"
+    else:
+        wanted |= {"line_end.replay", *(f"line_end.{policy}" for policy in manifest.policies)}
+        if len(manifest.capacity_lines) != manifest.model.layers:
+            yield f"{len(manifest.capacity_lines)} capacities for {manifest.model.layers} layers"
+    if isinstance(manifest.condition, CaptionInput) and manifest.condition.encoder:
+        wanted.add("text_encoder")
+    if missing := sorted(wanted - set(manifest.stages)):
+        yield f"no stage {', '.join(missing)}"
+    for name, stage in manifest.stages.items():
+        yield from _stage_contradictions(name, stage, manifest, states)
+    tokenizer = "" if isinstance(manifest.condition, ClassInput) else manifest.condition.tokenizer
+    if tokenizer and tokenizer not in manifest.files:
+        yield f"the tokenizer {tokenizer} is not among the files"
+    sequences = manifest.images * manifest.branches
+    for state, shape in (
+        ("token", (manifest.images,)),
+        ("tokens", (manifest.images, raster.image_tokens)),
+        ("position", (sequences,)),
+    ):
+        if state in states and states[state].shape != shape:
+            yield f"{state} of shape {states[state].shape} for {manifest.images} images of {raster.image_tokens} tokens"
+    if "write_slots" in states and not (
+        len(slots := states["write_slots"].shape) == 3
+        and (slots[0], slots[1] % sequences, slots[2]) == (manifest.model.layers, 0, raster.line_width)
+    ):
+        yield f"write_slots of shape {slots} for {manifest.model.layers} layers, {sequences} sequences, {raster.line_width} tokens a line"
+    if isinstance(manifest.condition, CaptionInput) and "prefill" in manifest.stages:
+        width = (raster.prefix_len, manifest.condition.feature_dim)
+        for tensor in manifest.stages["prefill"].inputs:
+            if tensor.name == "caption_features" and tensor.shape[1:] != width:
+                yield f"caption_features of shape {tensor.shape} for features of {width}"
+    for tensor in manifest.stages["vq_decoder"].inputs if "vq_decoder" in manifest.stages else ():
+        if tensor.name == "grid_tokens" and tensor.shape[1:] != (raster.image_tokens,):
+            yield f"grid_tokens of shape {tensor.shape} for images of {raster.image_tokens} tokens"
+    if manifest.cache is not None:
+        try:
+            manifest.state_at(manifest.capacity_lines)
+        except (BundleError, IndexError, ValueError) as error:
+            yield f"state: {error}"
+    if manifest.prefix_steps > raster.prefix_len:
+        yield f"{manifest.prefix_steps} steps for a prefix of {raster.prefix_len}"
+
+
+def _stage_contradictions(
+    name: str, stage: StageSpec, manifest: Manifest, states: dict[str, TensorSpec]
+) -> Iterable[str]:
+    if stage.file not in manifest.files:
+        yield f"stage {name} names {stage.file}, which is not among the files"
+    inputs, outputs = ({spec.name: spec for spec in side} for side in (stage.inputs, stage.outputs))
+    if missing := sorted(DRIVEN.get(name, frozenset()) - inputs.keys() - outputs.keys()):
+        yield f"stage {name} has no tensor {', '.join(missing)}"
+    if len(inputs) != len(stage.inputs) or len(outputs) != len(stage.outputs):
+        yield f"stage {name} has two tensors of one name"
+    for tensor in stage.inputs:
+        if tensor.name in states and tensor != states[tensor.name]:
+            yield f"stage {name} reads {tensor.name} in another shape or dtype than the state has"
+    for output, state in stage.updates.items():
+        if output not in outputs or state not in states:
+            yield f"stage {name} replaces {state} by {output}: no such tensors"
+        elif (outputs[output].shape, outputs[output].dtype) != (states[state].shape, states[state].dtype):
+            yield f"stage {name}: {output} has not the shape and dtype of {state}"
+    if len(set(stage.updates.values())) != len(stage.updates):
+        yield f"stage {name} replaces a state twice"
+    if unknown := sorted(set(stage.in_place) - set(stage.updates.values())):
+        yield f"stage {name} updates {', '.join(unknown[:3])} in place and does not replace it"

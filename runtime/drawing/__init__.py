@@ -1,0 +1,1 @@
+"""From what is asked for to images: conditions, the loop, runs on disk."""

@@ -1,0 +1,176 @@
+"""The raster loop: drive a backend through the stages. It knows nothing about models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from linert.runtime.backends.base import Backend
+from linert.runtime.bundles.geometry import Aggregation, CacheSettings, HeadScores, Mode, Step, recent_tokens
+from linert.runtime.bundles.manifest import Manifest, SamplingSettings
+from linert.runtime.errors import BundleError, RequestError
+
+UNIFORM_BITS = 23
+"""Uniforms are multiples of 2^-23 below 1: times any float32 total they stay below that total."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass of the loop needs.
+
+    ``conditions``: the model's inputs by name. ``uniforms``: a row ``[I, N]`` float32 an image. ``replay``: write
+    slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`linert.runtime.drawing.trace`).
+    """
+
+    conditions: Mapping[str, NDArray[Any]]
+    uniforms: NDArray[np.float32]
+    sampling: SamplingSettings
+    cache: CacheSettings | None
+    replay: NDArray[np.int64] | None = None
+
+    @cached_property
+    def stages(self) -> dict[str, str]:
+        """The bundle's stage for every stage of the schedule that the batch runs through."""
+        return {
+            "prefill": "prefill",
+            "decode": "decode" if self.sampling.filtered else "decode.unfiltered",
+            "line_end": self._line_end,
+        }
+
+    @property
+    def _line_end(self) -> str:
+        if self.cache is None:
+            return "line_end"
+        return f"line_end.{self.cache.policy if self.replay is None else 'replay'}"
+
+
+def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
+    """The uniform numbers ``[tokens]`` float32 in [0, 1 - 2^-23] of the image with this ``seed``.
+
+    They depend on the seed alone, not on the batch, so that an image is the same in whatever company it is drawn.
+    """
+    bits = np.random.Generator(np.random.Philox(key=seed)).integers(
+        0, 1 << UNIFORM_BITS, size=tokens, dtype=np.uint32
+    )
+    return bits.astype(np.float32) * np.float32(2.0**-UNIFORM_BITS)
+
+
+def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
+    """The stages' inputs that sampling and cache settings decide."""
+    sampling, cache = batch.sampling, batch.cache
+    settings: dict[str, NDArray[np.generic]] = {
+        "guidance": np.asarray(sampling.guidance, np.float32),
+        "guidance_interval": np.asarray(sampling.guidance_interval, np.int64),
+        "temperature": np.asarray(sampling.temperature, np.float32),
+        "top_k": np.asarray(sampling.top_k, np.int64),
+        "top_p": np.asarray(sampling.top_p, np.float32),
+        "greedy": np.asarray(sampling.greedy, np.int64),
+    }
+    if cache is None:
+        return settings
+    policy = manifest.policies.get(cache.policy)
+    return settings | {
+        "capacity": np.asarray(cache.capacity(manifest.raster), np.int64),
+        "recent_tokens": np.asarray(recent_tokens(manifest.raster, cache.recent_lines), np.int64),
+        "anchor_tokens": np.asarray(cache.anchor_tokens, np.int64),
+        "strict": np.asarray(cache.mode is Mode.STRICT, np.int64),
+        "score_window": np.asarray(policy.score_window if policy else 0, np.int64),
+        "score_max": np.asarray(cache.aggregation is Aggregation.MAX, np.int64),
+        "average_heads": np.asarray(cache.head_scores is HeadScores.AVERAGED, np.int64),
+        "share_guidance": np.asarray(cache.share_guidance, np.int64),
+    }
+
+
+def begin(backend: Backend, batch: Batch) -> None:
+    """Load the batch's stages, write its inputs and feed the condition: the whole state is laid out and the first token drawn.
+
+    Of conditions that are shorter than the prefix, no more is fed than the longest needs.
+
+    Raises:
+        RequestError: a condition or setting does not fit the bundle.
+        GeometryError: the cache settings do not fit it.
+    """
+    manifest = backend.bundle.manifest
+    if faults := batch.sampling.faults(guided=manifest.guided):
+        raise RequestError("; ".join(faults))
+    manifest.check_cache(batch.cache, replayed=batch.replay is not None)
+    for stage in batch.stages.values():
+        backend.load(stage)
+    for name, values in batch.conditions.items():
+        backend.write(name, values)
+    backend.write("uniforms", batch.uniforms)
+    for name, value in settings_inputs(manifest, batch).items():
+        # A replay has no policy's inputs.
+        if name in backend.specs:
+            backend.write(name, value)
+    backend.run("prefill")
+    fed = int(backend.read("position")[0]) if manifest.prefix_steps > 1 else 0
+    for _ in range(fed, manifest.prefix_steps):
+        backend.run(batch.stages["decode"])
+
+
+def run_step(backend: Backend, batch: Batch, step: Step) -> None:
+    """Run one entry of the raster schedule."""
+    if step.stage == "line_end" and batch.replay is not None:
+        backend.write("replay_slots", batch.replay[step.line])
+    backend.run(batch.stages[step.stage])
+
+
+def require_finite(backend: Backend) -> None:
+    """Look at the logits of the last decode step: one number that is none makes all of the image arbitrary, and goes on for ever
+    in the state.
+
+    Raises:
+        BundleError: they are not all finite.
+    """
+    logits = backend.read("logits")
+    if not np.isfinite(logits).all():
+        wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1)) % backend.bundle.manifest.images
+        raise BundleError(
+            f"logits that are not finite in image {', '.join(map(str, sorted(set(wrong.tolist()))))} of the batch: the checkpoint "
+            "holds numbers that are none, or its activations leave the range of "
+            f"{backend.bundle.manifest.precision.activations}: export with --activations fp32"
+        )
+
+
+def generate(
+    backend: Backend,
+    batch: Batch,
+    on_line: Callable[[int], None] | None = None,
+    on_line_end: Callable[[int], None] | None = None,
+    *,
+    finite: bool = True,
+) -> NDArray[np.int64]:
+    """Draw a batch's tokens.
+
+    Args:
+        backend: holds the stages of :attr:`Batch.stages`.
+        batch: conditions, uniforms and settings.
+        on_line: called with the number of lines whose tokens are all drawn, after each line.
+        on_line_end: called with a line's number after its end: write slots are chosen, nothing is overwritten yet.
+        finite: False leaves it to the caller to look at the logits.
+
+    Returns:
+        ``[I, N]`` int64 tokens in raster order.
+
+    Raises:
+        BundleError: logits became infinite or no numbers; looked at once a line.
+    """
+    begin(backend, batch)
+    raster = backend.bundle.manifest.raster
+    for step in raster.schedule():
+        run_step(backend, batch, step)
+        # The token drawn by a line's last but one step is the line's last.
+        if step.stage == "decode" and step.column == raster.line_width - 2:
+            if finite:
+                require_finite(backend)
+            if on_line:
+                on_line(step.line + 1)
+        if on_line_end and step.stage == "line_end":
+            on_line_end(step.line)
+    return cast("NDArray[np.int64]", backend.read("tokens"))

@@ -1,0 +1,1 @@
+"""Files: replaced at once, locked, read within bounds."""

@@ -1,0 +1,1 @@
+"""How fast a bundle runs, and how good its images are."""
