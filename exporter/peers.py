@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,12 +21,31 @@ from linert.graphs.decay_memory import DecayMemory, DecayStep
 from linert.graphs.memory import Projections, StepPosition, memory_of
 from linert.graphs.spatial_decay import RowState, fold
 from linert.graphs.stages import with_newlines
+from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.generator import picture
+from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.measuring.bench import Measured, Timings, measure
+
+PEER_STEPS = 4
+"""Decode steps that a peer takes in every round, after one that is not counted."""
 
 
-def set_threads(threads: int) -> None:
-    """CPU threads of PyTorch's operators."""
-    torch.set_num_threads(threads)
+@dataclass(frozen=True)
+class PeerTimes:
+    """What a PyTorch peer took: milliseconds a decode step, and seconds a batch of ``images``. ``note``: what it keeps."""
+
+    decode_ms: float
+    batch_s: float | None
+    images: int
+    note: str
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        return self.batch_s / self.images if self.batch_s else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"decode_ms": self.decode_ms, "seconds_per_image": self.seconds_per_image}
 
 
 class PyTorchPeer(ABC):
@@ -228,3 +250,73 @@ def peer_of(transformer: LoadedTransformer, *arguments: Any, **options: Any) -> 
     """The peer that fits a transformer; the other arguments are :class:`PyTorchPeer`'s."""
     kind = CachePeer if transformer.family.cached else StatePeer
     return kind(transformer, *arguments, **options)
+
+
+def peers_of(
+    bundle: Bundle,
+    loaded: tuple[LoadedTransformer, LoadedImageDecoder],
+    *,
+    threads: int,
+    batch: int,
+    console: Console,
+) -> dict[str, PyTorchPeer]:
+    """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works."""
+    conditioner = open_conditioner(bundle)
+    samples = plan_samples(conditioner.usual(), batch, seed=0)
+    inputs = conditioner.inputs([sample.condition for sample in samples])
+    conditioner.close()
+    guidance = bundle.manifest.sampling.guidance
+    torch.set_num_threads(threads)
+    made: dict[str, PyTorchPeer] = {}
+    for name, compiled in (("eager", False), ("compiled", True)):
+        peer = peer_of(*loaded, inputs, guidance, compiled=compiled)
+        try:
+            with console.status(f"PyTorch, {name}: first steps ..."):
+                peer.steps(3)
+        except Exception as error:
+            # torch.compile needs a C++ compiler and raises whatever its parts raise.
+            if not compiled:
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            console.print(f"torch.compile does not work here: {type(error).__name__}: {reason}")
+            continue
+        made[name] = peer
+    return made
+
+
+def measure_beside(
+    under_test: Sequence[Measured],
+    peers: Mapping[str, PyTorchPeer],
+    *,
+    threads: int,
+    rounds: int,
+    image_rounds: int,
+    progress: Callable[[int, int], None],
+) -> tuple[list[Timings], dict[str, PeerTimes]]:
+    """:func:`linert.runtime.measuring.bench.measure`, with PyTorch peers in the same rounds."""
+    steps: dict[str, list[float]] = {name: [] for name in peers}
+    images: dict[str, list[float]] = {name: [] for name in peers}
+
+    def time_steps() -> None:
+        for name, peer in peers.items():
+            steps[name] += peer.steps(PEER_STEPS + 1)[1:]
+
+    def time_images() -> None:
+        for name, peer in peers.items():
+            images[name].append(peer.image())
+
+    timings = measure(
+        under_test,
+        threads=threads,
+        rounds=rounds,
+        image_rounds=image_rounds,
+        each_round=time_steps,
+        each_image=time_images,
+        progress=progress,
+    )
+    return timings, {
+        name: PeerTimes(
+            median(steps[name]), median(images[name]) if image_rounds else None, peer.images, peer.note
+        )
+        for name, peer in peers.items()
+    }

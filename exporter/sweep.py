@@ -47,7 +47,7 @@ def parse_axes(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
         listed = tuple(value.strip() for value in values.split(",") if value.strip())
         if axis not in AXES or axis in axes or not listed:
             raise RequestError(
-                f"--sweep {text}: say AXIS=VALUE,VALUE with each of {', '.join(AXES)} at most once"
+                f"--axis {text}: say AXIS=VALUE,VALUE with each of {', '.join(AXES)} at most once"
             )
         axes[axis] = listed
     return axes
@@ -67,7 +67,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
         precision = labels.get("precision", manifest.precision.weights)
         for axis in ("policy", "budget"):
             if axis in labels:
-                manifest.require_cache(f"--sweep {axis}")
+                manifest.require_cache(f"--axis {axis}")
         if policy is not None and policy not in POLICIES:
             raise RequestError(f"no policy {policy}; there are {', '.join(POLICIES)}")
         if precision not in list(Precision):

@@ -31,6 +31,10 @@ COMMANDS = {
     ),
     "build": ("linert.exporter.commands.build", "Build TensorRT plans from a bundle."),
     "bench": ("linert.runtime.commands.bench", "Measure a bundle against the limit of this machine."),
+    "sweep": (
+        "linert.exporter.commands.sweep",
+        "Measure variants of a bundle beside each other, and beside PyTorch.",
+    ),
     "inspect": (
         "linert.runtime.commands.inspect",
         "Tell what a bundle is, costs and needs, without loading it.",

@@ -52,7 +52,8 @@ def _origin(place: str) -> tuple[Path, Path, str]:
     spec = importlib.util.find_spec(place)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"there is no source of {place}")
-    file = Path(spec.origin).resolve()
+    # Not resolved: folders of one package may be links to elsewhere.
+    file = Path(os.path.abspath(spec.origin))
     depth = place.count(".") + (file.name == "__init__.py")
     return file.parents[depth], file, place.partition(".")[0]
 

@@ -131,7 +131,7 @@ def test_inspect_says_what_is_kept(bundle: Path, linert: Linert) -> None:
         (("run", "--record-trace", "x.npz", "--classes", "0", "--out", "x"), "--record-trace"),
         (("validate", "--policy", "full"), "cache options"),
         (("compare", "--classes", "0", "--out", "x"), "compare weighs cache policies"),
-        (("bench", "--sweep", "policy=full"), "--sweep policy"),
+        (("sweep", "--axis", "policy=full"), "--axis policy"),
         (("bench", "--anchor-tokens", "4"), "cache options"),
     ],
 )
@@ -203,7 +203,7 @@ def test_another_variant_is_another_checkpoint(
 
 
 def test_bench_over_grids(bundle: Path, linert: Linert) -> None:
-    result = linert("bench", bundle, "--sweep", "grid=6,8", "--rounds", 1, "--images", 0, "--json")
+    result = linert("sweep", bundle, "--axis", "grid=6,8", "--rounds", 1, "--images", 0, "--json")
     assert result.code == 0, result.err
     small, large = json.loads(result.out)["cells"]
     assert small["state_bytes"] < large["state_bytes"]

@@ -123,13 +123,12 @@ def test_one_limit_is_printed_before_the_tables(tiny_bundle: Path, linert: Liner
 
 
 def test_json_holds_everything_that_was_measured(tiny_bundle: Path, linert: Linert) -> None:
-    result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--compare-pytorch", "--json")
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--profile", "--json")
     assert result.code == 0, result.err
     values = json.loads(result.out)
     assert values["decode_over_limit"] == pytest.approx(values["decode_ms"] / values["limit"]["floor_ms"])
     assert values["seconds_per_image"] * values["images_per_second"] == pytest.approx(1)
     assert values["resident_bytes"] <= values["peak_resident_bytes"]
-    assert values["pytorch"]["eager"]["decode_ms"] > 0
     assert values["profile"]["MatMul"] > 0
 
 
@@ -144,7 +143,7 @@ def test_json_alone(tiny_bundle: Path, linert: Linert) -> None:
 def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
     plot = tmp_path / "sweep.png"
     result = linert(
-        *("bench", tiny_bundle, "--sweep", "precision=fp32,int8", "--sweep", "policy=linear,full"),
+        *("sweep", tiny_bundle, "--axis", "precision=fp32,int8", "--axis", "policy=linear,full"),
         *("--rounds", 1, "--plot", plot, "--json"),
     )
     assert result.code == 0, result.err
@@ -161,7 +160,7 @@ def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, t
 
 
 def test_pytorch_draws_what_each_cell_draws(tiny_bundle: Path, linert: Linert) -> None:
-    result = linert("bench", tiny_bundle, "--sweep", "grid=4,6", "--rounds", 1, "--compare-pytorch", "--json")
+    result = linert("sweep", tiny_bundle, "--axis", "grid=4,6", "--rounds", 1, "--compare-pytorch", "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)["pytorch"]
     assert {name for name in found if name.startswith("eager")} == {
@@ -186,28 +185,45 @@ def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
     assert (plan.capacity_lines, plan.policies, plan.images) == ((2,) * TINY.layers, ("linear",), 2)
 
 
+def test_a_sweep_of_nothing_measures_the_bundle_beside_pytorch(
+    tiny_bundle: Path, linert: Linert, tmp_path: Path
+) -> None:
+    options = ("--rounds", 1, "--images", 0)
+    result = linert("sweep", tiny_bundle, *options, "--compare-pytorch", "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    [cell] = told["cells"]
+    assert cell["labels"] == {"bundle": tiny_bundle.name}
+    assert told["pytorch"]["eager, batch 2, grid 6"]["decode_ms"] > 0
+    result = linert("sweep", tiny_bundle, *options)
+    assert result.code == 0, result.err
+    assert tiny_bundle.name in result.out
+    assert "{" not in result.out
+
+
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("command", "options", "words"),
     [
-        (("--sweep", "colour=red"), "colour=red"),
-        (("--sweep", "batch="), "batch="),
-        (("--sweep", "batch=1", "--sweep", "batch=2"), "at most once"),
-        (("--sweep", "policy=none"), "no policy none"),
-        (("--sweep", "precision=fp8"), "no precision fp8"),
-        (("--sweep", "batch=two"), "not a number"),
-        (("--sweep", "batch=1", "--profile"), "--profile"),
-        (("--plot", "x.png"), "--sweep"),
-        (("--sweep", "batch=1", "--plot", "sweep.xyz"), "ends in one of"),
-        (("--sweep", "batch=1", "--plot", "no/sweep.png"), "there is no folder"),
-        (("--rounds", 0), "--rounds"),
-        (("--rounds", 10**12), "--rounds"),
-        (("--images", 10**12), "--images"),
+        ("sweep", ("--axis", "colour=red"), "colour=red"),
+        ("sweep", ("--axis", "batch="), "batch="),
+        ("sweep", ("--axis", "batch=1", "--axis", "batch=2"), "at most once"),
+        ("sweep", ("--axis", "policy=none"), "no policy none"),
+        ("sweep", ("--axis", "precision=fp8"), "no precision fp8"),
+        ("sweep", ("--axis", "batch=two"), "not a number"),
+        ("sweep", ("--axis", "batch=1", "--plot", "sweep.xyz"), "ends in one of"),
+        ("sweep", ("--axis", "batch=1", "--plot", "no/sweep.png"), "there is no folder"),
+        ("sweep", ("--rounds", 0), "--rounds"),
+        ("sweep", ("--images", 10**12), "--images"),
+        ("bench", ("--rounds", 0), "--rounds"),
+        ("bench", ("--rounds", 10**12), "--rounds"),
+        ("bench", ("--images", 10**12), "--images"),
+        ("bench", ("--backend", "rtx", "--profile"), "--profile"),
     ],
 )
 def test_wrong_requests_are_refused(
-    options: tuple[object, ...], words: str, tiny_bundle: Path, linert: Linert
+    command: str, options: tuple[object, ...], words: str, tiny_bundle: Path, linert: Linert
 ) -> None:
-    result = linert("bench", tiny_bundle, *options)
+    result = linert(command, tiny_bundle, *options)
     assert result.code == 2
     assert words in result.err
 
@@ -215,7 +231,7 @@ def test_wrong_requests_are_refused(
 def test_a_plot_replaces_nothing_but_a_plot(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
     picture = tmp_path / "holiday.png"
     picture.write_bytes(b"a picture")
-    result = linert("bench", tiny_bundle, "--sweep", "policy=linear", "--plot", picture)
+    result = linert("sweep", tiny_bundle, "--axis", "policy=linear", "--plot", picture)
     assert result.code == 2
     assert "is no plot of a sweep" in result.err
     assert picture.read_bytes() == b"a picture"

@@ -112,7 +112,7 @@ def test_importing_the_runtime_imports_nothing_heavy() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     # Not even the runtimes: each is imported by the backend that is asked for.
-    heavy = {"torch", "onnx", "onnxruntime", "cuda", "tensorrt_rtx", "exporter", "graphs"}
+    heavy = {"torch", "onnx", "onnxruntime", "cuda", "tensorrt_rtx", "linert.exporter", "linert.graphs"}
     assert not heavy & set(done.stdout.split())
 
 
@@ -120,8 +120,7 @@ def test_running_needs_no_torch(tiny_bundle: Path, tmp_path: Path) -> None:
     site = runtime_only_site(tmp_path)
     package = tmp_path / "package"
     package.mkdir()
-    for name in ("exporter", "graphs", "runtime"):
-        (package / name).symlink_to(ROOT / name)
+    (package / "linert").symlink_to(ROOT / "linert")
     script = "from linert.runtime.cli import main; main()"
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
