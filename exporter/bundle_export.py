@@ -29,7 +29,7 @@ from linert.graphs.policies import POLICIES
 from linert.graphs.text_encoder import EncodeText
 from linert.graphs.transformer import FamilyConfig, part_of
 from linert.runtime.bundles.bundle import file_sha256, manifest_name
-from linert.runtime.bundles.geometry import CacheSettings, Raster
+from linert.runtime.bundles.geometry import FULL, CacheSettings, Raster
 from linert.runtime.bundles.manifest import (
     CONTRACT_KEY,
     SCHEMA,
@@ -113,7 +113,7 @@ class ExportPlan:
         lines = self.raster.lines
         if wrong := [held for held in self.capacity_lines if not 1 <= held <= lines]:
             faults.append(f"a buffer of {wrong[0]} lines; must be 1 to {lines}")
-        elif "full" in self.policies and min(self.capacity_lines) < lines:
+        elif FULL in self.policies and min(self.capacity_lines) < lines:
             faults.append(f"the full policy needs a buffer of all {lines} lines: leave --capacity-lines out")
         if cache.share_guidance and not self.guided:
             faults.append("share_guidance needs a guided bundle: give --guidance above 1")
@@ -374,7 +374,6 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
             source=decoder.source,
         ),
         raster=plan.raster,
-        prefix_steps=config.prefix_len,
         images=plan.images,
         guided=plan.guided,
         capacity_lines=plan.capacity_lines,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from linert.runtime.bundles.geometry import CacheSettings
+from linert.runtime.bundles.geometry import FULL, CacheSettings
 from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.drawing.cache_request import CacheRequest, budget_lines
 from linert.runtime.errors import GeometryError, RequestError
@@ -52,10 +52,10 @@ class Grid:
         lines = manifest.raster.lines
         defaults = manifest.require_cache("compare weighs cache policies")
         full = Cell(
-            CacheRequest(policy="full").settle(manifest.raster, manifest.capacity_lines, defaults),
+            CacheRequest(policy=FULL).settle(manifest.raster, manifest.capacity_lines, defaults),
             "1",
         )
-        if "full" not in manifest.policies:
+        if FULL not in manifest.policies:
             raise RequestError(
                 "compare measures against the full cache and the bundle does not hold it: export it with "
                 f"--policy {','.join([*manifest.policies, 'full'])}"
@@ -63,7 +63,7 @@ class Grid:
         cells, refused = {full.cache: full}, []
         names = [name for name in CacheRequest.__dataclass_fields__ if getattr(self, name, ())]
         values = [getattr(self, name) for name in names]
-        policies = [policy for policy in self.policies if policy != "full"]
+        policies = [policy for policy in self.policies if policy != FULL]
         for budget, policy, *chosen in itertools.product(self.budgets, policies, *values):
             request = CacheRequest(
                 policy=policy,
@@ -84,7 +84,7 @@ class Grid:
 
 def labels_of(cells: Sequence[Cell]) -> list[str]:
     """The policy of each cell, and whatever else differs between the cells that evict."""
-    evicting = [cell.cache for cell in cells if cell.cache.policy != "full"]
+    evicting = [cell.cache for cell in cells if cell.cache.evicts]
     varying = [
         name
         for name in ("mode", "recent_lines", "anchor_tokens", "aggregation", "head_scores", "share_guidance")
@@ -102,7 +102,7 @@ def labels_of(cells: Sequence[Cell]) -> list[str]:
     for cell in cells:
         cache = cell.cache
         parts = [cache.policy]
-        if cache.policy != "full":
+        if cache.evicts:
             parts += [words[name](cache) for name in varying]
             parts += ["layers differ"] * (len(set(cache.budget_lines)) > 1)
         labels.append(", ".join(parts))

@@ -17,6 +17,7 @@ from linert.exporter.precision import Method, Precision
 from linert.exporter.sources import precision_plan
 from linert.graphs.policies import POLICIES
 from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.geometry import FULL
 from linert.runtime.drawing.cache_request import CacheRequest, budget_lines
 from linert.runtime.errors import RequestError
 
@@ -115,7 +116,7 @@ def cell_plan(
     cache = None
     if manifest.cache is not None:
         share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
-        everything = cell.policy == "full" or (cell.budget is None and share == 1)
+        everything = cell.policy == FULL or (cell.budget is None and share == 1)
         kept = raster.lines if everything else budget_lines(cell.budget or str(share), raster.lines)
         cache = CacheRequest(policy=cell.policy, budget_lines=kept).settle(
             raster, (raster.lines,) * config.layers, manifest.cache

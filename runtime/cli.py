@@ -61,7 +61,7 @@ class LazyCommands(click.Group):
             command = importlib.import_module(module).command
         except ModuleNotFoundError as error:
             missing = (error.name or "").split(".")[0]
-            if missing in ("exporter", "runtime", "graphs"):
+            if missing == "linert":
                 raise
             extra = cmd_name if cmd_name in ("compare", "build") else "export"
             raise LinertError(
@@ -69,7 +69,9 @@ class LazyCommands(click.Group):
             ) from error
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}.command is no click command")
-        return command
+        from linert.runtime.commands.settings_file import with_config
+
+        return with_config(command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -25,6 +25,7 @@ from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.geometry import Aggregation, HeadScores, Mode
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
+from linert.runtime.commands.output_options import Output, output_options
 from linert.runtime.drawing.cache_request import PYRAMID, UNIFORM
 from linert.runtime.drawing.generator import Generator
 from linert.runtime.drawing.samples import plan_samples
@@ -107,6 +108,7 @@ def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple
 @click.option("--timing/--no-timing", default=True, show_default=True, help="Time decode at every budget.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted comparison in OUT.")
 @click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+@output_options()
 def command(
     place: BundlePlace,
     out: Path,
@@ -120,6 +122,7 @@ def command(
     timing: bool,
     resume: bool,
     threads: int,
+    output: Output,
     **grid: tuple[Any, ...],
 ) -> None:
     """Compare cache policies and budgets on BUNDLE: quality, agreement with the full cache, memory, speed.
@@ -145,7 +148,7 @@ def command(
     )
     if request.forced_images < 1:
         raise RequestError("--forced-images must be at least 1")
-    console = Console(stderr=True, highlight=False)
+    console = output.notes()
     for line in refused:
         console.print(f"left out: {line}")
     require_images(metrics, len(planned))
@@ -192,10 +195,12 @@ def command(
     values = {"facts": facts, "cells": [result.to_json() for result in results]}
     _write(out / JSON_NAME, json.dumps(values, indent=1))
     _write(out / PAGE_NAME, render_page(results, metrics, strips, facts))
-    _print(results, metrics)
-    for line in comparison.cautions:
-        click.echo(f"caution: {line}")
-    click.echo(f"report: {out / PAGE_NAME}")
+    if output.tables:
+        _print(results, metrics)
+    output.result(
+        {**values, "report": str(out / PAGE_NAME)},
+        [*(f"caution: {line}" for line in comparison.cautions), f"report: {out / PAGE_NAME}"],
+    )
 
 
 def processor() -> str:

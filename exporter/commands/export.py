@@ -23,11 +23,21 @@ from linert.exporter.models import (
 from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
 from linert.graphs.families.given import ModelOption
 from linert.graphs.policies import POLICIES
-from linert.runtime.bundles.geometry import Aggregation, CacheSettings, HeadScores, Mode, Raster, cache_text
+from linert.runtime.bundles.bundle import open_bundle, sizes_of
+from linert.runtime.bundles.geometry import (
+    FULL,
+    Aggregation,
+    CacheSettings,
+    HeadScores,
+    Mode,
+    Raster,
+    cache_text,
+)
 from linert.runtime.bundles.manifest import MOST_COUNT, SamplingSettings
 from linert.runtime.commands.bundle_argument import parse_size
 from linert.runtime.commands.cache_options import cache_options
 from linert.runtime.commands.condition_options import ConditionRequest
+from linert.runtime.commands.output_options import Output, output_options
 from linert.runtime.drawing.cache_request import CacheRequest, quarter
 from linert.runtime.drawing.samples import Prompt, shortened
 from linert.runtime.errors import RequestError
@@ -195,6 +205,7 @@ DEFAULT_SHARE_GUIDANCE = False
     help="The same as features in a .npy file, for models that see those.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
+@output_options()
 def command(
     checkpoint: Path,
     vq: Path | None,
@@ -227,13 +238,14 @@ def command(
     calibration_prompts: Path | None,
     calibration_captions: Path | None,
     force: bool,
+    output: Output,
 ) -> None:
     """Turn CHECKPOINT, of LlamaGen, LASADGen, Janus or Lumina-mGPT, and its image decoder into a bundle.
 
     CHECKPOINT is a file or a folder. Published .pt/.pth/.bin containers, training files and safetensors, in one file or in
     shards, load as they are; no code in them is run.
     """
-    console = Console(stderr=True, highlight=False)
+    console = output.notes()
     if not is_utf8(str(out)):
         raise RequestError(
             f"--out {out} is not in UTF-8, and no bundle can be opened there: give another name"
@@ -303,7 +315,17 @@ def command(
         plan = calibrated(plan, calibration, report, conditioner)
         others = [replace(other, precision=plan.precision) for other in others]
         export_bundle(plan, out, others=others, force=force, report=report)
-    click.echo(f"bundle: {out}")
+    manifest = open_bundle(out, digests=False).manifest
+    output.result(
+        {
+            "bundle": str(out),
+            "sha256": manifest.sha256,
+            "sizes": sizes_of(out),
+            "state_bytes": plan.state_bytes,
+            "file_bytes": sum(record.bytes for record in manifest.files.values()),
+        },
+        [f"bundle: {out}"],
+    )
 
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
@@ -373,7 +395,7 @@ def cache_plan(
     usual = CacheSettings(
         policies[0],
         DEFAULT_MODE,
-        (raster.lines if policies[0] == "full" else quarter(raster),) * layers,
+        (raster.lines if policies[0] == FULL else quarter(raster),) * layers,
         DEFAULT_RECENT_LINES,
         DEFAULT_ANCHOR_TOKENS,
         DEFAULT_AGGREGATION,
@@ -384,7 +406,7 @@ def cache_plan(
     cache.check(raster, (raster.lines,) * layers)
     if capacity_lines is not None:
         return cache, (capacity_lines,) * layers
-    if "full" in policies:
+    if FULL in policies:
         return cache, (raster.lines,) * layers
     return cache, cache.budget_lines
 

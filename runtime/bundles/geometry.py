@@ -16,6 +16,9 @@ import msgspec
 from linert.runtime.errors import GeometryError
 from linert.runtime.text import lines_text
 
+FULL = "full"
+"""The policy that evicts nothing: its budget is the whole image."""
+
 
 class Mode(StrEnum):
     """What happens to a slot that was chosen: ``strict`` empties it at once (the semantics of LineAR), ``lazy``
@@ -103,6 +106,11 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_scores: HeadScores
     share_guidance: bool
 
+    @property
+    def evicts(self) -> bool:
+        """Whether anything ever leaves the cache."""
+        return self.policy != FULL
+
     def capacity(self, raster: Raster) -> tuple[int, ...]:
         """Slots of each layer."""
         return tuple(raster.slots(lines) for lines in self.budget_lines)
@@ -111,7 +119,7 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def text(self) -> str:
         """One line for people."""
         parts = [f"{self.policy} ({self.mode})", f"{lines_text(self.budget_lines)} lines"]
-        if self.policy != "full":
+        if self.evicts:
             parts += [f"{self.recent_lines:g} recent lines", f"{self.anchor_tokens} anchor tokens"]
             parts += ["max attention"] * (self.aggregation is Aggregation.MAX)
             parts += ["heads averaged"] * (self.head_scores is HeadScores.AVERAGED)
@@ -157,7 +165,7 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"a budget of {budget} lines is above the {held} that the bundle's buffer has in layer {layer}: "
                 f"export with --capacity-lines {budget}"
             ]
-        if self.policy == "full":
+        if not self.evicts:
             if least != raster.lines:
                 return [f"the full policy evicts nothing: its budget is {raster.lines} lines, not {least}"]
             return []

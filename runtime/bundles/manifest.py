@@ -11,7 +11,7 @@ import msgspec
 from linert.runtime.bundles.geometry import CacheSettings, Raster
 from linert.runtime.errors import BundleError, RequestError
 
-SCHEMA = 7
+SCHEMA = 8
 MANIFEST_NAME = "manifest.json"
 CONTRACT_KEY = "linert.contract"
 """Of the entry in an ONNX file's metadata that holds :func:`linert.runtime.bundles.manifest_file.contract`."""
@@ -216,8 +216,7 @@ class Manifest(Record, frozen=True):
     """Everything that a runtime has to know about a bundle.
 
     ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
-    file, it names the bundle. ``prefix_steps``: decode steps that feed the condition after the prefill.
-    ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
+    file, it names the bundle. ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
     A model whose state is of one size has no cache: there are no capacities and no policies, and one ``line_end``.
     """
 
@@ -228,7 +227,6 @@ class Manifest(Record, frozen=True):
     condition: ClassInput | PromptInput | CaptionInput
     image_decoder: ImageDecoder
     raster: Raster
-    prefix_steps: int
     images: int
     guided: bool
     capacity_lines: tuple[int, ...]

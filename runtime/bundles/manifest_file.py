@@ -160,7 +160,6 @@ def _out_of_bounds(manifest: Manifest) -> Iterable[str]:
         ("line_width", raster.line_width, 2, MOST["tokens a line"]),
         ("newlines", raster.newlines, 0, 1),
         ("prefix_len", raster.prefix_len, 1, MOST["prefix"]),
-        ("prefix_steps", manifest.prefix_steps, 1, MOST["prefix"]),
         *[("capacity_lines", lines, 1, raster.lines) for lines in manifest.capacity_lines],
         *[("score_window", spec.score_window, 0, raster.line_width) for spec in manifest.policies.values()],
         *[
@@ -262,8 +261,6 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
             manifest.state_at(manifest.capacity_lines)
         except (BundleError, IndexError, ValueError) as error:
             yield f"state: {error}"
-    if manifest.prefix_steps > raster.prefix_len:
-        yield f"{manifest.prefix_steps} steps for a prefix of {raster.prefix_len}"
 
 
 def _stage_contradictions(

@@ -24,6 +24,7 @@ from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.cache_options import cache_options
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
+from linert.runtime.commands.output_options import Output, output_options
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
@@ -92,6 +93,7 @@ from linert.runtime.files.array_files import check_arrays_target, write_arrays
     "--force", is_flag=True, help="Begin anew in OUT, a run's folder; what that run drew is removed."
 )
 @backend_options()
+@output_options()
 def command(
     place: BundlePlace,
     conditions: ConditionRequest,
@@ -113,6 +115,7 @@ def command(
     resume: bool,
     force: bool,
     options: BackendOptions,
+    output: Output,
 ) -> None:
     """Draw images from BUNDLE, one PNG an image and a contact sheet.
 
@@ -172,7 +175,7 @@ def command(
     manifest.check_cache(settings, replayed=trace is not None)
     generator = Generator(opened, options, conditioner)
     request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
-    console = Console(stderr=True, highlight=False)
+    console = output.notes()
     with run_folder(out, request, resume=resume, force=force) as folder:
         console.print(f"cache: {cache_text(settings)}")
         map_kind = MapKind(eviction_map) if eviction_map else None
@@ -183,8 +186,23 @@ def command(
             console.print(f"tokens equal to the trace's: {np.mean(drawn == trace.tokens):.2%}")
         if record_trace is not None:
             run.trace().write(record_trace)
-            click.echo(f"trace: {record_trace}")
         _finish(folder, save_tokens)
+    written = {"trace": record_trace, "tokens": save_tokens, "contact_sheet": folder.path / SHEET_NAME}
+    values = {
+        "folder": str(folder.path),
+        "bundle_sha256": manifest.sha256,
+        "images": [
+            {
+                "file": folder.picture(sample).name,
+                "seed": sample.seed,
+                "condition": msgspec.to_builtins(sample.condition),
+            }
+            for sample in samples
+        ],
+        **{name: str(path) for name, path in written.items() if path is not None},
+    }
+    lines = [f"{len(samples)} images: {folder.path}", f"contact sheet: {written['contact_sheet']}"]
+    output.result(values, [f"trace: {record_trace}"] * (record_trace is not None) + lines)
 
 
 @dataclass
@@ -335,5 +353,3 @@ def _finish(folder: RunFolder, save_tokens: Path | None) -> None:
     write_png(folder.path / SHEET_NAME, sheet)
     if save_tokens is not None:
         write_arrays(save_tokens, folder.arrays())
-    click.echo(f"{len(samples)} images: {folder.path}")
-    click.echo(f"contact sheet: {folder.path / SHEET_NAME}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from linert.runtime.bundles.geometry import (
+    FULL,
     Aggregation,
     CacheSettings,
     HeadScores,
@@ -87,7 +88,7 @@ class CacheRequest:
             defaults.recent_lines,
             defaults.anchor_tokens,
         )
-        if self.layer_budgets == PYRAMID and policy != "full":
+        if self.layer_budgets == PYRAMID and policy != FULL:
             least = least_budget(raster, recent, anchors)
             budgets = pyramid(budgets[0], len(budgets), least, min(capacity_lines))
         return CacheSettings(
@@ -115,9 +116,9 @@ class CacheRequest:
         if self.budget_lines is not None:
             asked = self.budget_lines
             return (asked if isinstance(asked, int) else budget_lines(asked, raster.lines),) * layers
-        if policy == "full":
+        if policy == FULL:
             return (raster.lines,) * layers
-        if defaults.policy == "full":
+        if not defaults.evicts:
             return (quarter(raster),) * layers
         if self.layer_budgets is None:
             return defaults.budget_lines

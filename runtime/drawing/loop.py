@@ -109,8 +109,9 @@ def begin(backend: Backend, batch: Batch) -> None:
         if name in backend.specs:
             backend.write(name, value)
     backend.run("prefill")
-    fed = int(backend.read("position")[0]) if manifest.prefix_steps > 1 else 0
-    for _ in range(fed, manifest.prefix_steps):
+    prefix = manifest.raster.prefix_len
+    fed = int(backend.read("position")[0]) if prefix > 1 else 0
+    for _ in range(fed, prefix):
         backend.run(batch.stages["decode"])
 
 

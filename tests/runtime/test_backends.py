@@ -154,7 +154,7 @@ def test_a_token_costs_one_launch(planned_bundle: Path) -> None:
     batch = tiny_batch(backend, seed=1)
     generate(backend, batch)
     raster = backend.bundle.manifest.raster
-    steps = backend.bundle.manifest.prefix_steps + sum(1 for _ in raster.schedule())
+    steps = raster.prefix_len + sum(1 for _ in raster.schedule())
     # The prefill is captured in this, its second run.
     assert launches["graph"] - before["graph"] == 1 + steps
     # Nothing else but what the batch writes, the logits looked at once a line, and the tokens read at the end.

@@ -198,7 +198,6 @@ def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[ty
         *[("raster/line_width", value) for value in (1, 10**12)],
         *[("raster/prefix_len", value) for value in (0, -1, 10**9)],
         ("raster/newlines", 2),
-        ("prefix_steps", 5),
         ("capacity_lines", [3]),
         ("capacity_lines", [0, 3]),
         ("capacity_lines", [3, 4]),
