@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from linert.runtime.bundles.bundle import Bundle, open_bundle
     from linert.runtime.bundles.geometry import CacheSettings
     from linert.runtime.bundles.manifest import Manifest, SamplingSettings
-    from linert.runtime.drawing.generator import Generator, Image, PixelDecoder
+    from linert.runtime.drawing.generator import Generator, Image, PixelDecoder, picture
     from linert.runtime.drawing.samples import Caption, ClassLabel, Condition, Prompt, Sample
     from linert.runtime.errors import (
         BundleError,
@@ -41,7 +41,7 @@ _PLACES = {
     "linert.runtime.bundles.bundle": ("Bundle", "open_bundle"),
     "linert.runtime.bundles.geometry": ("CacheSettings",),
     "linert.runtime.bundles.manifest": ("Manifest", "SamplingSettings"),
-    "linert.runtime.drawing.generator": ("Generator", "Image", "PixelDecoder"),
+    "linert.runtime.drawing.generator": ("Generator", "Image", "PixelDecoder", "picture"),
     "linert.runtime.drawing.samples": ("Caption", "ClassLabel", "Condition", "Prompt", "Sample"),
     "linert.runtime.measuring.metrics": ("ClassAccuracy", "FrechetDistance", "Metric"),
     "linert.runtime.errors": (
@@ -85,6 +85,7 @@ __all__ = [
     "SamplingSettings",
     "__version__",
     "open_bundle",
+    "picture",
 ]
 
 
