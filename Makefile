@@ -31,7 +31,7 @@ lint: setup docs
 	$(BIN)/mypy
 
 docs: setup
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: setup lint
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
