@@ -30,8 +30,9 @@ lint: setup docs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Not --quiet, which leaves warnings uncounted.
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: setup lint
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
