@@ -1,5 +1,6 @@
 # make demo: from the demo checkpoint to a validated contact sheet.
-# make test: lint, types, tests.   make check: the same without the slow tests, for every edit.
+# make test: lint, types, documentation, tests.   make check: the same without the slow tests, for every edit.
+# make docs: the documentation as a site, in build/site.
 # All set up a virtual environment first; nothing needs to be installed by hand but Python 3.11 or newer.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: setup demo test check lint clean
+.PHONY: setup demo test check lint docs clean
 
 setup: $(VENV)/.ready
 
@@ -24,11 +25,15 @@ demo: setup
 	$(BIN)/linert validate $(OUT)/bundle
 	@echo 'The pictures are in $(OUT)/images; all of them: $(OUT)/images/contact_sheet.png'
 
-lint: setup
+lint: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo --no-cache
+
+# Not --quiet, which leaves warnings uncounted.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: setup lint
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
