@@ -36,8 +36,9 @@ sys.exit(code)
 """
 
 
-NOT_INSTALLED = """
+NOT_INSTALLED = f"""
 import sys
+sys.path[:] = [place for place in sys.path if place != {str(ROOT)!r}]
 sys.meta_path[:] = [finder for finder in sys.meta_path if not getattr(finder, "__module__", "").startswith("__editable__")]
 """
 """What a Python runs when it starts that has this environment's packages but not the project."""
@@ -54,7 +55,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd="/",
         capture_output=True,
     )
-    assert b"No module named 'runtime'" in done.stderr
+    assert b"No module named 'linert'" in done.stderr
     return folder
 
 
