@@ -61,7 +61,7 @@ GRAPH_BYTES = 64 << 20
 """Room to ask for beside the weights: graphs and manifest."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExportPlan:
     """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`.
 

@@ -51,7 +51,7 @@ MOST_LISTED = 8
 """Tensors of a kind that a message names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Weights and what stands beside them.
 
@@ -233,16 +233,16 @@ def open_checkpoint(path: Path, *, ema: bool = False) -> Checkpoint:
         processing |= _object_at(folder / name)
     tokenizer = folder / TOKENIZER_NAME
     return Checkpoint(
-        path,
-        weights.files,
-        unwrapped(path, state.tensors),
-        state.part,
-        _object_at(folder / SETTINGS_NAME),
-        processing,
-        tokenizer if tokenizer.is_file() else None,
-        state.training,
-        state.averaged,
-        weights.remarks,
+        path=path,
+        files=weights.files,
+        tensors=unwrapped(path, state.tensors),
+        part=state.part,
+        settings=_object_at(folder / SETTINGS_NAME),
+        processing=processing,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        training=state.training,
+        averaged=state.averaged,
+        remarks=weights.remarks,
     )
 
 

@@ -55,7 +55,7 @@ class CompareRequest(Record, frozen=True):
     forced_images: int
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CellResult:
     """What was measured of a cell.
 
@@ -260,20 +260,20 @@ class Comparison:
         by_line = forced["kl"].reshape(self.manifest.raster.lines, -1).mean(1)
         itself = cell is self.cells[0]
         return CellResult(
-            label,
-            cell.budget,
-            cell.cache,
-            self.manifest.state_bytes_at(cell.cache.budget_lines),
-            {images.metric.name: images.interval() for images in scored},
-            {
+            label=label,
+            budget=cell.budget,
+            cache=cell.cache,
+            state_bytes=self.manifest.state_bytes_at(cell.cache.budget_lines),
+            metrics={images.metric.name: images.interval() for images in scored},
+            metrics_minus_full={
                 images.metric.name: Interval(0.0, 0.0, 0.0, 0.0) if itself else images.minus(full)
                 for images, full in zip(scored, reference, strict=True)
             },
-            float(1 - differs.mean()),
-            first,
-            float(forced["kl"].mean()),
-            by_line.tolist(),
-            float(forced["top1"].mean()),
+            token_agreement=float(1 - differs.mean()),
+            first_divergence=first,
+            kl_mean=float(forced["kl"].mean()),
+            kl_by_line=by_line.tolist(),
+            top1_agreement=float(forced["top1"].mean()),
         )
 
     def _timings(self) -> tuple[dict[tuple[int, ...], float], dict[str, float]]:

@@ -92,7 +92,7 @@ class LoadedTextEncoder(Loaded[TextEncoderConfig, TextEncoder]):
     tokenizer: TokenizerFile
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedTransformer(Loaded[Any, RasterTransformer]):
     """A family's transformer.
 
@@ -109,7 +109,7 @@ class LoadedTransformer(Loaded[Any, RasterTransformer]):
     remarks: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelRequest:
     """What a user says of a checkpoint that its tensors do not; None leaves it open.
 
@@ -227,17 +227,17 @@ def load_transformer(
             raise CheckpointError(f"the template {request.template!r} must hold {{prompt}} once")
         prompts = replace(prompts, template=request.template)
     return LoadedTransformer(
-        config,
-        tensors,
-        checkpoint,
-        family.build,
-        tuple(names),
-        family,
-        layout,
-        prompts,
-        tokenizer if prompts else None,
-        tuple(order) if order is not None else None,
-        tuple(family.remarks(config, given)),
+        config=config,
+        tensors=tensors,
+        checkpoint=checkpoint,
+        build=family.build,
+        sources=tuple(names),
+        family=family,
+        layout=layout,
+        prompts=prompts,
+        tokenizer=tokenizer if prompts else None,
+        code_order=tuple(order) if order is not None else None,
+        remarks=tuple(family.remarks(config, given)),
     )
 
 
@@ -267,18 +267,18 @@ def _given(
         mapped |= vocabulary
     buffers = {name: tensor for name, tensor in checkpoint.tensors.items() if DERIVED.fullmatch(name)}
     return Given(
-        shapes_of(found),
-        checkpoint.settings,
-        checkpoint.processing,
-        mapped,
-        request.grid,
-        request.heads,
-        request.prompt_tokens,
-        named_side(names_of(checkpoint.path)),
-        request.size,
-        patch,
-        checkpoint.training,
-        shapes_of(buffers),
+        shapes=shapes_of(found),
+        settings=checkpoint.settings,
+        processing=checkpoint.processing,
+        vocabulary=mapped,
+        grid=request.grid,
+        heads=request.heads,
+        prefix_len=request.prompt_tokens,
+        side=named_side(names_of(checkpoint.path)),
+        size=request.size,
+        patch=patch,
+        training=checkpoint.training,
+        buffers=shapes_of(buffers),
     )
 
 

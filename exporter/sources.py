@@ -137,12 +137,12 @@ def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
     """
     try:
         return PrecisionPlan(
-            Precision(spec.weights),
-            Precision(spec.activations),
-            {part: Precision(name) for part, name in spec.parts.items()},
-            spec.block,
-            Method.RTN if spec.method == "none" else Method(spec.method),
-            Precision(spec.image_decoder),
+            weights=Precision(spec.weights),
+            activations=Precision(spec.activations),
+            parts={part: Precision(name) for part, name in spec.parts.items()},
+            block=spec.block,
+            method=Method.RTN if spec.method == "none" else Method(spec.method),
+            image_decoder=Precision(spec.image_decoder),
         )
     except ValueError as error:
         raise BundleError(f"the bundle's manifest tells of a precision that there is not: {error}") from error
@@ -157,12 +157,12 @@ def plan_like(
     """A plan for the same bundle in another precision."""
     manifest = bundle.manifest
     return ExportPlan(
-        transformer,
-        image_decoder,
-        tuple(manifest.policies),
-        manifest.capacity_lines,
-        manifest.cache,
-        manifest.images,
-        manifest.sampling,
-        precision,
+        transformer=transformer,
+        image_decoder=image_decoder,
+        policies=tuple(manifest.policies),
+        capacity_lines=manifest.capacity_lines,
+        cache=manifest.cache,
+        images=manifest.images,
+        sampling=manifest.sampling,
+        precision=precision,
     )

@@ -128,12 +128,12 @@ def cell_plan(
     tokens = torch.randint(config.vocab_size, (1, config.image_tokens))
     precision = with_integer_decoder(precision, image_decoder, tokens, raster)
     return ExportPlan(
-        transformer,
-        image_decoder,
-        (cache.policy,) if cache else (),
-        cache.budget_lines if cache else (),
-        cache,
-        cell.batch,
-        manifest.sampling,
-        precision,
+        transformer=transformer,
+        image_decoder=image_decoder,
+        policies=(cache.policy,) if cache else (),
+        capacity_lines=cache.budget_lines if cache else (),
+        cache=cache,
+        images=cell.batch,
+        sampling=manifest.sampling,
+        precision=precision,
     )

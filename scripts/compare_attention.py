@@ -77,7 +77,13 @@ def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: f
     policies = ("full",) if transformer.family.cached else ()
     held = CacheWishes(policies, CacheRequest(), None).plan(transformer)
     plan = ExportPlan(
-        transformer, decoder, held[0], held[2], held[1], batch, SamplingSettings(guidance=guidance)
+        transformer=transformer,
+        image_decoder=decoder,
+        policies=held[0],
+        capacity_lines=held[2],
+        cache=held[1],
+        images=batch,
+        sampling=SamplingSettings(guidance=guidance),
     )
     export_bundle(plan, folder, report=lambda line: None)
     return transformer

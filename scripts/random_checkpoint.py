@@ -91,13 +91,13 @@ def random_bundle(
         transformer
     )
     plan = ExportPlan(
-        transformer,
-        image_decoder,
-        policies,
-        capacities,
-        cache,
-        images,
-        SamplingSettings(guidance=4.0, top_k=top_k),
+        transformer=transformer,
+        image_decoder=image_decoder,
+        policies=policies,
+        capacity_lines=capacities,
+        cache=cache,
+        images=images,
+        sampling=SamplingSettings(guidance=4.0, top_k=top_k),
     )
     out = folder / f"bundle_{model.stem}_{grid}_{max(capacities, default=0)}_{images}"
     export_bundle(plan, out, force=True, report=lambda line: None)

@@ -160,7 +160,16 @@ def random_state(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tens
 
 def cache_settings(**changed: Any) -> CacheSettings:
     """Linear, strict, two lines in both layers, one of them recent; or as ``changed``."""
-    usual = CacheSettings("linear", Mode.STRICT, (2, 2), 1, 0, Aggregation.MEAN, HeadScores.OWN, False)
+    usual = CacheSettings(
+        policy="linear",
+        mode=Mode.STRICT,
+        budget_lines=(2, 2),
+        recent_lines=1,
+        anchor_tokens=0,
+        aggregation=Aggregation.MEAN,
+        head_scores=HeadScores.OWN,
+        share_guidance=False,
+    )
     return msgspec.structs.replace(usual, **changed)
 
 

@@ -138,13 +138,13 @@ def command(
     metrics = load_metrics(metric_source) if metric_source is not None else []
     planned = plan_samples(conditions.settle(conditioner) or conditioner.usual(), samples, seed)
     request = CompareRequest(
-        manifest.sha256,
-        tuple(cell.cache for cell in cells),
-        tuple(planned),
-        manifest.sampling,
-        metric_source or "",
-        source_digest(metric_source.partition(":")[0]) if metric_source else "",
-        min(len(planned), manifest.images if forced_images is None else forced_images),
+        bundle_sha256=manifest.sha256,
+        caches=tuple(cell.cache for cell in cells),
+        samples=tuple(planned),
+        sampling=manifest.sampling,
+        metrics=metric_source or "",
+        metrics_sha256=source_digest(metric_source.partition(":")[0]) if metric_source else "",
+        forced_images=min(len(planned), manifest.images if forced_images is None else forced_images),
     )
     if request.forced_images < 1:
         raise RequestError("--forced-images must be at least 1")

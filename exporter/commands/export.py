@@ -255,7 +255,15 @@ def command(
     if prompt_tokens is not None and prompt_tokens < 1:
         raise RequestError("--prompt-tokens must be at least 1")
     request = ModelRequest(
-        grid, heads, prompt_tokens, sizes[0], tokenizer, prompt_template, ema, vq_ema, text_encoder
+        grid=grid,
+        heads=heads,
+        prompt_tokens=prompt_tokens,
+        size=sizes[0],
+        tokenizer=tokenizer,
+        template=prompt_template,
+        ema=ema,
+        vq_ema=vq_ema,
+        text_encoder=text_encoder,
     )
     transformer, image_decoder = load_models(checkpoint, vq, request)
     config = transformer.config
@@ -265,20 +273,26 @@ def command(
     wanted = CacheWishes(policies, cache, capacity_lines)
     held, settled, capacities = wanted.plan(transformer)
     plan = ExportPlan(
-        transformer,
-        image_decoder,
-        held,
-        capacities,
-        settled,
+        transformer=transformer,
+        image_decoder=image_decoder,
+        policies=held,
+        capacity_lines=capacities,
+        cache=settled,
         images=batch,
-        sampling=SamplingSettings(guidance, guidance_interval, temperature, top_k, top_p),
+        sampling=SamplingSettings(
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        ),
         precision=PrecisionPlan(
-            Precision(precision),
-            Precision(activations),
-            parse_parts(kept, config.layers),
-            block_size,
-            Method(quantization or ("gptq" if precision == "int4" else "rtn")),
-            Precision(image_decoder_precision) if image_decoder_precision else None,
+            weights=Precision(precision),
+            activations=Precision(activations),
+            parts=parse_parts(kept, config.layers),
+            block=block_size,
+            method=Method(quantization or ("gptq" if precision == "int4" else "rtn")),
+            image_decoder=Precision(image_decoder_precision) if image_decoder_precision else None,
         ),
         text_encoder=load_text_encoder(text_encoder) if text_encoder else None,
     )
@@ -305,7 +319,8 @@ def command(
         conditioner
     )
     calibration = Calibration(
-        Calibration.images if calibration_images is None else calibration_images, conditions=shown or None
+        images=Calibration.images if calibration_images is None else calibration_images,
+        conditions=shown or None,
     )
     with console.status("exporting") as status:
 
@@ -393,13 +408,13 @@ def cache_plan(
 ) -> tuple[CacheSettings, tuple[int, ...]]:
     """The cache settings that a bundle runs with by default, and the lines of each layer's buffer."""
     usual = CacheSettings(
-        policies[0],
-        DEFAULT_MODE,
-        (raster.lines if policies[0] == FULL else quarter(raster),) * layers,
-        DEFAULT_RECENT_LINES,
-        DEFAULT_ANCHOR_TOKENS,
-        DEFAULT_AGGREGATION,
-        DEFAULT_HEAD_SCORES,
+        policy=policies[0],
+        mode=DEFAULT_MODE,
+        budget_lines=(raster.lines if policies[0] == FULL else quarter(raster),) * layers,
+        recent_lines=DEFAULT_RECENT_LINES,
+        anchor_tokens=DEFAULT_ANCHOR_TOKENS,
+        aggregation=DEFAULT_AGGREGATION,
+        head_scores=DEFAULT_HEAD_SCORES,
         share_guidance=DEFAULT_SHARE_GUIDANCE,
     )
     cache = request.settle(raster, (raster.lines,) * layers, usual)

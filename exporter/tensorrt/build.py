@@ -148,16 +148,16 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
                 raise ExportError(f"{error}{_remedy(plan, stage)}") from error
             path = folder / file
             plans[stage] = Plan(
-                file,
-                file_sha256(path),
-                path.stat().st_size,
-                end.seconds,
-                end.layers,
-                end.operations,
-                end.aliases,
-                end.weights_bytes,
-                end.activation_bytes,
-                end.user_allocation,
+                file=file,
+                sha256=file_sha256(path),
+                bytes=path.stat().st_size,
+                seconds=end.seconds,
+                layers=end.layers,
+                operations=end.operations,
+                aliases=end.aliases,
+                weights_bytes=end.weights_bytes,
+                activation_bytes=end.activation_bytes,
+                user_allocation=end.user_allocation,
             )
             if plan.plugin and plans[stage].plugins != end.operations:
                 raise ExportError(

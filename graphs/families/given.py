@@ -94,7 +94,7 @@ def count_of(shapes: Iterable[str], list_name: str) -> int:
     return len(found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Given:
     """What is known of a checkpoint when its configuration is made.
 

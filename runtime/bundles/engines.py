@@ -27,7 +27,7 @@ class Layer(msgspec.Struct, frozen=True):
     plugin: str = ""
 
 
-class Plan(msgspec.Struct, frozen=True):
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """One stage's plan.
 
     ``operations``: how many nodes of linert's own operations the ONNX file has, by type. ``aliases``: outputs that lie where an

@@ -89,7 +89,7 @@ class Raster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 yield Step("line_end", line, self.line_width)
 
 
-class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the cache keeps.
 
     ``budget_lines``: lines of each layer, the one in progress counted. ``recent_lines``: newest lines that stay, cut to

@@ -61,7 +61,7 @@ class StageSpec(Record, frozen=True):
     work: Work
 
 
-class SamplingSettings(Record, frozen=True):
+class SamplingSettings(Record, frozen=True, kw_only=True):
     """How tokens are drawn.
 
     ``guidance``: scale of classifier-free guidance; 1 or less uses the conditional logits alone.

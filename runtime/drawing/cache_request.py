@@ -92,14 +92,14 @@ class CacheRequest:
             least = least_budget(raster, recent, anchors)
             budgets = pyramid(budgets[0], len(budgets), least, min(capacity_lines))
         return CacheSettings(
-            policy,
-            Mode(self.mode or defaults.mode),
-            budgets,
-            recent,
-            anchors,
-            Aggregation(self.aggregation or defaults.aggregation),
-            HeadScores(self.head_scores or defaults.head_scores),
-            defaults.share_guidance if self.share_guidance is None else self.share_guidance,
+            policy=policy,
+            mode=Mode(self.mode or defaults.mode),
+            budget_lines=budgets,
+            recent_lines=recent,
+            anchor_tokens=anchors,
+            aggregation=Aggregation(self.aggregation or defaults.aggregation),
+            head_scores=HeadScores(self.head_scores or defaults.head_scores),
+            share_guidance=defaults.share_guidance if self.share_guidance is None else self.share_guidance,
         )
 
     def _budgets(self, raster: Raster, layers: int, policy: str, defaults: CacheSettings) -> tuple[int, ...]:

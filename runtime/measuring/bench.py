@@ -211,7 +211,7 @@ class Measured:
                 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Timings:
     """Medians of what was measured of one bundle; milliseconds and seconds as the names say."""
 
@@ -306,19 +306,19 @@ def measure(
     read = statistics.median(reads)
     return [
         Timings(
-            limit_of(measured.manifest, read, rate),
-            measured.start,
-            statistics.median(decode[number]),
-            statistics.median(line_ends[number]),
-            statistics.median(vq[number]),
-            sorted(drawn[number], key=lambda image: image.total)[(len(drawn[number]) - 1) // 2]
+            limit=limit_of(measured.manifest, read, rate),
+            start=measured.start,
+            decode_ms=statistics.median(decode[number]),
+            line_end_ms=statistics.median(line_ends[number]),
+            vq_decoder_ms=statistics.median(vq[number]),
+            image=sorted(drawn[number], key=lambda image: image.total)[(len(drawn[number]) - 1) // 2]
             if drawn[number]
             else None,
-            measured.manifest.images,
-            measured.manifest.raster.line_width,
-            measured.resident,
-            sum(record.bytes for record in measured.manifest.files.values()),
-            measured.manifest.state_bytes,
+            images=measured.manifest.images,
+            line_width=measured.manifest.raster.line_width,
+            resident_bytes=measured.resident,
+            file_bytes=sum(record.bytes for record in measured.manifest.files.values()),
+            state_bytes=measured.manifest.state_bytes,
         )
         for number, measured in enumerate(under_test)
     ]

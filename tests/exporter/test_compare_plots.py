@@ -34,19 +34,19 @@ def cell(label: str, lines: int, number: int) -> CellResult:
     }
     far = {name: Interval(0.01, None, None, 0.01) for name in metrics}
     return CellResult(
-        label,
-        str(lines),
-        cache_settings(policy=label.split(",")[0], budget_lines=(lines, lines)),
-        lines * 2**20,
-        metrics,
-        far,
-        0.5,
-        10.0,
-        0.1 * number,
-        [0.1 * number] * 16,
-        0.5,
-        1.0 + lines,
-        2.0,
+        label=label,
+        budget=str(lines),
+        cache=cache_settings(policy=label.split(",")[0], budget_lines=(lines, lines)),
+        state_bytes=lines * 2**20,
+        metrics=metrics,
+        metrics_minus_full=far,
+        token_agreement=0.5,
+        first_divergence=10.0,
+        kl_mean=0.1 * number,
+        kl_by_line=[0.1 * number] * 16,
+        top1_agreement=0.5,
+        decode_ms=1.0 + lines,
+        line_end_ms=2.0,
     )
 
 
@@ -114,12 +114,12 @@ def test_the_legend_of_a_sweep_covers_no_bar(tmp_path: Path) -> None:
     limit = Limit(weight_bytes=10**8, state_bytes=0, macs=0, read_bandwidth=1e10, mac_rate=None)
     timings = [
         Timings(
-            limit,
-            Start(0, 0),
-            ms,
-            1,
-            1,
-            None,
+            limit=limit,
+            start=Start(0, 0),
+            decode_ms=ms,
+            line_end_ms=1,
+            vq_decoder_ms=1,
+            image=None,
             images=1,
             line_width=4,
             resident_bytes=None,

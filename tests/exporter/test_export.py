@@ -188,7 +188,13 @@ def plan_of(model: Path, vq_file: Path) -> bundle_export.ExportPlan:
     transformer, decoder = load_models(model, vq_file, ModelRequest(grid=6, heads=4))
     cache = cache_settings()
     return bundle_export.ExportPlan(
-        transformer, decoder, ("linear",), cache.budget_lines, cache, 1, SamplingSettings()
+        transformer=transformer,
+        image_decoder=decoder,
+        policies=("linear",),
+        capacity_lines=cache.budget_lines,
+        cache=cache,
+        images=1,
+        sampling=SamplingSettings(),
     )
 
 

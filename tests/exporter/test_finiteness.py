@@ -35,10 +35,16 @@ def planned(folder: Path, decoder: Path, name: str, value: float, precision: Pre
     state[name].view(-1)[7] = value
     torch.save({"model": state}, folder / "model.pt")
     loaded = load_models(folder / "model.pt", decoder, ModelRequest(grid=TINY.grid, heads=TINY.heads))
-    wishes = CacheWishes(("full",), CacheRequest(), None).plan(loaded[0])
-    policies, cache, capacities = wishes
+    policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).plan(loaded[0])
     return ExportPlan(
-        *loaded, policies, capacities, cache, images=1, sampling=SamplingSettings(), precision=precision
+        transformer=loaded[0],
+        image_decoder=loaded[1],
+        policies=policies,
+        capacity_lines=capacities,
+        cache=cache,
+        images=1,
+        sampling=SamplingSettings(),
+        precision=precision,
     )
 
 
@@ -67,10 +73,10 @@ def test_nothing_is_written_of_it(
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-FP16 = PrecisionPlan(Precision.FP16)
-HALVES = PrecisionPlan(Precision.FP32, Precision.FP16)
-INT8 = PrecisionPlan(Precision.INT8, image_decoder=Precision.FP16)
-INT4 = PrecisionPlan(Precision.INT4, method=Method.RTN, image_decoder=Precision.FP16)
+FP16 = PrecisionPlan(weights=Precision.FP16)
+HALVES = PrecisionPlan(weights=Precision.FP32, activations=Precision.FP16)
+INT8 = PrecisionPlan(weights=Precision.INT8, image_decoder=Precision.FP16)
+INT4 = PrecisionPlan(weights=Precision.INT4, method=Method.RTN, image_decoder=Precision.FP16)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +95,8 @@ INT4 = PrecisionPlan(Precision.INT4, method=Method.RTN, image_decoder=Precision.
         (replace(INT4, activations=Precision.FP16), WIDE, 70000.0, "is to be stored in fp16"),
         (replace(INT8, parts={"embedding": Precision.INT8}), TABLE, 70000.0, None),
         (INT8, TABLE, 70000.0, "is to be stored in fp16"),
-        (PrecisionPlan(Precision.BF16), WIDE, 3.4e38, "is to be stored in bf16"),
-        (PrecisionPlan(Precision.BF16), WIDE, 1e38, None),
+        (PrecisionPlan(weights=Precision.BF16), WIDE, 3.4e38, "is to be stored in bf16"),
+        (PrecisionPlan(weights=Precision.BF16), WIDE, 1e38, None),
         (PrecisionPlan(), WIDE, 1e300, "is to be stored in fp32, .*no precision here holds them"),
     ],
 )
@@ -147,7 +153,15 @@ def test_a_tensor_that_is_folded_is_called_by_the_file_s_name(tmp_path: Path) ->
     save_file(state, folder / "model.safetensors")
     loaded = load_models(folder, None, ModelRequest())
     policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).plan(loaded[0])
-    plan = ExportPlan(*loaded, policies, capacities, cache, images=1, sampling=SamplingSettings())
+    plan = ExportPlan(
+        transformer=loaded[0],
+        image_decoder=loaded[1],
+        policies=policies,
+        capacity_lines=capacities,
+        cache=cache,
+        images=1,
+        sampling=SamplingSettings(),
+    )
     with pytest.raises(CheckpointError, match=r": gen_embed\.weight holds numbers that are not finite"):
         plan.check_numbers()
 
@@ -164,7 +178,7 @@ def test_a_calibration_of_what_cannot_be_computed_is_refused(
     tiny_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Finite weights whose products are not."""
-    precision = PrecisionPlan(Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16)
+    precision = PrecisionPlan(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16)
     plan = planned(tmp_path, tiny_files[1], "output.weight", 3e38, precision)
     with pytest.raises(ExportError, match="computes numbers that are not finite"):
         calibrated(plan, Calibration(images=1), report=lambda line: None)
@@ -180,7 +194,7 @@ def test_a_bias_fits_its_integer_where_a_channel_s_weights_are_nothing(
     torch.save({"model": state}, tmp_path / "vq.pt")
     decoder: Any = load_image_decoder(tmp_path / "vq.pt")
     tokens = torch.randint(64, (2, 36), generator=torch.Generator().manual_seed(0))
-    plan = with_integer_decoder(PrecisionPlan(Precision.INT8), decoder, tokens, Raster(1, 6, 6))
+    plan = with_integer_decoder(PrecisionPlan(weights=Precision.INT8), decoder, tokens, Raster(1, 6, 6))
     quantized = plan.convolutions[f"{name}.weight"]
     # ONNX Runtime makes an integer of it, of the scale of what is added up, where it multiplies integers.
     scales = quantized.input.scale * quantized.weight.scales.flatten()

@@ -199,8 +199,8 @@ def test_a_mixture_may_cost_what_its_coarsest_part_may() -> None:
 @pytest.mark.parametrize(
     ("precision", "words"),
     [
-        (PrecisionPlan(Precision.INT8), "an image decoder in int8"),
-        (PrecisionPlan(Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16), "by gptq"),
+        (PrecisionPlan(weights=Precision.INT8), "an image decoder in int8"),
+        (PrecisionPlan(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16), "by gptq"),
     ],
 )
 def test_a_plan_that_was_not_calibrated_is_refused(
@@ -259,7 +259,7 @@ def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
     ("inputs", "format"), [(256, (4, 128)), (192, (4, 64)), (112, (4, 16)), (8, (8, 0)), (100, (8, 0))]
 )
 def test_blocks_shrink_until_they_divide_the_inputs(inputs: int, format: tuple[int, int]) -> None:
-    assert PrecisionPlan(Precision.INT4).integer_format(inputs, Precision.INT4) == format
+    assert PrecisionPlan(weights=Precision.INT4).integer_format(inputs, Precision.INT4) == format
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

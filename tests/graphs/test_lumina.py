@@ -200,7 +200,9 @@ def configured(**changed: Any) -> lumina.LuminaConfig:
         "layers.0.mlp.gate_proj.weight": (48, 32),
         "layers.1.mlp.gate_proj.weight": (48, 32),
     }
-    usual = Given(shapes, {"num_attention_heads": 4}, {}, VOCABULARY, side=512)
+    usual = Given(
+        shapes=shapes, settings={"num_attention_heads": 4}, processing={}, vocabulary=VOCABULARY, side=512
+    )
     return lumina.FAMILY.configure(replace(usual, **changed))
 
 
@@ -210,7 +212,7 @@ def test_the_configuration_is_read() -> None:
     assert (config.rows, config.columns, config.line_width) == (20, 48, 49)
     assert (config.kv_heads, config.vocab_size, config.first_image_token, config.newline_id) == (2, 3, 8, 7)
     assert configured(settings={"num_attention_heads": 8, "swin_norm": True}).swin_norm
-    known = Given({}, vocabulary=VOCABULARY)
+    known = Given(shapes={}, vocabulary=VOCABULARY)
     assert lumina.FAMILY.code_order(known) == [10, 0, 2]
     prompts = lumina.FAMILY.prompt_format(config, known)
     assert prompts.first == (0,)
