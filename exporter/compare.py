@@ -34,7 +34,7 @@ from linert.runtime.drawing.run_folder import TOKENS_NAME, RunRequest, run_folde
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import BundleError, RequestError
 from linert.runtime.files.array_files import read_arrays, write_arrays
-from linert.runtime.files.replacement import make_folder
+from linert.runtime.files.atomic_files import make_folder
 from linert.runtime.measuring.bench import milliseconds
 from linert.runtime.measuring.metrics import Metric
 

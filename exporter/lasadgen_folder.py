@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from linert.graphs.families.lasadgen import LASADGenConfig
-from linert.runtime.files.replacement import atomic_file, make_folder
+from linert.runtime.files.atomic_files import atomic_file, make_folder
 
 
 def write_lasadgen(tensors: Mapping[str, Tensor], config: LASADGenConfig, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from linert.runtime.errors import RequestError
-from linert.runtime.files.replacement import atomic_file
+from linert.runtime.files.atomic_files import atomic_file
 from linert.runtime.measuring.bench import Timings
 
 

@@ -21,7 +21,7 @@ from linert.graphs.families import lasadgen, llamagen, vq
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.manifest import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
-from linert.runtime.files.replacement import atomic_file
+from linert.runtime.files.atomic_files import atomic_file
 
 SIZES = {
     # layers, width, heads, feed-forward width

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from linert.exporter.lasadgen_folder import write_lasadgen
 from linert.graphs.families import lasadgen, llamagen, vq
 from linert.graphs.transformer import RasterTransformer
-from linert.runtime.files.replacement import atomic_file
+from linert.runtime.files.atomic_files import atomic_file
 
 GRID = 16
 SPLIT_SEED = 0

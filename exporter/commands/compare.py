@@ -30,8 +30,9 @@ from linert.runtime.drawing.cache_request import PYRAMID, UNIFORM
 from linert.runtime.drawing.generator import Generator
 from linert.runtime.drawing.samples import plan_samples
 from linert.runtime.errors import OutputError, RequestError
+from linert.runtime.files.atomic_files import atomic_file
 from linert.runtime.files.records import RecordError, read_record
-from linert.runtime.files.replacement import atomic_file, is_empty, working_folder
+from linert.runtime.files.replacement import is_empty, working_folder
 from linert.runtime.files.source_digest import source_digest
 from linert.runtime.measuring.metric_source import load_metrics
 from linert.runtime.measuring.metrics import Metric

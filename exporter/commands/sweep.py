@@ -20,7 +20,8 @@ from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.progress import measuring
 from linert.runtime.commands.rounds_options import rounds_options
 from linert.runtime.errors import LinertError, OutputError
-from linert.runtime.files.replacement import check_target, scratch_folder
+from linert.runtime.files.atomic_files import check_target
+from linert.runtime.files.replacement import scratch_folder
 from linert.runtime.machine import default_threads, processor_name
 from linert.runtime.measuring.bench import Measured, Timings
 from linert.runtime.text import size_text

@@ -23,7 +23,7 @@ from linert.exporter.tensorrt.callbacks import make_monitor, make_writer
 from linert.runtime.backends.trt_flavour import FLAVOURS, make_logger
 from linert.runtime.bundles.engines import Layer
 from linert.runtime.errors import ExportError
-from linert.runtime.files.replacement import output_error
+from linert.runtime.files.atomic_files import output_error
 from linert.runtime.plugins import NAMESPACE
 from linert.runtime.plugins.base import Launch, Operation
 from linert.runtime.plugins.kernels import KernelSet

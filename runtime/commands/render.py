@@ -25,8 +25,9 @@ from linert.runtime.drawing.output import (
 from linert.runtime.drawing.samples import shortened
 from linert.runtime.errors import RequestError
 from linert.runtime.files.array_files import check_arrays_target, write_parts
+from linert.runtime.files.atomic_files import atomic_file
 from linert.runtime.files.records import RecordError, read_record
-from linert.runtime.files.replacement import FolderKind, atomic_file, claim_folder, new_folder, visible
+from linert.runtime.files.replacement import FolderKind, claim_folder, new_folder, visible
 
 RENDER_NAME = "render.json"
 

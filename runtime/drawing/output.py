@@ -18,8 +18,8 @@ from linert.runtime.bundles.manifest import Manifest, Record, SamplingSettings
 from linert.runtime.drawing.samples import Condition, Sample, asked_for
 from linert.runtime.errors import OutputError, RequestError
 from linert.runtime.files.array_files import Arrays, read_arrays
+from linert.runtime.files.atomic_files import atomic_file
 from linert.runtime.files.records import RecordError, decode_record
-from linert.runtime.files.replacement import atomic_file
 
 SHEET_NAME = "contact_sheet.png"
 METADATA_KEY = "linert"

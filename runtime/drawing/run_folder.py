@@ -21,8 +21,9 @@ from linert.runtime.drawing.output import SHEET_NAME, is_foreign, labels_of, rea
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import OutputError, RequestError
 from linert.runtime.files.array_files import write_arrays
+from linert.runtime.files.atomic_files import atomic_file, output_error
 from linert.runtime.files.records import RecordError, read_record
-from linert.runtime.files.replacement import atomic_file, output_error, some_names, visible, working_folder
+from linert.runtime.files.replacement import some_names, visible, working_folder
 
 RUN_NAME = "run.json"
 TOKENS_NAME = "tokens.npz"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linert.runtime.errors import OutputError, RequestError
-from linert.runtime.files.replacement import atomic_file, check_target
+from linert.runtime.files.atomic_files import atomic_file, check_target
 
 Arrays = dict[str, NDArray[np.generic]]
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear under their names whole or not at all: everything that linert keeps is written here.
+"""Folders that appear under their names whole or not at all; :mod:`linert.runtime.files.atomic_files` does the same for files.
 
 What is new is made beside its name, reaches the disk, and takes its name in one step. A folder that is replaced changes
 places with the new one in one step where the system can do that (Linux); elsewhere there are two steps, and whoever
@@ -19,12 +19,17 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from linert.runtime.errors import OutputError
+from linert.runtime.files.atomic_files import (
+    check_writable,
+    output_error,
+    remove_unfinished,
+    sync_folder,
+    sync_tree,
+)
 from linert.runtime.files.locks import (
     Held,
-    Leftover,
     Lock,
     is_at,
     is_hidden_name,
@@ -72,86 +77,6 @@ class FolderKind:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """Yield a file that becomes ``path`` when the block succeeds and vanishes when not.
-
-    A link stays a link to what is replaced. Devices and pipes are written to as they are.
-
-    Args:
-        durable: whether it must outlast a power cut from now on. Without, it may be found cut afterwards.
-
-    Raises:
-        OutputError: it cannot be written, or the disk is full.
-    """
-    try:
-        if path.exists() and not path.is_file() and not path.is_dir():
-            with path.open("wb") as file:
-                yield file
-            return
-        target = path.resolve() if path.is_symlink() else path
-        partial = partial_path(target, new_token())
-        try:
-            with _locked_file(partial) as file:
-                yield file
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-                if _WINDOWS:
-                    file.close()
-                partial.replace(target)
-            if durable:
-                _sync_folder(target.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise output_error(path, error) from error
-
-
-@contextlib.contextmanager
-def _locked_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file, locked for as long as it is open, so that nobody takes it for abandoned."""
-    while True:
-        with path.open("xb") as file:
-            lock_descriptor(file.fileno())
-            if _WINDOWS or is_at(file.fileno(), path):
-                yield file
-                return
-
-
-def check_target(path: Path | None) -> None:
-    """Prepare for a file that is to be written at the end: remove what dead processes left of it.
-
-    Raises:
-        OutputError: it will not be possible to write it.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder, not a file; give another name")
-    target = path.resolve() if path.is_symlink() else path
-    if not target.parent.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {target.parent}")
-    if path.exists() and not path.is_file():
-        return
-    _check_writable(path, target.parent)
-    for left in leftovers(target.parent, target.name):
-        if left.path.is_file():
-            _remove_file(left)
-
-
-def make_folder(path: Path) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        OutputError: the file system refuses.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise output_error(path, error) from error
-
-
-@contextlib.contextmanager
 def claim_folder(out: Path, kind: FolderKind, *, force: bool) -> Iterator[None]:
     """Hold the name ``out`` from now on, for a :func:`new_folder` that comes after long work; say now what would keep it from being made.
 
@@ -165,7 +90,7 @@ def claim_folder(out: Path, kind: FolderKind, *, force: bool) -> Iterator[None]:
                 target = _target_of(out)
                 _check_replaceable(out, target, kind, force=force)
                 made += _make_parents(target)
-                _check_writable(out, target.parent)
+                check_writable(out, target.parent)
                 held.enter_context(_claimed(out, target))
                 _check_replaceable(out, target, kind, force=force)
             except OSError as error:
@@ -198,7 +123,7 @@ def new_folder(out: Path, kind: FolderKind, *, force: bool) -> Iterator[Path]:
             try:
                 partial.mkdir()
                 yield partial
-                _sync_tree(partial)
+                sync_tree(partial)
                 _publish(out, target, partial, kind, force=force)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -227,7 +152,7 @@ def working_folder(path: Path) -> Iterator[bool]:
             lock = _take(path, target / FOLDER_LOCK)
             for left in leftovers(target):
                 if left.path.is_file():
-                    _remove_file(left)
+                    remove_unfinished(left)
             empty = is_empty(target)
         except OSError as error:
             raise output_error(path, error) from error
@@ -281,15 +206,6 @@ def visible(path: Path) -> list[str]:
     return sorted(name for name in os.listdir(path) if name not in _IGNORED and not is_hidden_name(name))
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
-    """What to tell people when the file system refuses."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"the disk is full: {path} was not written")
-    named = error.filename
-    elsewhere = isinstance(named, str) and not Path(named).absolute().is_relative_to(path.absolute().parent)
-    return OutputError(f"cannot write {path}: {f'{named}: ' if elsewhere else ''}{error.strerror or error}")
-
-
 def some_names(names: list[str]) -> str:
     """The first of ``names``, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -331,16 +247,6 @@ def _check_replaceable(out: Path, target: Path, kind: FolderKind, *, force: bool
         )
 
 
-def _check_writable(out: Path, folder: Path) -> None:
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {out}: {error.strerror or error} in {folder}; give a place that can be written to"
-        ) from error
-
-
 def _take(out: Path, path: Path) -> Lock:
     lock = Lock.take(path)
     if lock is None:
@@ -374,7 +280,7 @@ def _claimed(out: Path, target: Path) -> Iterator[None]:
             if item.path.is_dir():
                 shutil.rmtree(item.path, ignore_errors=True)
             elif item.path.exists():
-                _remove_file(item)
+                remove_unfinished(item)
         yield
     finally:
         _claims.targets.discard(target)
@@ -395,7 +301,7 @@ def _publish(out: Path, target: Path, partial: Path, kind: FolderKind, *, force:
         partial.rename(kept)
         reason = error if isinstance(error, OutputError) else output_error(out, error)
         raise OutputError(f"{reason}. What was made is in {kept}") from error
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _renamed(partial: Path, target: Path) -> bool:
@@ -441,48 +347,6 @@ def _replace_in_two_steps(partial: Path, target: Path) -> None:
             replaced.rename(target)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Let every file of a folder reach the disk, and their names."""
-    for place, _, names in os.walk(folder):
-        if not _WINDOWS:
-            # Windows syncs only what is open for writing.
-            for name in names:
-                _sync(Path(place) / name)
-        _sync_folder(Path(place))
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk, where the system can do that."""
-    try:
-        _sync(folder)
-    except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.EBADF,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EISDIR,
-            errno.ENOTSUP,
-        ):
-            raise
-
-
-def _remove_file(left: Leftover) -> None:
-    """Remove an unfinished file whose owner is dead, if it is."""
-    with contextlib.suppress(OSError), left.path.open("r+b") as file:
-        held = lock_descriptor(file.fileno())
-        if held is not Held.ANOTHERS and left.abandoned(sure=held is Held.OURS):
-            left.path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

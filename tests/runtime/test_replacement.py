@@ -17,16 +17,9 @@ import pytest
 
 from linert.runtime.errors import OutputError
 from linert.runtime.files import locks, replacement
+from linert.runtime.files.atomic_files import atomic_file, check_target
 from linert.runtime.files.locks import new_token, partial_path, replaced_path
-from linert.runtime.files.replacement import (
-    atomic_file,
-    check_target,
-    claim_folder,
-    new_folder,
-    recover,
-    scratch_folder,
-    working_folder,
-)
+from linert.runtime.files.replacement import claim_folder, new_folder, recover, scratch_folder, working_folder
 from tests.conftest import ROOT
 from tests.things import THING, wait_for
 
@@ -42,6 +35,7 @@ import os, signal, sys, time
 from pathlib import Path
 from linert.runtime.files import replacement
 from linert.runtime.errors import LinertError
+from linert.runtime.files.atomic_files import *
 from linert.runtime.files.replacement import *
 from tests.things import THING, wait_for
 out = Path(sys.argv[1])
