@@ -12,10 +12,11 @@ import sys
 
 from torch import Tensor
 
-from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy
+from linert.graphs.policies import FinishedLine, LineEndParams, Policy, register
 from linert.runtime.cli import cli
 
 
+@register
 class Columns(Policy):
     """Keep the tokens that lie nearest to the middle column; what is kept has the largest importance."""
 
@@ -25,8 +26,6 @@ class Columns(Policy):
         column = (line.slot_pos - line.prefix_len) % line.line_width
         return -(column - line.line_width // 2).abs().float()
 
-
-POLICIES[Columns.name] = Columns
 
 if __name__ == "__main__":
     cli.main(["export", *sys.argv[1:], "--policy", f"{Columns.name},streaming"])

@@ -1,4 +1,4 @@
-"""What belongs to a bundle's folder, so that nothing else is ever replaced with it."""
+"""Tell the files of a bundle from those of others, so that ``--force`` replaces nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that have to be finite before anything is compared or measured."""
+"""Refuse logits, scores or pixels that are NaN or infinite before they are compared or measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that cannot be exported: none at all, or larger than what they would be stored or computed in."""
+"""Refuse weights that are NaN or infinite, or overflow in the format that they would be stored or computed in, before an export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrap a traced line end into one ``linert::LineEvict`` node whose function body is what was traced."""
+"""Rewrite a traced line end into one ``linert::LineEvict`` node whose function body is what was traced."""
 
 from __future__ import annotations
 

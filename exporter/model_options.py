@@ -1,4 +1,4 @@
-"""What a user may say of a model, and which families take it: the one table that refusals and the help derive from."""
+"""Which options of an export, like ``--grid`` and ``--heads``, each family takes: one table, of which refusals and the help are made."""
 
 from __future__ import annotations
 

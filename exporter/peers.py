@@ -1,4 +1,4 @@
-"""PyTorch peers of a bundle: the same transformer with a static KV cache that holds the whole image, or with its states."""
+"""Eager and compiled PyTorch generators of the same model, with a static full KV cache or recurrent states: baselines of speed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
 from linert.graphs.decay_memory import DecayMemory, DecayStep
 from linert.graphs.memory import Projections, StepPosition, memory_of
+from linert.graphs.sampling import mix
 from linert.graphs.spatial_decay import RowState, fold
 from linert.graphs.stages import with_newlines
 from linert.runtime.bundles.bundle import Bundle
@@ -105,8 +106,7 @@ class PyTorchPeer(ABC):
     def _draw(self, logits: Tensor, position: int) -> Tensor:
         """The token ``[I]`` of ``position`` from logits ``[B, V]``."""
         if self.guidance > 1:
-            conditional, unconditional = logits.chunk(2)
-            logits = unconditional + self.guidance * (conditional - unconditional)
+            logits = mix(*logits.chunk(2), self.guidance)
         drawn = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
         config = self.model.config
         return with_newlines(config, drawn, torch.tensor(position - config.prefix_len))

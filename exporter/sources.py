@@ -1,4 +1,4 @@
-"""The checkpoints that a bundle was made of, and plans for bundles like it."""
+"""Find the checkpoints that a bundle's manifest names, load them again, and plan exports like the bundle's."""
 
 from __future__ import annotations
 

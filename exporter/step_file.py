@@ -1,4 +1,4 @@
-"""Arrays of many steps that are read again and again and together are too large for memory."""
+"""A temporary file on disk for arrays of many steps, like log-probabilities, that together are too large for memory."""
 
 from __future__ import annotations
 

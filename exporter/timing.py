@@ -1,4 +1,4 @@
-"""Time a bundle's decode stage with buffers of any size."""
+"""Time a bundle's decode stage with buffers of other sizes, without exporting it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers that stand beside checkpoints."""
+"""Find, check and copy the ``tokenizer.json`` that belongs to a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How weights lie in a graph: which format, which order, and the nodes that widen them.
+"""Take weights out of a graph before it is optimised, and put them back as external data, behind the nodes that dequantise them.
 
 While a graph is rewritten its weights are inputs (:func:`lift_weights`); afterwards they are initializers that refer to
 the weights file (:func:`store_weights`), transposed, joined and quantised as their readers and their precision ask.

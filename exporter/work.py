@@ -1,4 +1,4 @@
-"""What a stage reads and computes, counted in its graph."""
+"""Count the bytes that a run of an ONNX graph reads and its multiply-accumulates, for ``bench`` and ``inspect``."""
 
 from __future__ import annotations
 

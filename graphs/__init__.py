@@ -1,1 +1,1 @@
-"""What is computed: torch modules of model families, the four stages, and the cache policies."""
+"""Torch modules: model families, the stages that are exported to ONNX, and the eviction policies."""

@@ -1,4 +1,5 @@
-"""The state of spatial decay: the row in progress and one matrix a column for all rows above; and the end of a row."""
+"""The recurrent state of linear attention: keys and values of the line in progress, one matrix a column for all lines above, and
+the end of a line."""
 
 from __future__ import annotations
 

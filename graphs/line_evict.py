@@ -1,4 +1,5 @@
-"""LineEvict: a line's end as one operation, for the policies whose importance its plugin computes.
+"""The LineEvict operation: at a line's end, choose the KV slots that the next line overwrites, by one of the kinds of importance
+that its plugin computes.
 
 Its meaning is :class:`linert.graphs.line_buffer.LineEnd`; a traced line end becomes the ONNX model-local function of that name, which
 runtimes without the plugin take.

@@ -1,4 +1,4 @@
-"""What the layers of a model remember between steps, and how a decode step uses it."""
+"""The interface of what layers keep between decode steps: a KV cache, or the state of linear attention."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Guidance, temperature, top-k, top-p and the draw: logits to one token an image.
 
 Every threshold is found by bisection: no sort, ties survive, no limit on k, and static shapes throughout. The
-same code runs eagerly and is traced into the prefill and decode stages.
+same code runs eagerly and is traced into the decode stages.
 """
 
 from __future__ import annotations
@@ -38,14 +38,19 @@ class SamplingParams(NamedTuple):
     greedy: Tensor
 
 
+def mix(conditional: Tensor, unconditional: Tensor, scale: Tensor | float) -> Tensor:
+    """Classifier-free guidance (arXiv 2207.12598): away from the unconditional logits, ``scale`` times the way to the conditional."""
+    return unconditional + scale * (conditional - unconditional)
+
+
 def guide(logits: Tensor, params: SamplingParams, image_index: Tensor) -> Tensor:
-    """Combine conditional and unconditional logits (classifier-free guidance, arXiv 2207.12598).
+    """Combine conditional and unconditional logits, where guidance is on, by :func:`mix`.
 
     Args:
         logits: ``[2 I, V]`` float32, conditional rows first.
         params: the scale and its interval.
-        image_index: ``[I]`` int64, index of the token being drawn; token 0 comes from the prefill and is
-            always guided, token i + 1 from decode step i.
+        image_index: ``[I]`` int64, index of the token being drawn; token 0 is drawn at the end of
+            the condition and is always guided, token i + 1 in decode step i.
 
     Returns:
         ``[I, V]`` float32.
@@ -54,8 +59,7 @@ def guide(logits: Tensor, params: SamplingParams, image_index: Tensor) -> Tensor
     step = image_index - 1
     unlimited = params.guidance_interval < 0
     guided = (params.guidance > 1.0) & (unlimited | (step <= params.guidance_interval))
-    mixed = unconditional + params.guidance * (conditional - unconditional)
-    return torch.where(guided[:, None], mixed, conditional)
+    return torch.where(guided[:, None], mix(conditional, unconditional, params.guidance), conditional)
 
 
 def _bisect(low: Tensor, high: Tensor, stays: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,4 +1,5 @@
-"""SpatialDecayStep: write a token into the row in progress, and read the row, the prefix and all rows above.
+"""SpatialDecayStep, one decode step of linear attention as one operation: write the token's key and value, then read the line in
+progress, the prefix and all lines above.
 
 One operation with bodies of the same meaning, like :mod:`linert.graphs.line_attention`: :func:`reference` in PyTorch, and an ONNX
 model-local function of standard operators (:func:`function_proto`). Axes are those of :mod:`linert.graphs.spatial_decay`.

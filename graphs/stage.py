@@ -1,4 +1,4 @@
-"""What a stage is, and the sizes that all stages of a bundle share."""
+"""The base class of a stage, one ONNX graph of a bundle, and the static sizes that all stages share."""
 
 from __future__ import annotations
 

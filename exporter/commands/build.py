@@ -1,4 +1,4 @@
-"""``linert build``."""
+"""``linert build``: build TensorRT plans of a bundle."""
 
 from __future__ import annotations
 

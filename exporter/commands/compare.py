@@ -1,4 +1,4 @@
-"""``linert compare``."""
+"""``linert compare``: compare cache policies and budgets on a bundle."""
 
 from __future__ import annotations
 

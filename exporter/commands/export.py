@@ -1,4 +1,4 @@
-"""``linert export``."""
+"""``linert export``: turn a checkpoint into a bundle."""
 
 from __future__ import annotations
 

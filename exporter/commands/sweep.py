@@ -1,4 +1,4 @@
-"""``linert sweep``."""
+"""``linert sweep``: measure variants of a bundle beside each other, and beside PyTorch."""
 
 from __future__ import annotations
 

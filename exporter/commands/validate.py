@@ -1,4 +1,4 @@
-"""``linert validate``."""
+"""``linert validate``: prove that a bundle computes what PyTorch computes."""
 
 from __future__ import annotations
 

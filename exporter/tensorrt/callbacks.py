@@ -1,4 +1,4 @@
-"""What TensorRT calls back while it builds; its base classes come from whichever of its modules is in use."""
+"""What TensorRT's builder calls back: a progress monitor, and a writer of streams."""
 
 from __future__ import annotations
 

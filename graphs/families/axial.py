@@ -1,4 +1,4 @@
-"""Decoders over the image tokens of a square raster with two-dimensional rotary embedding: what LlamaGen and LASADGen share."""
+"""What LlamaGen and LASADGen share: decoders over a square grid of image tokens with two-dimensional rotary embedding."""
 
 from __future__ import annotations
 

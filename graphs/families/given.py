@@ -1,4 +1,4 @@
-"""What is known of a checkpoint, and of a model by what a user says of it, when its configuration is made."""
+"""What a family makes a configuration of: tensor shapes, ``config.json``, the tokenizer and the options of an export."""
 
 from __future__ import annotations
 

@@ -10,9 +10,23 @@ from linert.graphs.policies.rkv import RKV
 from linert.graphs.policies.snapkv import SnapKV
 from linert.graphs.policies.streaming import Streaming
 
-POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Linear, Streaming, H2O, SnapKV, RKV, Full)
-}
+POLICIES: dict[str, type[Policy]] = {}
+"""Policies by name. A bundle may hold any of them."""
+
+
+def register(policy: type[Policy]) -> type[Policy]:
+    """Let exports know a policy; it is returned, so that this can stand above a class.
+
+    Raises:
+        ValueError: there is another of its name.
+    """
+    if POLICIES.setdefault(policy.name, policy) is not policy:
+        raise ValueError(f"there is a policy {policy.name} already: {POLICIES[policy.name].__module__}")
+    return policy
+
+
+for _policy in (Linear, Streaming, H2O, SnapKV, RKV, Full):
+    register(_policy)
 
 __all__ = [
     "POLICIES",
@@ -22,4 +36,5 @@ __all__ = [
     "choose_slots",
     "end_line",
     "evict",
+    "register",
 ]

@@ -1,4 +1,4 @@
-"""The backends by name; each is imported when it is asked for."""
+"""Names and options of the backends, and what opens one. A new backend is added here; each is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ class BackendName(StrEnum):
     CUDA = "cuda"
     RTX = "rtx"
     TENSORRT = "tensorrt"
+
+    @property
+    def extra(self) -> str:
+        """The optional dependencies that it needs, by their name in ``pip install 'linert[...]'``."""
+        return EXTRAS[self]
+
+
+EXTRAS = {
+    BackendName.CPU: "cpu",
+    BackendName.CUDA: "cuda",
+    BackendName.RTX: "rtx",
+    BackendName.TENSORRT: "tensorrt",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class BackendOptions:
             return self._open(bundle, stages)
         except ModuleNotFoundError as error:
             raise LinertError(
-                f"--backend {self.name} needs {error.name}, which is not installed: pip install 'linert[{self.name}]'"
+                f"--backend {self.name} needs {error.name}, which is not installed: pip install 'linert[{self.name.extra}]'"
             ) from error
 
     def _open(self, bundle: Bundle, stages: Iterable[str]) -> Backend:

@@ -1,4 +1,4 @@
-"""The two TensorRTs behind one seam: which one, where its shared object is, and whether it is there at all."""
+"""Load ``tensorrt`` or ``tensorrt_rtx``, whichever is asked for, and find its shared object."""
 
 from __future__ import annotations
 

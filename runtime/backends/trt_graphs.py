@@ -1,4 +1,4 @@
-"""What TensorRT puts into the CUDA graphs of a bundle's stages: kernels, and copies that nobody asked it for."""
+"""Inspect captured CUDA graphs for the kernels, and for copies that TensorRT put there without being asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``linert bench``."""
+"""``linert bench``: measure a bundle against the limit of this machine."""
 
 from __future__ import annotations
 

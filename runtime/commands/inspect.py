@@ -1,4 +1,4 @@
-"""``linert inspect``."""
+"""``linert inspect``: tell what a bundle is, costs and needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options that several commands have, handed to them as one argument."""
+"""Hand several click options to a command as one argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``linert render``."""
+"""``linert render``: turn saved tokens into pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``linert run``."""
+"""``linert run``: draw images from a bundle."""
 
 from __future__ import annotations
 

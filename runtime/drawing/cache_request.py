@@ -1,4 +1,4 @@
-"""Cache settings as people ask for them: what is not given follows from the budget and from defaults."""
+"""Cache settings as people ask for them, resolved against the budget and a bundle's defaults."""
 
 from __future__ import annotations
 

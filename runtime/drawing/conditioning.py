@@ -1,4 +1,4 @@
-"""What turns requests into the inputs of a bundle: made of its manifest, its tokenizer and its text encoder."""
+"""Open what turns requests into the inputs of a bundle: class ids, a tokenizer, or a text encoder."""
 
 from __future__ import annotations
 

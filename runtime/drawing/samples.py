@@ -1,4 +1,4 @@
-"""What an image is drawn of: a class, a prompt or a caption's features, and a seed."""
+"""A request for one image: a class, a prompt or a caption's features, and a seed."""
 
 from __future__ import annotations
 

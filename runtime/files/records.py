@@ -1,4 +1,4 @@
-"""Records that linert writes as JSON and reads again: of runs, of plans, of traces, of pictures."""
+"""Read the typed JSON files that linert writes, within bounds: of runs, of plans, of traces, of pictures."""
 
 from __future__ import annotations
 

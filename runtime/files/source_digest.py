@@ -1,4 +1,4 @@
-"""A digest of code, by which results of older code are told from those of newer code."""
+"""Hash a module's source and all that it imports, so that results of older code are not taken for those of newer code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How programs of the LineAttention kernels are laid out: what was measured on a GPU, in ``tuning.json`` beside this file.
+"""Launch parameters (warps, tiles) of the LineAttention kernels, measured on GPUs and kept in ``tuning.json`` beside this file.
 
 The file is a list of :class:`Tuning` as JSON: ``[{"capability": 90, "head_pad": 64, "dtype": "float16", "warps": 1, "tile": 1024}]``.
 A build reads it and stores the numbers in the plan, which knows nothing of the file.

@@ -16,11 +16,13 @@ from linert.exporter.compare import CellResult
 from linert.exporter.compare_plots import figures, svg
 from linert.exporter.intervals import Interval
 from linert.exporter.report import tables
+from linert.graphs.policies import POLICIES as REGISTERED
+from linert.runtime.bundles.geometry import FULL
 from linert.runtime.measuring.bench import Limit, Start, Timings
 from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance, Metric
 from tests.conftest import cache_settings
 
-POLICIES = ("linear", "streaming", "h2o", "snapkv", "rkv")
+POLICIES = tuple(name for name in REGISTERED if name != FULL)
 METRICS: list[Metric] = [
     ClassAccuracy(lambda pixels: pixels),
     FrechetDistance(lambda pixels: pixels, np.random.default_rng(0).normal(size=(9, 2))),

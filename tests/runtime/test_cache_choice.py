@@ -14,8 +14,9 @@ import pytest
 
 from linert import Generator
 from linert.exporter.commands.export import cache_plan
+from linert.graphs.policies import POLICIES as REGISTERED
 from linert.runtime.bundles.bundle import open_bundle
-from linert.runtime.bundles.geometry import CacheSettings, Raster, pyramid
+from linert.runtime.bundles.geometry import FULL, CacheSettings, Raster, pyramid
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
 from linert.runtime.drawing.loop import begin, run_step
@@ -27,8 +28,8 @@ from tests.conftest import TINY, Result
 
 Linert = Callable[..., Result]
 SAMPLES = [Sample(ClassLabel(1), 7), Sample(ClassLabel(3), 8)]
-POLICIES = ("linear", "streaming", "h2o", "snapkv", "rkv", "full")
-EVICTING = POLICIES[:-1]
+POLICIES = tuple(REGISTERED)
+EVICTING = tuple(name for name in POLICIES if name != FULL)
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +362,6 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
 
     from linert.graphs.line_buffer import LineEnd
     from linert.graphs.memory import memory_of
-    from linert.graphs.policies import POLICIES as REGISTERED
     from linert.runtime.drawing.generator import make_batch
 
     manifest = generator.manifest
