@@ -20,7 +20,7 @@ from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
 from linert.graphs.decay_memory import DecayMemory, DecayStep
 from linert.graphs.memory import Projections, StepPosition, memory_of
 from linert.graphs.sampling import mix
-from linert.graphs.spatial_decay import RowState, fold
+from linert.graphs.spatial_decay import DecayState, fold
 from linert.graphs.stages import with_newlines
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.drawing.conditioning import open_conditioner
@@ -203,7 +203,7 @@ class CachePeer(PyTorchPeer):
 
 
 class StatePeer(PyTorchPeer):
-    """Spatial decay: a step reads the row in progress and what is above; the row is folded at its end."""
+    """Spatial decay: a step reads the line in progress and what is above; the line is folded at its end."""
 
     note = "recurrent"
 
@@ -216,7 +216,7 @@ class StatePeer(PyTorchPeer):
         self.decays = list(self.memory.decays(self.model))
         self.factors = self.memory.factors(self.model)
         empty = [torch.zeros(spec.shape) for spec in self.memory.layer_state()]
-        self.states = [RowState(*state) for state in self.memory.by_layer(empty)]
+        self.states = [DecayState(*state) for state in self.memory.by_layer(empty)]
         return torch.compile(self._step, dynamic=False) if self.compiled else self._step
 
     def _prefill(self) -> Tensor:

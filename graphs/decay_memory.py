@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
-from linert.graphs.spatial_decay import Decay, RowState, factors, fold, step_index
+from linert.graphs.spatial_decay import Decay, DecayState, factors, fold, step_index
 from linert.graphs.spatial_decay_step import IN_PLACE, StepInputs, function_proto, spatial_decay_step
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.tensor_spec import TensorSpec
@@ -22,7 +22,7 @@ Decays = Callable[[RasterTransformer], Iterable[Decay]]
 
 
 class DecayMemory(Memory):
-    """Keys and values of the prefix and of one row, and what is above.
+    """Keys and values of the prefix and of the line in progress, and what is above.
 
     Args:
         decays: tells a model's.
@@ -36,7 +36,7 @@ class DecayMemory(Memory):
         self.decays, self.matrices = decays, matrices
 
     def layer_state(self) -> list[TensorSpec]:
-        """In the order of :class:`RowState`."""
+        """In the order of :class:`DecayState`."""
         geometry, config = self.geometry, self.geometry.config
         size = config.head_dim
         line = (geometry.rows, 1, config.prefix_len + config.line_width, size)
@@ -63,11 +63,11 @@ class DecayMemory(Memory):
         return function_proto(self.matrices)
 
     def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:
-        return [EndRow(model, self)]
+        return [DecayLineEnd(model, self)]
 
 
 class DecayStep(LayerStep):
-    """Write the token into the row, and read the row and what is above its column.
+    """Write the token into the line in progress, and read the line and what is above its column.
 
     Args:
         memory: of the layers.
@@ -95,13 +95,13 @@ class DecayStep(LayerStep):
         q, k, v = (part.reshape(geometry.rows, 1, 1, -1) for part in new)
         weighed, above_weighed = self.weighed[layer].split([state[0].shape[2], 1], dim=-1)
         attended, *line = spatial_decay_step(
-            StepInputs(q, k, v, RowState(*state), self.slot, self.matrix, weighed, above_weighed)
+            StepInputs(q, k, v, DecayState(*state), self.slot, self.matrix, weighed, above_weighed)
         )
         return attended.reshape(geometry.sequences, 1, geometry.config.heads, -1), tuple(line)
 
 
-class EndRow(Stage):
-    """Take the finished row into what is above the next, in every layer."""
+class DecayLineEnd(Stage):
+    """Take the finished line into what is above the next, in every layer."""
 
     name = "line_end"
 
@@ -117,7 +117,7 @@ class EndRow(Stage):
 
     def forward(self, *layers: Tensor) -> tuple[Tensor, ...]:
         width = self.geometry.config.line_width
-        states = [RowState(*state) for state in self.memory.by_layer(layers)]
+        states = [DecayState(*state) for state in self.memory.by_layer(layers)]
         return tuple(
             fold(state, width, decay)
             for state, decay in zip(states, self.memory.decays(self.model), strict=True)

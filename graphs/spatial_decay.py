@@ -6,11 +6,11 @@ What comes before the image is seen without decay. The published formula is not 
 that the name says. Signed decay has ``c - c'`` in the place of ``|c - c'|``, and ``a = g b^(W - 1)`` with g between 0 and 1: along
 the raster every token is weighed by b, and by g from a row to the next. Where g is b as well it is the ordinary decay of a sequence.
 
-The same attention in two forms: all weights at once (:func:`weights`) for training and reference; and row by row, with one
+The same attention in two forms: all weights at once (:func:`weights`) for training and reference; and line by line, with one
 matrix a column for everything above, which is all that a decode step reads of it:
 
     o = q T_c + sum over c' <= c of b^(c - c') (q k_c') v_c' + sum over the prefix of (q k) v
-    at a row's end   T_c <- a (T_c + sum over c' of b^|c - c'| k_c' v_c'^T)
+    at a line's end  T_c <- a (T_c + sum over c' of b^|c - c'| k_c' v_c'^T)
 
 Signed decay has one matrix for all columns: ``o = b^c q T + ...`` and ``T <- a T + g sum b^(W - 1 - c') k_c' v_c'^T``. Everything that
 decays does so by factors below 1, so that nothing overflows whatever the decays.
@@ -63,10 +63,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, weighed: Tensor) -> Tensor:
     return ((q @ k.mT) * weighed) @ v
 
 
-class RowState(NamedTuple):
+class DecayState(NamedTuple):
     """What a layer keeps of a sequence.
 
-    ``k_line``, ``v_line``: ``[R, 1, C, D or E]``, keys and values of the prefix and of the row in progress. ``above``: T,
+    ``k_line``, ``v_line``: ``[R, 1, C, D or E]``, keys and values of the prefix and of the line in progress. ``above``: T,
     ``[R, M, D, E]`` float32: sums of many terms, each of which may be small beside the sum.
     """
 
@@ -101,8 +101,8 @@ def step_index(held: Tensor, starts: Tensor, prefix_len: int, width: int, *, sig
     return torch.cat([prefix, row, column if signed else torch.full_like(column, visible)], dim=1)
 
 
-def fold(state: RowState, width: int, decay: Decay) -> Tensor:
-    """``above`` for the next row, ``[R, M, D, E]``, when all of a row lies in the last W slots."""
+def fold(state: DecayState, width: int, decay: Decay) -> Tensor:
+    """``above`` for the next line, ``[R, M, D, E]``, when all of a line lies in the last W slots."""
     columns = torch.arange(width)
     apart = (
         width - 1 - columns[None] if decay.signed else (columns[:, None] - columns).abs()

@@ -15,7 +15,7 @@ from onnx import FunctionProto
 from torch import Tensor
 
 from linert.graphs.line_attention import opaque_node
-from linert.graphs.spatial_decay import RowState, attend
+from linert.graphs.spatial_decay import DecayState, attend
 
 OP_TYPE = "SpatialDecayStep"
 IN_PLACE = ("k_line", "v_line")
@@ -33,7 +33,7 @@ class StepInputs(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    state: RowState
+    state: DecayState
     write_slot: Tensor
     matrix: Tensor
     weighed: Tensor

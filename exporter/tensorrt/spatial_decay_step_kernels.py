@@ -37,7 +37,7 @@ def spatial_decay_step(
     """One row, and ``E_PART`` of its values.
 
     Args:
-        q ... above_weighed: the operation's inputs (:mod:`linert.graphs.spatial_decay_step`); the row in progress is updated where it
+        q ... above_weighed: the operation's inputs (:mod:`linert.graphs.spatial_decay_step`); the line in progress is updated where it
             lies.
         attended: ``[R, 1, 1, E]``.
         slots, matrices: C and M.

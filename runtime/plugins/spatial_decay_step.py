@@ -1,6 +1,6 @@
 """SpatialDecayStep as a plugin: its tensors, and how its kernel is launched on a shape.
 
-Axes: R = sequences x heads, C = slots of the row in progress, M = matrices of a state, D = key size, E = value size.
+Axes: R = sequences x heads, C = slots of the line in progress, M = matrices of a state, D = key size, E = value size.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class SpatialDecayStepLaunch:
 
 @dataclass(frozen=True)
 class SpatialDecayStep(StepOperation):
-    """Write a token into the row in progress, and read the row, the prefix and what is above."""
+    """Write a token into the line in progress, and read the line, the prefix and what is above."""
 
     name: ClassVar[str] = "SpatialDecayStep"
     launch_type: ClassVar[type[Launch]] = SpatialDecayStepLaunch

@@ -13,7 +13,7 @@ from gpu_phases.cases import Case, Values
 from gpu_phases.speeds import Fill, Speed, Variant
 from linert.exporter.tensorrt.compile import kernels_of
 from linert.graphs.line_attention import reference as attention_reference
-from linert.graphs.spatial_decay import RowState
+from linert.graphs.spatial_decay import DecayState
 from linert.graphs.spatial_decay_step import reference as decay_reference
 from linert.runtime.plugins.base import Launch, Operation, TensorKind
 from linert.runtime.plugins.line_attention import LineAttention
@@ -76,7 +76,7 @@ def decay_case(
 ) -> Case:
     """SpatialDecayStep on ``(rows, slots, matrices, key size, value size)``; what weighs nothing is not a number."""
     inputs = decay_inputs(*shape, dtype)
-    clean = RowState(*(part.nan_to_num() for part in inputs.state))
+    clean = DecayState(*(part.nan_to_num() for part in inputs.state))
     attended, _, _ = decay_reference(inputs._replace(state=clean))
     lines, rows = [], torch.arange(shape[0])
     for line, new in zip(inputs.state[:2], (inputs.k, inputs.v), strict=True):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton")
 
 from linert.exporter.tensorrt.launch import spatial_decay_step
-from linert.graphs.spatial_decay import RowState
+from linert.graphs.spatial_decay import DecayState
 from linert.graphs.spatial_decay_step import StepInputs, reference
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 
@@ -47,7 +47,7 @@ def inputs_of(
     lines = [normal(rows, 1, slots, size) for size in (key, value)]
     for line in lines:
         line[:, 0][hidden] = float("nan")
-    state = RowState(*lines, torch.randn(rows, matrices, key, value, generator=generator))
+    state = DecayState(*lines, torch.randn(rows, matrices, key, value, generator=generator))
     new = normal(rows, 1, 1, key), normal(rows, 1, 1, key), normal(rows, 1, 1, value)
     matrix = torch.randint(matrices, (rows,), generator=generator)
     share = torch.rand(rows, 1, 1, 1, generator=generator)
@@ -55,10 +55,10 @@ def inputs_of(
 
 
 def check(inputs: StepInputs, launch: SpatialDecayStepLaunch | None = None) -> None:
-    clean = RowState(*(part.nan_to_num() for part in inputs.state))
+    clean = DecayState(*(part.nan_to_num() for part in inputs.state))
     wanted, k_line, v_line = reference(inputs._replace(state=clean))
     on_device = [tensor.to(DEVICE).clone() for tensor in inputs.flat()]
-    given = StepInputs(*on_device[:3], RowState(*on_device[3:6]), *on_device[6:])
+    given = StepInputs(*on_device[:3], DecayState(*on_device[3:6]), *on_device[6:])
     found = spatial_decay_step(given, launch).cpu()
     bound = TOLERANCE[inputs.q.dtype] * max(1.0, wanted.abs().max().item())
     torch.testing.assert_close(found, wanted, atol=bound, rtol=0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from linert.graphs.spatial_decay import Decay, RowState, attend, factors, fold, step_index, weights
+from linert.graphs.spatial_decay import Decay, DecayState, attend, factors, fold, step_index, weights
 from linert.graphs.spatial_decay_step import StepInputs, reference
 
 PREFIX = 3
@@ -44,7 +44,7 @@ def row_by_row(
     rows, slots = sequences * heads, PREFIX + width
     line = torch.full((rows, 1, slots, size), 7.0, dtype=q.dtype)
     matrices = 1 if decay.signed else width
-    state = RowState(line, line.clone(), torch.zeros(rows, matrices, size, size))
+    state = DecayState(line, line.clone(), torch.zeros(rows, matrices, size, size))
     table = factors(width, decay)
     none = torch.zeros(sequences, dtype=torch.int64)
     out = []
@@ -63,7 +63,7 @@ def row_by_row(
             )
         )
         out.append(attended.reshape(sequences, heads, -1))
-        state = RowState(*line, state.above)
+        state = DecayState(*line, state.above)
         if t >= PREFIX and column == width - 1:
             state = state._replace(above=fold(state, width, decay).to(kept).float())
     return torch.stack(out, dim=2)
