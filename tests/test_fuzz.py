@@ -28,13 +28,13 @@ def fuzz(fault: str, *options: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_damaged_inputs_are_refused_or_draw_the_same(tmp_path: Path) -> None:
-    done = fuzz("", "--cases", 180, "--seed", 18, "--keep", tmp_path / "faults")
+    done = fuzz("", "--cases", 135, "--seed", 18, "--keep", tmp_path / "faults")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = re.findall(r"│ ([a-z ]+?) +│ (\d+) +│ (\d+) ", done.stdout)
-    assert [(name, int(tried)) for name, tried, _ in rows] == [(name, 20) for name, _, _ in rows]
+    assert [(name, int(tried)) for name, tried, _ in rows] == [(name, 15) for name, _, _ in rows]
     assert len(rows) == 9
     # Most damage is found.
-    assert sum(int(refused) for _, _, refused in rows) > 90
+    assert sum(int(refused) for _, _, refused in rows) > 65
 
 
 UNCHECKED = """
@@ -49,7 +49,7 @@ bundle_argument.BundlePlace.open.__kwdefaults__["digests"] = False
 
 
 def test_a_traceback_is_found_and_its_input_kept(tmp_path: Path) -> None:
-    done = fuzz(UNCHECKED, "--cases", 30, "--seed", 1, "--only", "tokens", "--keep", tmp_path / "faults")
+    done = fuzz(UNCHECKED, "--cases", 14, "--seed", 1, "--only", "tokens", "--keep", tmp_path / "faults")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "traceback: " in done.stdout
     kept = sorted((tmp_path / "faults").iterdir())

@@ -13,7 +13,8 @@ from linert.runtime.files.text_files import read_text
 
 
 def with_config(command: click.Command) -> click.Command:
-    """``command`` with ``--config``. Its options stand in the file by their long names, without dashes: ``num-images = 8``.
+    """``command`` with ``--config``. Its options stand in the file by their long names, without dashes: ``num-images = 8``, and
+    switches as ``cuda-graphs = false``.
 
     What is given on the command line goes before what stands in the file.
     """
@@ -47,7 +48,7 @@ def _set_defaults(ctx: click.Context, parameter: click.Parameter, path: Path | N
         option.removeprefix("--"): given
         for given in ctx.command.params
         if isinstance(given, click.Option) and not given.is_eager
-        for option in given.opts + given.secondary_opts
+        for option in given.opts
         if option.startswith("--")
     }
     if strange := sorted(set(values) - set(known)):

@@ -7,7 +7,7 @@ import random
 import shutil
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,62 +20,72 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 
-@dataclass
 class Bases:
-    """The undamaged things, in one folder: made once."""
+    """The undamaged things, in one folder: each is made once, when it is first needed."""
 
-    folder: Path
-    model: Path = field(init=False)
-    tokenizer: Path = field(init=False)
-    prompted: Path = field(init=False)
-    prompted_vq: Path = field(init=False)
-    bundle: Path = field(init=False)
-    prompts: Path = field(init=False)
-    run: Path = field(init=False)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-    def __post_init__(self) -> None:
-        from linert.graphs.families import llamagen, vq
-        from tests.conftest import TINY, TINY_VQ, random_state
+    @cached_property
+    def model(self) -> Path:
+        """A checkpoint of LlamaGen."""
+        from linert.graphs.families import llamagen
+        from tests.conftest import TINY, random_state
+
+        torch.save({"model": random_state(llamagen.LlamaGen(TINY))}, self.folder / "model.pt")
+        return self.folder / "model.pt"
+
+    @cached_property
+    def tokenizer(self) -> Path:
+        """The checkpoint of its VQ tokenizer."""
+        from linert.graphs.families import vq
+        from tests.conftest import TINY_VQ, random_state
+
+        torch.save({"model": random_state(vq.VQModel(TINY_VQ, encoder=True))}, self.folder / "vq.pt")
+        return self.folder / "vq.pt"
+
+    @cached_property
+    def lumina(self) -> tuple[Path, Path]:
+        """The folder of a Lumina-mGPT and its image decoder."""
         from tests.text_models import write_lumina
 
-        self.model, self.tokenizer = self.folder / "model.pt", self.folder / "vq.pt"
-        torch.save({"model": random_state(llamagen.LlamaGen(TINY))}, self.model)
-        torch.save({"model": random_state(vq.VQModel(TINY_VQ, encoder=True))}, self.tokenizer)
-        self.prompted, self.prompted_vq = write_lumina(self.folder / "lumina")
-        self.bundle, self.prompts = self.folder / "bundle", self.folder / "prompts"
-        command(
-            *(
-                "export",
-                self.model,
-                "--vq",
-                self.tokenizer,
-                "--grid",
-                6,
-                "--heads",
-                4,
-                "--policy",
-                "linear,h2o",
-            ),
-            *("--budget-lines", 3, "--batch", 2, "--guidance", 3, "--out", self.bundle),
-        )
-        command(
-            *("export", self.prompted, "--vq", self.prompted_vq, "--size", "128x128", "--prompt-tokens", 100),
-            *("--budget-lines", 3, "--out", self.prompts),
-        )
-        self.run = self.folder / "run"
-        command(
-            *(
-                "run",
-                self.bundle,
-                "--classes",
-                "1,2",
-                "--out",
-                self.run,
-                "--save-tokens",
-                self.folder / "tokens.npz",
-            ),
-            *("--record-trace", self.folder / "trace.npz"),
-        )
+        return write_lumina(self.folder / "lumina")
+
+    @property
+    def prompted(self) -> Path:
+        return self.lumina[0]
+
+    @property
+    def prompted_vq(self) -> Path:
+        return self.lumina[1]
+
+    @cached_property
+    def bundle(self) -> Path:
+        """A bundle of the LlamaGen."""
+        options = ("--grid", 6, "--heads", 4, "--policy", "linear,h2o", "--budget-lines", 3, "--batch", 2)
+        out = self.folder / "bundle"
+        command("export", self.model, "--vq", self.tokenizer, *options, "--guidance", 3, "--out", out)
+        return out
+
+    @cached_property
+    def prompts(self) -> Path:
+        """A bundle of the Lumina-mGPT."""
+        options = ("--size", "128x128", "--prompt-tokens", 100, "--budget-lines", 3)
+        out = self.folder / "prompts"
+        command("export", self.prompted, "--vq", self.prompted_vq, *options, "--out", out)
+        return out
+
+    @cached_property
+    def run(self) -> Path:
+        """The folder of a run, with ``tokens.npz`` and ``trace.npz`` beside it."""
+        out = self.folder / "run"
+        saved = ("--save-tokens", self.folder / "tokens.npz", "--record-trace", self.folder / "trace.npz")
+        command("run", self.bundle, "--classes", "1,2", "--out", out, *saved)
+        return out
+
+    def made(self, name: str) -> Path:
+        """A file that the run made."""
+        return self.run.parent / name
 
 
 def linked(source: Path, target: Path) -> None:

@@ -96,10 +96,10 @@ class ArchiveTarget(Target):
     file: ClassVar[str]
 
     def intact(self, folder: Path) -> None:
-        shutil.copy(self.bases.folder / self.file, folder / self.file)
+        shutil.copy(self.bases.made(self.file), folder / self.file)
 
     def damage(self, folder: Path, rng: random.Random) -> str:
-        with np.load(self.bases.folder / self.file) as archive:
+        with np.load(self.bases.made(self.file)) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = arrays.get("header")
         if header is not None and rng.random() < 0.5:

@@ -48,6 +48,8 @@ def test_a_settings_file_gives_defaults_that_the_command_line_overrides(
     [
         ("[run]\nnum-image = 3\n", "linert run has no option num-image; it has"),
         ("[run]\nconfig = 'other.toml'\n", "has no option config"),
+        ("[run]\nno-cuda-graphs = true\n", "has no option no-cuda-graphs"),
+        ("[run]\ngreedy = 'perhaps'\n", "'perhaps' is not a valid boolean"),
         ("[run]\nseed = 'x'\n", "'x' is not a valid integer"),
         ("[run]\nnum-images = 2.5\n", "not a valid integer"),
         ("run = 3\n", "run must be a table: [run]"),
