@@ -90,18 +90,21 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv[1:]
     asked = threading.Event()
     try:
-        with interruptible(asked):
-            code = cli.main(standalone_mode=False)
-            # A process may be started without.
-            if sys.stdout is not None:
-                sys.stdout.flush()
+        try:
+            with interruptible(asked):
+                code = cli.main(standalone_mode=False)
+                # A process may be started without.
+                if sys.stdout is not None:
+                    sys.stdout.flush()
+        except Exception as error:
+            # Libraries turn what is raised while they load, call back or close files into errors of their own.
+            if asked.is_set():
+                raise KeyboardInterrupt from error
+            raise
         sys.exit(code if isinstance(code, int) else 0)
     except LinertError as error:
         if debug:
             raise
-        # Libraries turn what is raised while they load or call back into errors of their own.
-        if asked.is_set():
-            _fail("interrupted", INTERRUPTED)
         _fail(str(error), error.exit_code)
     except click.exceptions.Abort:
         _fail("interrupted", INTERRUPTED)

@@ -294,17 +294,18 @@ def test_render_draws_the_same_pictures(linert: Linert, tiny_bundle: Path, tmp_p
         assert arrays["pixels"].dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", [LinertError, ImportError, ValueError, OSError])
 def test_an_interruption_that_a_library_makes_an_error_of_is_none(
-    linert: Linert, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception], linert: Linert, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As compiled modules do while they are imported."""
+    """As compiled modules do while they are imported, and zip files that are closed in the middle of an entry."""
 
     def imported(*arguments: object) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         except KeyboardInterrupt as error:
-            raise LinertError("onnxruntime cannot be loaded (initialization failed)") from error
+            raise kind("initialization failed") from error
 
     monkeypatch.setattr(OrtBackend, "run", imported)
     result = linert("run", tiny_bundle, "--classes", "1", "--out", tmp_path / "out")
