@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.manifest import StageSpec, TensorSpec
+from linert.runtime.closing import Closing
 from linert.runtime.errors import RequestError
 
 Array = NDArray[np.generic]
@@ -27,7 +28,7 @@ class DeviceMemory(Protocol):
         """Bytes a second that a copy on the device reads and writes."""
 
 
-class Backend(ABC):
+class Backend(Closing):
     """Named tensors that live on a device, and stages that read and replace them.
 
     Every input and output name of the stages is one tensor: stages that use the same name share it. A state keeps its memory
@@ -56,12 +57,6 @@ class Backend(ABC):
             for tensor in spec.outputs:
                 state = spec.updates.get(tensor.name)
                 self._declare(tensor if state is None else _renamed(tensor, state))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back the tensors, the loaded stages and the device; from then on nothing can be run, read or written.
@@ -121,7 +116,7 @@ class Backend(ABC):
         if known != tensor:
             raise RequestError(f"stages disagree about {tensor.name}: {known} and {tensor}")
 
-    def synchronize(self) -> None:  # noqa: B027 (most backends are done when they return)
+    def synchronize(self) -> None:
         """Wait until every stage that was run is done."""
 
     def device_memory(self) -> DeviceMemory | None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from linert.runtime.backends.base import Array
 from linert.runtime.backends.cuda_graph import CapturedGraph
+from linert.runtime.closing import Closing
 from linert.runtime.errors import DeviceError
 from linert.runtime.plugins.kernels import checked, current_capability
 from linert.runtime.text import size_text
@@ -56,7 +57,7 @@ class _Owned:
         driver.cuDevicePrimaryCtxRelease(self.device)
 
 
-class Device:
+class Device(Closing):
     """The current CUDA device, with one stream on which everything is done in order.
 
     Memory, stream and context are given back by :meth:`close`, at the end of a ``with`` block, or with the object.
@@ -78,12 +79,6 @@ class Device:
         self._call("cuCtxSetCurrent", self._owned.context)
         kind = self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING
         self.stream = self._owned.stream = int(self._call("cuStreamCreate", kind))
-
-    def __enter__(self) -> Device:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give everything back to the driver, once it is done; the object is of no use afterwards."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock, RLock
-from typing import Self, cast
+from typing import cast
 
 import numpy as np
 import PIL.Image
@@ -17,6 +17,7 @@ from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.geometry import CacheSettings
 from linert.runtime.bundles.manifest import Manifest, SamplingSettings
+from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner, conditions_of
 from linert.runtime.drawing.loop import Batch, generate, uniform_row
@@ -84,7 +85,7 @@ def make_batch(
     )
 
 
-class Generator:
+class Generator(Closing):
     """Draws images from a bundle, in a ``with`` block or until it is closed.
 
     Threads may share one: what they ask for is drawn one after another.
@@ -114,12 +115,6 @@ class Generator:
             raise
         self._own_conditioner = conditioner is None
         self.conditioner = conditioner or open_conditioner(self.bundle, self.options)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back all memory and devices, once what is being drawn is done; nothing can be drawn any more."""
@@ -208,7 +203,7 @@ class Generator:
             return cast("Tokens", self.backend.read("tokens"))[:count]
 
 
-class PixelDecoder:
+class PixelDecoder(Closing):
     """Turns tokens into pixels with a bundle's vq_decoder stage alone. Threads may share one: they take turns."""
 
     def __init__(self, bundle: Bundle, options: BackendOptions | None = None) -> None:
@@ -217,12 +212,6 @@ class PixelDecoder:
         self._lock = Lock()
         self.backend = (options or BackendOptions()).open(bundle, ["vq_decoder"])
         self.size = self.backend.specs["grid_tokens"].shape[0]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Give back all memory and devices; nothing can be decoded any more."""

@@ -38,6 +38,7 @@ def _is_arrays(path: Path) -> bool:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+        # The last: a zip of a version that Python does not read.
         return False
     return bool(names) and all(name.endswith(MEMBER) for name in names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import shutil
 import sys
@@ -14,6 +15,7 @@ from typing import ClassVar
 import PIL.Image
 import torch
 
+from fuzzing.mutations import json_bytes, mutate_bytes, mutate_json
 from fuzzing.workers import command
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +100,17 @@ def linked(source: Path, target: Path) -> None:
 def replace(path: Path, data: bytes) -> None:
     path.unlink(missing_ok=True)
     path.write_bytes(data)
+
+
+def damage_content(path: Path, rng: random.Random, *, as_json: bool) -> str:
+    """Change what a file holds: a value, where it is JSON and that is wanted, else bytes. Returns what was done."""
+    if as_json and path.suffix == ".json":
+        values, _, said = mutate_json(json.loads(path.read_bytes()), rng)
+        data = json_bytes(values)
+    else:
+        data, said = mutate_bytes(path.read_bytes(), rng)
+    replace(path, data)
+    return f"{path.name}: {said}"
 
 
 def pictures(folder: Path) -> str:

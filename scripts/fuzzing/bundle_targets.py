@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 import msgspec
 import numpy as np
 
-from fuzzing.bases import Target, linked, pictures, replace
+from fuzzing.bases import Target, damage_content, linked, pictures, replace
 from fuzzing.mutations import json_bytes, mutate_bytes, mutate_json, mutate_npz, nested
 from fuzzing.workers import command
 from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.bundles.manifest_file import encode, seal
 
-FREE = ("producer", "precision", "sampling", "cache", "model/source", "image_decoder/source", "stages")
+FREE = ("producer", "precision", "sampling", "cache", "model/source", "image_decoder/source")
 """Parts of a manifest that tell of the export, or that a run may choose: who changes them and seals them again draws otherwise
-by intent. Of ``stages`` what is measured of them alone (``work``)."""
+by intent."""
 
 
 class ManifestTarget(Target):
@@ -60,8 +60,8 @@ class ManifestTarget(Target):
 
 
 def _free(place: tuple[Any, ...]) -> bool:
-    text = "/".join(map(str, place))
-    return any(text.startswith(part) for part in FREE if part != "stages") or "/work/" in text
+    """Whether a part of a manifest is among :data:`FREE`, or tells of a stage's costs (``work``), which decide nothing."""
+    return "work" in place or "/".join(map(str, place)).startswith(FREE)
 
 
 class BundleTarget(ManifestTarget):
@@ -152,14 +152,8 @@ class RunTarget(Target):
             replace(path, nested(100_000, rng))
         elif kind == "other":
             replace(path, rng.choice(sorted(p for p in path.parent.iterdir() if p.is_file())).read_bytes())
-        elif kind == "json" and path.suffix == ".json":
-            values, _, said = mutate_json(json.loads(path.read_bytes()), rng)
-            replace(path, json_bytes(values))
-            return f"{path.name}: {said}"
         else:
-            damaged, said = mutate_bytes(path.read_bytes(), rng)
-            replace(path, damaged)
-            return f"{path.name}: {said}"
+            return damage_content(path, rng, as_json=kind == "json")
         return f"{path.name}: {kind}"
 
     def use(self, folder: Path) -> str:

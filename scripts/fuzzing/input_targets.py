@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 import shutil
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fuzzing.bases import Target, linked, pictures, replace
-from fuzzing.mutations import json_bytes, mutate_array, mutate_bytes, mutate_json, mutate_zip, nested
+from fuzzing.bases import Target, damage_content, linked, pictures, replace
+from fuzzing.mutations import mutate_array, mutate_bytes, mutate_zip, nested
 from fuzzing.workers import command
 from linert.exporter.models import ModelRequest, load_models
 from linert.runtime.bundles.manifest import CaptionInput
@@ -124,14 +123,8 @@ class FolderTarget(Target):
             replace(path, b"\xef\xbb\xbf" + path.read_bytes())
         elif kind == "pointer":
             replace(path, b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
-        elif kind == "json" and path.suffix == ".json":
-            values, _, said = mutate_json(json.loads(path.read_bytes()), rng)
-            replace(path, json_bytes(values))
-            return f"{path.name}: {said}"
         else:
-            damaged, said = mutate_bytes(path.read_bytes(), rng)
-            replace(path, damaged)
-            return f"{path.name}: {said}"
+            return damage_content(path, rng, as_json=kind == "json")
         return f"{path.name}: {kind}"
 
     def use(self, folder: Path) -> str:

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from linert.exporter.bundle_export import ExportPlan
 from linert.exporter.calibration import Calibration, calibrated, with_integer_decoder
 from linert.exporter.commands.export import CacheWishes
-from linert.exporter.models import ModelRequest, load_image_decoder, load_models
+from linert.exporter.models import (
+    LoadedImageDecoder,
+    LoadedTransformer,
+    ModelRequest,
+    load_image_decoder,
+    load_models,
+)
 from linert.exporter.precision import Method, Precision, PrecisionPlan, largest_of, round_to_nearest
 from linert.runtime.bundles.geometry import Raster
 from linert.runtime.bundles.manifest import SamplingSettings
@@ -35,10 +41,17 @@ def planned(folder: Path, decoder: Path, name: str, value: float, precision: Pre
     state[name].view(-1)[7] = value
     torch.save({"model": state}, folder / "model.pt")
     loaded = load_models(folder / "model.pt", decoder, ModelRequest(grid=TINY.grid, heads=TINY.heads))
-    policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).plan(loaded[0])
+    return plan_of(*loaded, precision)
+
+
+def plan_of(
+    transformer: LoadedTransformer, image_decoder: LoadedImageDecoder, precision: PrecisionPlan
+) -> ExportPlan:
+    """The export of one image at a time with the full cache."""
+    policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).plan(transformer)
     return ExportPlan(
-        transformer=loaded[0],
-        image_decoder=loaded[1],
+        transformer=transformer,
+        image_decoder=image_decoder,
         policies=policies,
         capacity_lines=capacities,
         cache=cache,
@@ -152,16 +165,7 @@ def test_a_tensor_that_is_folded_is_called_by_the_file_s_name(tmp_path: Path) ->
     state["gen_embed.weight"][5, 1] = float("inf")
     save_file(state, folder / "model.safetensors")
     loaded = load_models(folder, None, ModelRequest())
-    policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).plan(loaded[0])
-    plan = ExportPlan(
-        transformer=loaded[0],
-        image_decoder=loaded[1],
-        policies=policies,
-        capacity_lines=capacities,
-        cache=cache,
-        images=1,
-        sampling=SamplingSettings(),
-    )
+    plan = plan_of(*loaded, PrecisionPlan())
     with pytest.raises(CheckpointError, match=r": gen_embed\.weight holds numbers that are not finite"):
         plan.check_numbers()
 
