@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from train_demo import TASKS, encode, load_vq
 
 from linert.exporter.bundle_export import ExportPlan, export_bundle
-from linert.exporter.commands.export import CacheWishes
+from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.intervals import ScoredImages
 from linert.exporter.models import LoadedTransformer, ModelRequest, load_models
 from linert.exporter.quality import measure_rows

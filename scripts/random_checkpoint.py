@@ -14,7 +14,7 @@ import click
 import torch
 
 from linert.exporter.bundle_export import ExportPlan, export_bundle
-from linert.exporter.commands.export import CacheWishes
+from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.lasadgen_folder import write_lasadgen
 from linert.exporter.models import ModelRequest, load_models
 from linert.graphs.families import lasadgen, llamagen, vq

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from linert.exporter.bundle_export import ExportPlan, export_bundle, raster_of
+from linert.exporter.bundle_export import ExportPlan, export_bundle
 from linert.exporter.bundle_folder import BUNDLE
+from linert.exporter.cache_wishes import DEFAULT_POLICY, CacheWishes
 from linert.exporter.calibration import Calibration, calibrated
+from linert.exporter.commands.announcement import announce
 from linert.exporter.model_options import help_text
 from linert.exporter.models import (
-    LoadedTransformer,
     ModelRequest,
     load_models,
     load_text_encoder,
@@ -24,36 +24,18 @@ from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, 
 from linert.graphs.families.given import ModelOption
 from linert.graphs.policies import POLICIES
 from linert.runtime.bundles.bundle import open_bundle, sizes_of
-from linert.runtime.bundles.geometry import (
-    FULL,
-    Aggregation,
-    CacheSettings,
-    HeadScores,
-    Mode,
-    Raster,
-    cache_text,
-)
 from linert.runtime.bundles.manifest import MOST_COUNT, SamplingSettings
 from linert.runtime.commands.bundle_argument import parse_size
 from linert.runtime.commands.cache_options import cache_options
 from linert.runtime.commands.condition_options import ConditionRequest
 from linert.runtime.commands.output_options import Output, output_options
-from linert.runtime.drawing.cache_request import CacheRequest, quarter
+from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.samples import Prompt, shortened
 from linert.runtime.errors import RequestError
 from linert.runtime.files.replacement import claim_folder
 from linert.runtime.files.text_files import is_utf8
-from linert.runtime.text import lines_text, size_text
 
 MOST_CALIBRATION_IMAGES = 4096
-
-DEFAULT_POLICY = "linear"
-DEFAULT_MODE = Mode.LAZY
-DEFAULT_RECENT_LINES = 1
-DEFAULT_ANCHOR_TOKENS = 16
-DEFAULT_AGGREGATION = Aggregation.MEAN
-DEFAULT_HEAD_SCORES = HeadScores.OWN
-DEFAULT_SHARE_GUIDANCE = False
 
 
 @click.command()
@@ -311,7 +293,7 @@ def command(
         others.append(replace(plan, transformer=sized, cache=settled, capacity_lines=capacities))
     conditioner = plan.conditioner()
     for each in (plan, *others):
-        _announce(console, each)
+        announce(console, each)
         if each.transformer.prompts is not None:
             # What stands around prompts must fit at least, and the tokenizer must take usual words as they are.
             each.conditioner().check([Prompt(""), *each.conditioner().usual()])
@@ -373,89 +355,3 @@ def parse_parts(kept: Sequence[str], layers: int) -> dict[str, Precision]:
             )
         parts[named[part]] = Precision(precision)
     return parts
-
-
-@dataclass(frozen=True)
-class CacheWishes:
-    """What an export asks of the cache; an empty tuple and None leave it open."""
-
-    policies: tuple[str, ...]
-    request: CacheRequest
-    capacity_lines: int | None
-
-    def plan(
-        self, transformer: LoadedTransformer
-    ) -> tuple[tuple[str, ...], CacheSettings | None, tuple[int, ...]]:
-        """Policies, default settings and lines of every layer's buffer; nothing for a model without a cache.
-
-        Raises:
-            RequestError: something is asked of a cache that is not there.
-        """
-        if not transformer.family.cached:
-            if self.policies or not self.request.empty or self.capacity_lines is not None:
-                raise RequestError(
-                    f"{transformer.path} is a {transformer.family.title}, which has no KV cache: leave policies, budgets and "
-                    "--capacity-lines out"
-                )
-            return (), None, ()
-        policies = self.policies or (DEFAULT_POLICY,)
-        raster, layers = raster_of(transformer.config), transformer.config.layers
-        return policies, *cache_plan(raster, layers, policies, self.request, self.capacity_lines)
-
-
-def cache_plan(
-    raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest, capacity_lines: int | None
-) -> tuple[CacheSettings, tuple[int, ...]]:
-    """The cache settings that a bundle runs with by default, and the lines of each layer's buffer."""
-    usual = CacheSettings(
-        policy=policies[0],
-        mode=DEFAULT_MODE,
-        budget_lines=(raster.lines if policies[0] == FULL else quarter(raster),) * layers,
-        recent_lines=DEFAULT_RECENT_LINES,
-        anchor_tokens=DEFAULT_ANCHOR_TOKENS,
-        aggregation=DEFAULT_AGGREGATION,
-        head_scores=DEFAULT_HEAD_SCORES,
-        share_guidance=DEFAULT_SHARE_GUIDANCE,
-    )
-    cache = request.settle(raster, (raster.lines,) * layers, usual)
-    cache.check(raster, (raster.lines,) * layers)
-    if capacity_lines is not None:
-        return cache, (capacity_lines,) * layers
-    if FULL in policies:
-        return cache, (raster.lines,) * layers
-    return cache, cache.budget_lines
-
-
-def _announce(console: Console, plan: ExportPlan) -> None:
-    """Say what will be built and exactly how much state memory it takes, before any work."""
-    config, cache, raster = plan.transformer.config, plan.cache, plan.raster
-    patch = plan.image_decoder.config.patch
-    rows = "conditional and unconditional rows" if plan.guided else "conditional rows only"
-    console.print(
-        f"{plan.transformer.family.title} in {plan.transformer.layout.who} layout: {config.layers} layers, width {config.dim}, "
-        f"{config.heads} heads of {config.head_dim}, {config.vocab_size} tokens; draws {plan.condition.text}"
-    )
-    checkpoints = dict.fromkeys(
-        (loaded.checkpoint.text, loaded.checkpoint.remarks)
-        for loaded in (plan.transformer, plan.image_decoder, plan.text_encoder)
-        if loaded is not None
-    )
-    for text, passed_over in checkpoints:
-        console.print(f"read: {text}{''.join(f'; {remark}' for remark in passed_over)}")
-    for remark in plan.transformer.remarks:
-        console.print(f"note: {remark}")
-    console.print(f"weights: {plan.precision.spec.text}; {size_text(plan.weight_bytes)}")
-    console.print(
-        f"image: {raster.lines} x {raster.line_width} tokens, "
-        f"{raster.columns * patch} x {raster.lines * patch} pixels; batch {plan.images}, {rows}"
-    )
-    if cache is None:
-        console.print(f"cache: {cache_text(None)}")
-    else:
-        console.print(
-            f"line buffer: {lines_text(plan.capacity_lines)} of {raster.lines} lines = "
-            f"{lines_text(plan.memory.geometry.capacities)} slots a layer; policies: {', '.join(plan.policies)}"
-        )
-        console.print(f"by default: {cache.text}")
-    full = f"; the full cache takes {size_text(plan.full_state_bytes)}" if cache else ""
-    console.print(f"state memory: {plan.state_bytes} bytes ({size_text(plan.state_bytes)}){full}")

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from linert.exporter import bundle_export
 from linert.exporter.bundle_folder import foreign_to_bundle
-from linert.exporter.commands.export import cache_plan
+from linert.exporter.cache_wishes import cache_plan
 from linert.exporter.models import ModelRequest, load_models
 from linert.exporter.sources import family_config, precision_plan
 from linert.exporter.weights_file import WeightsFile

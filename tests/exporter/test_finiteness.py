@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.calibration import Calibration, calibrated, with_integer_decoder
-from linert.exporter.commands.export import CacheWishes
 from linert.exporter.models import (
     LoadedImageDecoder,
     LoadedTransformer,

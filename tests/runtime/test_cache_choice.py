@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from linert import Generator
-from linert.exporter.commands.export import cache_plan
+from linert.exporter.cache_wishes import cache_plan
 from linert.graphs.policies import POLICIES as REGISTERED
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.geometry import FULL, CacheSettings, Raster, pyramid
