@@ -76,7 +76,7 @@ class LineBuffer(Memory):
 
 
 class KeyValueCache:
-    """Of models whose layers keep keys and values."""
+    """A part of the configurations of models whose layers keep keys and values: a line buffer is what they remember."""
 
     def memory(self, geometry: Geometry) -> Memory:
         return LineBuffer(geometry)

@@ -145,7 +145,7 @@ def contact_sheet(
     font = PIL.ImageFont.load_default(size=12)
     gap, caption = 6, 16
     sheet: PIL.Image.Image | None = None
-    for index, (image, text) in enumerate(zip(pictures, captions, strict=False)):
+    for index, (text, image) in enumerate(zip(captions, pictures, strict=False)):
         zoom = max(1, math.ceil(96 / image.width))
         width, height = image.width * zoom, image.height * zoom
         cell = (width + gap, height + caption + gap)

@@ -23,8 +23,6 @@ pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="starts processes with Linux's signals and mounts"
 )
 
-fcntl = pytest.importorskip("fcntl")
-
 
 # Replacing.
 
