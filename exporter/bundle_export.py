@@ -29,7 +29,7 @@ from linert.graphs.policies import POLICIES
 from linert.graphs.text_encoder import EncodeText
 from linert.graphs.transformer import FamilyConfig, part_of
 from linert.runtime.bundles.bundle import file_sha256, manifest_name
-from linert.runtime.bundles.geometry import FULL, CacheSettings, Raster
+from linert.runtime.bundles.cache_settings import FULL, CacheSettings
 from linert.runtime.bundles.manifest import (
     CONTRACT_KEY,
     SCHEMA,
@@ -41,12 +41,13 @@ from linert.runtime.bundles.manifest import (
     Model,
     PolicySpec,
     PromptInput,
-    SamplingSettings,
     StageSpec,
     TensorSpec,
     Work,
 )
 from linert.runtime.bundles.manifest_file import check, contract, encode, seal
+from linert.runtime.bundles.raster import Raster
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.conditions import Conditioner, conditioner_of
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import ExportError, OutputError

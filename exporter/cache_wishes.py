@@ -7,17 +7,13 @@ from dataclasses import dataclass
 
 from linert.exporter.bundle_export import raster_of
 from linert.exporter.models import LoadedTransformer
-from linert.runtime.bundles.geometry import FULL, Aggregation, CacheSettings, HeadScores, Mode, Raster
+from linert.runtime.bundles.cache_settings import FULL, CacheSettings
+from linert.runtime.bundles.raster import Raster
+from linert.runtime.bundles.setting import settings_of
 from linert.runtime.drawing.cache_request import CacheRequest, quarter
 from linert.runtime.errors import RequestError
 
 DEFAULT_POLICY = "linear"
-DEFAULT_MODE = Mode.LAZY
-DEFAULT_RECENT_LINES = 1
-DEFAULT_ANCHOR_TOKENS = 16
-DEFAULT_AGGREGATION = Aggregation.MEAN
-DEFAULT_HEAD_SCORES = HeadScores.OWN
-DEFAULT_SHARE_GUIDANCE = False
 
 
 @dataclass(frozen=True)
@@ -54,13 +50,8 @@ def cache_plan(
     """The cache settings that a bundle runs with by default, and the lines of each layer's buffer."""
     usual = CacheSettings(
         policy=policies[0],
-        mode=DEFAULT_MODE,
         budget_lines=(raster.lines if policies[0] == FULL else quarter(raster),) * layers,
-        recent_lines=DEFAULT_RECENT_LINES,
-        anchor_tokens=DEFAULT_ANCHOR_TOKENS,
-        aggregation=DEFAULT_AGGREGATION,
-        head_scores=DEFAULT_HEAD_SCORES,
-        share_guidance=DEFAULT_SHARE_GUIDANCE,
+        **{setting.name: setting.declared.default for setting in settings_of(CacheSettings)},
     )
     cache = request.settle(raster, (raster.lines,) * layers, usual)
     cache.check(raster, (raster.lines,) * layers)

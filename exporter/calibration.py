@@ -35,8 +35,9 @@ from linert.graphs.memory import memory_of
 from linert.graphs.sampling import draw, filtered_mass, guide
 from linert.graphs.stages import with_newlines
 from linert.graphs.transformer import Condition, RasterTransformer, part_of
-from linert.runtime.bundles.geometry import Raster
-from linert.runtime.bundles.manifest import CaptionInput, SamplingSettings
+from linert.runtime.bundles.manifest import CaptionInput
+from linert.runtime.bundles.raster import Raster
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing import samples
 from linert.runtime.drawing.conditions import Conditioner
 from linert.runtime.drawing.loop import uniform_row

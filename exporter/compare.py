@@ -25,8 +25,9 @@ from linert.exporter.quality import measure_rows
 from linert.exporter.step_file import StepFile
 from linert.exporter.timing import ResizedBackend, step_times
 from linert.runtime.backends.base import Backend
-from linert.runtime.bundles.geometry import CacheSettings
-from linert.runtime.bundles.manifest import Record, SamplingSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.manifest import Record
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.generator import Generator, make_batch
 from linert.runtime.drawing.loop import Batch, begin, run_step
 from linert.runtime.drawing.output import read_tokens

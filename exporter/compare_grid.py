@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
-from linert.runtime.bundles.geometry import FULL, CacheSettings
+from linert.runtime.bundles.cache_settings import FULL, CacheSettings
 from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.setting import settings_of
 from linert.runtime.drawing.cache_request import CacheRequest, budget_lines
 from linert.runtime.errors import GeometryError, RequestError
 
@@ -31,17 +33,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be combined with what; an empty tuple leaves a setting at the bundle's default."""
+    """What is to be combined with what.
+
+    ``settings``: values to try of further settings, by their names in a :class:`CacheRequest`; one that has none stays at the
+    bundle's default.
+    """
 
     policies: tuple[str, ...]
     budgets: tuple[str, ...]
-    layer_budgets: tuple[str, ...] = ()
-    mode: tuple[str, ...] = ()
-    recent_lines: tuple[float, ...] = ()
-    anchor_tokens: tuple[int, ...] = ()
-    aggregation: tuple[str, ...] = ()
-    head_scores: tuple[str, ...] = ()
-    share_guidance: tuple[bool, ...] = ()
+    settings: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def cells(self, manifest: Manifest) -> tuple[list[Cell], list[str]]:
         """The full cache first, then every combination that fits once, and why others do not.
@@ -61,14 +61,13 @@ class Grid:
                 f"--policy {','.join([*manifest.policies, 'full'])}"
             )
         cells, refused = {full.cache: full}, []
-        names = [name for name in CacheRequest.__dataclass_fields__ if getattr(self, name, ())]
-        values = [getattr(self, name) for name in names]
+        tried = {name: values for name, values in self.settings.items() if values}
         policies = [policy for policy in self.policies if policy != FULL]
-        for budget, policy, *chosen in itertools.product(self.budgets, policies, *values):
+        for budget, policy, *chosen in itertools.product(self.budgets, policies, *tried.values()):
             request = CacheRequest(
                 policy=policy,
                 budget_lines=budget_lines(budget, lines),
-                **dict(zip(names, chosen, strict=True)),
+                **dict(zip(tried, chosen, strict=True)),
             )
             try:
                 cache = request.settle(manifest.raster, manifest.capacity_lines, defaults)
@@ -86,24 +85,16 @@ def labels_of(cells: Sequence[Cell]) -> list[str]:
     """The policy of each cell, and whatever else differs between the cells that evict."""
     evicting = [cell.cache for cell in cells if cell.cache.evicts]
     varying = [
-        name
-        for name in ("mode", "recent_lines", "anchor_tokens", "aggregation", "head_scores", "share_guidance")
-        if len({getattr(cache, name) for cache in evicting}) > 1
+        setting
+        for setting in settings_of(CacheSettings)
+        if len({getattr(cache, setting.name) for cache in evicting}) > 1
     ]
-    words = {
-        "mode": lambda cache: str(cache.mode),
-        "recent_lines": lambda cache: f"{cache.recent_lines:g} recent",
-        "anchor_tokens": lambda cache: f"{cache.anchor_tokens} anchors",
-        "aggregation": lambda cache: str(cache.aggregation),
-        "head_scores": lambda cache: f"heads {cache.head_scores}",
-        "share_guidance": lambda cache: "shared" if cache.share_guidance else "apart",
-    }
     labels = []
     for cell in cells:
         cache = cell.cache
         parts = [cache.policy]
         if cache.evicts:
-            parts += [words[name](cache) for name in varying]
+            parts += [setting.label(cache) for setting in varying]
             parts += ["layers differ"] * (len(set(cache.budget_lines)) > 1)
         labels.append(", ".join(parts))
     return labels

@@ -35,7 +35,8 @@ from linert.graphs.stage import Geometry
 from linert.graphs.stages import with_newlines
 from linert.graphs.transformer import Condition, RasterTransformer
 from linert.runtime.backends.base import Backend
-from linert.runtime.bundles.geometry import Mode, Step
+from linert.runtime.bundles.cache_settings import Mode
+from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import PixelDecoder
 from linert.runtime.drawing.loop import Batch, begin, generate, run_step, settings_inputs
 from linert.runtime.errors import BundleError, CheckpointError

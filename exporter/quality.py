@@ -17,8 +17,8 @@ from linert.exporter.precision import PrecisionPlan
 from linert.exporter.sources import plan_like
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
-from linert.runtime.bundles.geometry import CacheSettings
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.conditions import Conditioner
 from linert.runtime.drawing.generator import Generator, PixelDecoder
 from linert.runtime.drawing.samples import Sample, asked_for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from linert.graphs.sampling import SamplingParams
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 
 def sampling_params(settings: SamplingSettings) -> SamplingParams:

@@ -17,7 +17,7 @@ from linert.exporter.precision import Method, Precision
 from linert.exporter.sources import precision_plan
 from linert.graphs.policies import POLICIES
 from linert.runtime.bundles.bundle import Bundle
-from linert.runtime.bundles.geometry import FULL
+from linert.runtime.bundles.cache_settings import FULL
 from linert.runtime.drawing.cache_request import CacheRequest, budget_lines
 from linert.runtime.errors import RequestError
 

@@ -27,14 +27,13 @@ from linert.graphs.sampling import SamplingParams, guide, sample
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.tensor_spec import TensorSpec
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
+from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.setting import settings_of
 
 SAMPLING_INPUTS = {
-    "guidance": torch.float32,
-    "guidance_interval": torch.int64,
-    "temperature": torch.float32,
-    "top_k": torch.int64,
-    "top_p": torch.float32,
-    "greedy": torch.int64,
+    spec.name: getattr(torch, spec.dtype)
+    for setting in settings_of(SamplingSettings)
+    if (spec := setting.declared.stage_input) is not None
 }
 
 

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from linert.runtime.backends.options import BackendName, BackendOptions
     from linert.runtime.bundles.bundle import Bundle, open_bundle
-    from linert.runtime.bundles.geometry import CacheSettings
-    from linert.runtime.bundles.manifest import Manifest, SamplingSettings
+    from linert.runtime.bundles.cache_settings import CacheSettings
+    from linert.runtime.bundles.manifest import Manifest
+    from linert.runtime.bundles.sampling_settings import SamplingSettings
     from linert.runtime.drawing.generator import Generator, Image, PixelDecoder, picture
     from linert.runtime.drawing.samples import Caption, ClassLabel, Condition, Prompt, Sample
     from linert.runtime.errors import (
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
 _PLACES = {
     "linert.runtime.backends.options": ("BackendName", "BackendOptions"),
     "linert.runtime.bundles.bundle": ("Bundle", "open_bundle"),
-    "linert.runtime.bundles.geometry": ("CacheSettings",),
-    "linert.runtime.bundles.manifest": ("Manifest", "SamplingSettings"),
+    "linert.runtime.bundles.cache_settings": ("CacheSettings",),
+    "linert.runtime.bundles.manifest": ("Manifest",),
+    "linert.runtime.bundles.sampling_settings": ("SamplingSettings",),
     "linert.runtime.drawing.generator": ("Generator", "Image", "PixelDecoder", "picture"),
     "linert.runtime.drawing.samples": ("Caption", "ClassLabel", "Condition", "Prompt", "Sample"),
     "linert.runtime.measuring.metrics": ("ClassAccuracy", "FrechetDistance", "Metric"),

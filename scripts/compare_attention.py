@@ -35,7 +35,7 @@ from linert.exporter.intervals import ScoredImages
 from linert.exporter.models import LoadedTransformer, ModelRequest, load_models
 from linert.exporter.quality import measure_rows
 from linert.runtime.backends.options import BackendOptions
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.generator import Generator
 from linert.runtime.drawing.samples import ClassLabel, plan_samples

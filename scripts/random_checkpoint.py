@@ -19,7 +19,7 @@ from linert.exporter.lasadgen_folder import write_lasadgen
 from linert.exporter.models import ModelRequest, load_models
 from linert.graphs.families import lasadgen, llamagen, vq
 from linert.runtime.bundles.bundle import Bundle, open_bundle
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.files.atomic_files import atomic_file
 

@@ -31,7 +31,7 @@ if not torch.cuda.is_available():
 
 from linert.exporter import onnx_export
 from linert.graphs.families import llamagen, vq
-from linert.runtime.bundles.geometry import Aggregation, CacheSettings, HeadScores, Mode
+from linert.runtime.bundles.cache_settings import Aggregation, CacheSettings, HeadScores, Mode
 from linert.runtime.cli import main
 from tests.golden_weights import golden_state
 from tests.traced_graphs import TraceStore

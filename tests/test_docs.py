@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from linert.runtime.bundles import manifest
-from linert.runtime.bundles.geometry import CacheSettings, Raster
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.raster import Raster
 from linert.runtime.cli import COMMANDS, cli
 from tests.conftest import ROOT
 from tests.pages import PAGES, blocks, commands, prose, read_page

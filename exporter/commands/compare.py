@@ -22,9 +22,11 @@ from linert.exporter.compare_grid import Grid
 from linert.exporter.intervals import require_images
 from linert.exporter.report import render_page, tables
 from linert.runtime.backends.options import BackendOptions
-from linert.runtime.bundles.geometry import Aggregation, HeadScores, Mode
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.setting import settings_of
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
+from linert.runtime.commands.option_group import Decorator, option_group
 from linert.runtime.commands.output_options import Output, output_options
 from linert.runtime.drawing.cache_request import PYRAMID, UNIFORM
 from linert.runtime.drawing.generator import Generator
@@ -65,10 +67,28 @@ def several(kind: Callable[[str], Any], allowed: tuple[str, ...] = ()) -> Callab
     return parse
 
 
-def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple[str, ...] = ()) -> Any:
-    """An option that takes a list of values to try."""
-    listed = f" ({', '.join(allowed)})" if allowed else ""
-    return click.option(name, callback=several(kind, allowed), help=f"{text}{listed}; a list.")
+def grid_options() -> Decorator:
+    """Give a command an option for every setting of the cache, which takes a list of values to try; it gets them as ``tried``."""
+    options, names = [], []
+    for setting in settings_of(CacheSettings):
+        kind, allowed = setting.type, setting.choices
+        if setting.type is bool:
+            kind, allowed = FLAGS.__getitem__, tuple(FLAGS)
+        elif setting.choices:
+            kind = str
+        listed = f" ({', '.join(allowed)})" if allowed else ""
+        text = f"To be tried, a list{listed}. {setting.declared.help}"
+        options.append(click.option(setting.flag, callback=several(kind, allowed), help=text))
+        names.append(setting.name)
+    shapes = (UNIFORM, PYRAMID)
+    options.append(
+        click.option(
+            "--layer-budgets",
+            callback=several(str, shapes),
+            help=f"To be tried, a list ({', '.join(shapes)}). How layers share the budget.",
+        )
+    )
+    return option_group("tried", options, [*names, "layer_budgets"], dict)
 
 
 @click.command()
@@ -97,15 +117,7 @@ def grid_option(name: str, kind: Callable[[str], Any], text: str, allowed: tuple
     type=int,
     help="Images whose logits are compared with the full cache's, both fed the same tokens. Default: a batch.",
 )
-@grid_option("--mode", str, "Eviction modes", tuple(str(m) for m in Mode))
-@grid_option("--recent-lines", float, "Newest lines that stay")
-@grid_option("--anchor-tokens", int, "First image tokens that stay")
-@grid_option("--aggregation", str, "Score aggregations", tuple(str(a) for a in Aggregation))
-@grid_option("--head-scores", str, "Whose scores a head evicts by", tuple(str(h) for h in HeadScores))
-@grid_option(
-    "--share-guidance", lambda text: FLAGS[text], "Whether guidance branches evict alike", tuple(FLAGS)
-)
-@grid_option("--layer-budgets", str, "How layers share the budget", (UNIFORM, PYRAMID))
+@grid_options()
 @click.option("--timing/--no-timing", default=True, show_default=True, help="Time decode at every budget.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted comparison in OUT.")
 @click.option("--threads", default=0, help="CPU threads. Default: one a core.")
@@ -124,7 +136,7 @@ def command(
     resume: bool,
     threads: int,
     output: Output,
-    **grid: tuple[Any, ...],
+    tried: dict[str, tuple[Any, ...]],
 ) -> None:
     """Compare cache policies and budgets on BUNDLE: quality, agreement with the full cache, memory, speed.
 
@@ -133,7 +145,7 @@ def command(
     _check_out(out, resume=resume)
     generator = Generator(place.open(), BackendOptions(threads=threads))
     manifest = generator.manifest
-    listed = Grid(policies or tuple(manifest.policies), budgets, **grid)
+    listed = Grid(policies or tuple(manifest.policies), budgets, tried)
     cells, refused = listed.cells(manifest)
     conditioner = generator.conditioner
     metrics = load_metrics(metric_source) if metric_source is not None else []

@@ -25,8 +25,8 @@ from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.engines import built_flavours, missing_plugins, read_engines
 from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from linert.runtime.commands.cache_options import cache_options
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
+from linert.runtime.commands.settings_options import cache_options
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner

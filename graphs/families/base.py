@@ -13,6 +13,7 @@ from torch import Tensor
 from linert.graphs.families.given import Given, Layout, ModelOption
 from linert.graphs.tensor_spec import TensorSpec
 from linert.graphs.transformer import RasterTransformer
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 MOST_LINES = 512
 """Lines of an image, and tokens in one: four times as many as were ever measured. What is larger is taken for a slip."""
@@ -88,14 +89,6 @@ class PromptFormat:
     stripped: bool = True
 
 
-@dataclass(frozen=True)
-class UsualSampling:
-    """How a family's images are usually drawn."""
-
-    guidance: float
-    top_k: int = 0
-
-
 class Family(ABC):
     """A kind of model: how its files are read, and how it is asked for images.
 
@@ -125,8 +118,8 @@ class Family(ABC):
         """The module, on whatever is torch's device."""
 
     @abstractmethod
-    def usual_sampling(self, config: Any) -> UsualSampling:
-        """What the authors recommend."""
+    def usual_sampling(self, config: Any) -> SamplingSettings:
+        """How images are drawn unless an export says otherwise: as the model's authors recommend."""
 
     def module_tensors(self, config: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters of those that the checkpoint has, by our names.

@@ -19,7 +19,6 @@ from linert.graphs.families.base import (
     Family,
     PromptFormat,
     SquareRaster,
-    UsualSampling,
     raster_faults,
     unless_given,
 )
@@ -34,6 +33,7 @@ from linert.graphs.families.llama import (
 )
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.transformer import Condition
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 GRID = 24
 """Tokens in an image row of every published size (384 px, patch 16)."""
@@ -270,8 +270,8 @@ class JanusFamily(Family):
     def build(self, config: JanusConfig) -> Janus:
         return Janus(config)
 
-    def usual_sampling(self, config: JanusConfig) -> UsualSampling:
-        return UsualSampling(5.0)
+    def usual_sampling(self, config: JanusConfig) -> SamplingSettings:
+        return SamplingSettings(guidance=5.0)
 
     def module_tensors(self, config: JanusConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         folded = {"image_embedding.weight": fold_image_embedding(found)}

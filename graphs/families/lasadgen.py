@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from linert.graphs.decay_memory import DecayMemory
 from linert.graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from linert.graphs.families.base import Family, UsualSampling
+from linert.graphs.families.base import Family
 from linert.graphs.families.given import Given, Layout, count_of, shape_of
 from linert.graphs.families.layers import RMSNorm, Rope
 from linert.graphs.families.llama import MOST_ROPE_BASE
@@ -34,6 +34,7 @@ from linert.graphs.spatial_decay import Decay, attend, weights
 from linert.graphs.stage import Geometry
 from linert.graphs.tensor_spec import TensorSpec
 from linert.graphs.transformer import Condition, RasterTransformer
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 MODEL_TYPE = "lasadgen"
 
@@ -297,8 +298,8 @@ class LASADGenFamily(Family):
     def build(self, config: LASADGenConfig) -> LASADGen:
         return LASADGen(config)
 
-    def usual_sampling(self, config: LASADGenConfig) -> UsualSampling:
-        return UsualSampling(4.0)
+    def usual_sampling(self, config: LASADGenConfig) -> SamplingSettings:
+        return SamplingSettings(guidance=4.0)
 
 
 FAMILY = LASADGenFamily()

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linert.graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from linert.graphs.families.base import Family, UsualSampling, unless_given
+from linert.graphs.families.base import Family, unless_given
 from linert.graphs.families.given import Given, Layout, ModelOption, count_of, shape_of
 from linert.graphs.families.layers import RMSNorm, Rope
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.rotary import rotate_interleaved
 from linert.graphs.tensor_spec import TensorSpec
 from linert.graphs.transformer import Condition
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 PUBLISHED_HEADS = {
     # (layers, dim): heads
@@ -295,8 +296,12 @@ class LlamaGenFamily(Family):
     def caption_dim(self, config: LlamaGenConfig) -> int:
         return config.caption_dim
 
-    def usual_sampling(self, config: LlamaGenConfig) -> UsualSampling:
-        return UsualSampling(7.5, top_k=1000) if config.caption_dim else UsualSampling(4.0)
+    def usual_sampling(self, config: LlamaGenConfig) -> SamplingSettings:
+        return (
+            SamplingSettings(guidance=7.5, top_k=1000)
+            if config.caption_dim
+            else SamplingSettings(guidance=4.0)
+        )
 
 
 FAMILY = LlamaGenFamily()

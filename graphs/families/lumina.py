@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linert.graphs.families.base import Family, PromptFormat, UsualSampling, raster_faults, unless_given
+from linert.graphs.families.base import Family, PromptFormat, raster_faults, unless_given
 from linert.graphs.families.given import Given, Layout, ModelOption
 from linert.graphs.families.layers import Rope
 from linert.graphs.families.llama import (
@@ -29,6 +29,7 @@ from linert.graphs.families.llama import (
 )
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.transformer import Condition
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 PREFIX_LEN = 128
 """Longest prompt, in tokens, unless another is asked for."""
@@ -259,8 +260,8 @@ class LuminaFamily(Family):
     def build(self, config: LuminaConfig) -> Lumina:
         return Lumina(config)
 
-    def usual_sampling(self, config: LuminaConfig) -> UsualSampling:
-        return UsualSampling(4.0, top_k=2000)
+    def usual_sampling(self, config: LuminaConfig) -> SamplingSettings:
+        return SamplingSettings(guidance=4.0, top_k=2000)
 
     def module_tensors(self, config: LuminaConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         images = slice(config.first_image_token, config.first_image_token + config.vocab_size)

@@ -8,16 +8,15 @@ from typing import Any
 
 import msgspec
 
-from linert.runtime.bundles.geometry import CacheSettings, Raster
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.raster import Raster
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.errors import BundleError, RequestError
 
 SCHEMA = 8
 MANIFEST_NAME = "manifest.json"
 CONTRACT_KEY = "linert.contract"
 """Of the entry in an ONNX file's metadata that holds :func:`linert.runtime.bundles.manifest_file.contract`."""
-
-MOST_COUNT = 2**31 - 1
-"""Largest number of steps or tokens that a setting takes."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
@@ -59,47 +58,6 @@ class StageSpec(Record, frozen=True):
     updates: dict[str, str]
     in_place: tuple[str, ...]
     work: Work
-
-
-class SamplingSettings(Record, frozen=True, kw_only=True):
-    """How tokens are drawn.
-
-    ``guidance``: scale of classifier-free guidance; 1 or less uses the conditional logits alone.
-    ``guidance_interval``: decode steps after this one (from 0) are unguided; -1 never. ``top_k`` 0 and
-    ``top_p`` 1 keep every token. ``greedy`` takes the most likely token.
-    """
-
-    guidance: float = 1.0
-    guidance_interval: int = -1
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    greedy: bool = False
-
-    @property
-    def filtered(self) -> bool:
-        """Whether top-k or top-p have anything to do."""
-        return not self.greedy and (self.top_k > 0 or self.top_p < 1)
-
-    def faults(self, *, guided: bool) -> list[str]:
-        """What is wrong with these settings for a bundle with (``guided``) or without unconditional rows."""
-        found = []
-        if not math.isfinite(self.guidance) or self.guidance < 0:
-            found.append(f"guidance {self.guidance} must be a finite number of at least 0")
-        elif not guided and self.guidance > 1:
-            found.append(
-                f"guidance {self.guidance} needs unconditional rows and the bundle was exported without: "
-                "export it with --guidance above 1"
-            )
-        if not -1 <= self.guidance_interval <= MOST_COUNT:
-            found.append(f"guidance_interval {self.guidance_interval} must be -1 or a step number")
-        if not math.isfinite(self.temperature) or self.temperature <= 0:
-            found.append(f"temperature {self.temperature} must be a finite number above 0")
-        if not 0 <= self.top_k <= MOST_COUNT:
-            found.append(f"top_k {self.top_k} must be at least 0 and at most {MOST_COUNT}")
-        if not 0 < self.top_p <= 1:
-            found.append(f"top_p {self.top_p} must be above 0 and at most 1")
-        return found
 
 
 class Source(Record, frozen=True):

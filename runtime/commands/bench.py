@@ -15,9 +15,9 @@ from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from linert.runtime.commands.cache_options import cache_options
 from linert.runtime.commands.progress import measuring
 from linert.runtime.commands.rounds_options import rounds_options
+from linert.runtime.commands.settings_options import cache_options
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.errors import RequestError
 from linert.runtime.machine import (

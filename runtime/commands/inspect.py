@@ -15,8 +15,8 @@ from rich.table import Table
 
 from linert.runtime.backends.trt_flavour import FLAVOURS, Flavour
 from linert.runtime.bundles.bundle import Bundle
+from linert.runtime.bundles.cache_settings import CacheSettings, cache_text
 from linert.runtime.bundles.engines import built_flavours, read_engines
-from linert.runtime.bundles.geometry import CacheSettings, cache_text
 from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.text import lines_text, size_text

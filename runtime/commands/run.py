@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from linert.runtime.backends.base import Array, Backend
 from linert.runtime.backends.options import BackendOptions
-from linert.runtime.bundles.geometry import CacheSettings, cache_text
-from linert.runtime.bundles.manifest import MOST_COUNT
+from linert.runtime.bundles.cache_settings import CacheSettings, cache_text
 from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
-from linert.runtime.commands.cache_options import cache_options
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
 from linert.runtime.commands.output_options import Output, output_options
+from linert.runtime.commands.run_options import RunFiles, run_options
+from linert.runtime.commands.settings_options import SamplingRequest, cache_options, sampling_options
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
@@ -43,13 +43,12 @@ from linert.runtime.drawing.run_folder import (
     PREVIEW_NAME,
     RunFolder,
     RunRequest,
-    check_run_folder,
     run_folder,
 )
 from linert.runtime.drawing.samples import Sample, plan_samples
 from linert.runtime.drawing.trace import Trace, TraceHeader, per_image, read_trace
 from linert.runtime.errors import RequestError
-from linert.runtime.files.array_files import check_arrays_target, write_arrays
+from linert.runtime.files.array_files import write_arrays
 
 
 @click.command()
@@ -57,41 +56,9 @@ from linert.runtime.files.array_files import check_arrays_target, write_arrays
 @condition_options()
 @click.option("--num-images", type=int, help="Images in all. Default: one a class or prompt.")
 @click.option("--seed", type=int, help="Seed of each one's first image; the next has one more. Default: 0.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the pictures.")
-@click.option("--greedy", is_flag=True, help="Take the most likely token instead of a draw.")
-@click.option("--guidance", type=float, help="Guidance scale. Default: the bundle's, like the next four.")
-@click.option(
-    "--guidance-interval", type=click.IntRange(max=MOST_COUNT), help="Last guided decode step; -1 guides all."
-)
-@click.option("--temperature", type=float)
-@click.option("--top-k", type=click.IntRange(max=MOST_COUNT), help="0 keeps all tokens.")
-@click.option("--top-p", type=float, help="1 keeps all tokens.")
+@sampling_options("Default: the bundle's.")
 @cache_options()
-@click.option(
-    "--eviction-map",
-    type=click.Choice([str(kind) for kind in MapKind]),
-    is_flag=False,
-    flag_value="averaged",
-    help="Draw beside each image what stayed in the cache at each line: averaged over the layers, or by layers.",
-)
-@click.option(
-    "--record-trace",
-    type=click.Path(path_type=Path),
-    help="Record which slots were overwritten to this npz file.",
-)
-@click.option(
-    "--replay-trace",
-    type=click.Path(path_type=Path),
-    help="Draw the images of this trace again with its evictions imposed, whatever the scores say.",
-)
-@click.option(
-    "--save-tokens", type=click.Path(path_type=Path), help="Also write the tokens to this npz file."
-)
-@click.option("--preview", is_flag=True, help=f"Refresh OUT/{PREVIEW_NAME} as lines finish.")
-@click.option("--resume", is_flag=True, help="Continue an interrupted run in OUT.")
-@click.option(
-    "--force", is_flag=True, help="Begin anew in OUT, a run's folder; what that run drew is removed."
-)
+@run_options()
 @backend_options()
 @output_options()
 def command(
@@ -99,21 +66,9 @@ def command(
     conditions: ConditionRequest,
     num_images: int | None,
     seed: int | None,
-    out: Path,
-    greedy: bool,
-    guidance: float | None,
-    guidance_interval: int | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
+    sampling: SamplingRequest,
     cache: CacheRequest,
-    eviction_map: str | None,
-    record_trace: Path | None,
-    replay_trace: Path | None,
-    save_tokens: Path | None,
-    preview: bool,
-    resume: bool,
-    force: bool,
+    files: RunFiles,
     options: BackendOptions,
     output: Output,
 ) -> None:
@@ -122,32 +77,11 @@ def command(
     One seed gives the same images every time, whatever the batch. The cache options choose among the policies that
     the bundle holds, and any budget that its buffer has room for.
     """
-    for path in (save_tokens, record_trace):
-        check_arrays_target(path)
-        if path is not None and path.resolve() in {out.resolve(), (replay_trace or out).resolve()}:
-            raise RequestError(f"{path} is to be written and named by another option too: give another name")
-    if (
-        record_trace is not None
-        and save_tokens is not None
-        and record_trace.resolve() == save_tokens.resolve()
-    ):
-        raise RequestError(f"--record-trace and --save-tokens both name {save_tokens}; give two files")
-    if record_trace is not None and resume:
-        raise RequestError("--record-trace cannot record what an earlier run drew: leave --resume out")
-    check_run_folder(out, resume=resume, force=force)
-    given = {
-        "guidance": guidance,
-        "guidance_interval": guidance_interval,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "greedy": greedy or None,
-    }
-    overrides = {name: value for name, value in given.items() if value is not None}
+    files.check()
     settings: CacheSettings | None
-    if replay_trace is not None:
+    if files.replay_trace is not None:
         asked = not replace(conditions, captions=None).empty or num_images is not None or seed is not None
-        if overrides or not cache.empty or asked:
+        if not (sampling.empty and cache.empty) or asked:
             raise RequestError(
                 "--replay-trace draws the recorded images with the recorded settings: leave classes, prompts, seeds, sampling "
                 "and cache options out"
@@ -156,38 +90,49 @@ def command(
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
     opened = place.open()
     manifest = opened.manifest
-    for option, value in (("--eviction-map", eviction_map), ("--record-trace", record_trace)):
+    for option, value in (("--eviction-map", files.eviction_map), ("--record-trace", files.record_trace)):
         if value is not None:
             manifest.require_cache(option)
     conditioner = open_conditioner(opened, options)
     asked_conditions = conditions.settle(conditioner)
-    trace = read_trace(replay_trace, manifest) if replay_trace is not None else None
+    trace = read_trace(files.replay_trace, manifest) if files.replay_trace is not None else None
     if trace is not None:
         samples = list(trace.header.samples)
         conditioner.check(sample.condition for sample in samples)
-        sampling, settings = trace.header.sampling, trace.header.cache
+        drawn_by, settings = trace.header.sampling, trace.header.cache
     else:
         samples = plan_samples(asked_conditions, num_images, seed or 0)
-        sampling = msgspec.structs.replace(manifest.sampling, **overrides)
+        drawn_by = sampling.settle(manifest.sampling)
         settings = cache.settle_for(manifest)
-    if faults := sampling.faults(guided=manifest.guided):
+    if faults := drawn_by.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(settings, replayed=trace is not None)
     generator = Generator(opened, options, conditioner)
-    request = RunRequest(tuple(samples), sampling, settings, manifest.sha256, trace.digest if trace else "")
+    request = RunRequest(tuple(samples), drawn_by, settings, manifest.sha256, trace.digest if trace else "")
     console = output.notes()
-    with run_folder(out, request, resume=resume, force=force) as folder:
+    with run_folder(files.out, request, resume=files.resume, force=files.force) as folder:
         console.print(f"cache: {cache_text(settings)}")
-        map_kind = MapKind(eviction_map) if eviction_map else None
-        run = _Run(generator, request, folder, trace, map_kind, record_trace is not None, preview)
+        run = _Run(
+            generator,
+            request,
+            folder,
+            trace,
+            files.eviction_map,
+            files.record_trace is not None,
+            files.preview,
+        )
         run.draw(console)
         if trace is not None:
             drawn = folder.arrays()["tokens"]
             console.print(f"tokens equal to the trace's: {np.mean(drawn == trace.tokens):.2%}")
-        if record_trace is not None:
-            run.trace().write(record_trace)
-        _finish(folder, save_tokens)
-    written = {"trace": record_trace, "tokens": save_tokens, "contact_sheet": folder.path / SHEET_NAME}
+        if files.record_trace is not None:
+            run.trace().write(files.record_trace)
+        _finish(folder, files.save_tokens)
+    written = {
+        "trace": files.record_trace,
+        "tokens": files.save_tokens,
+        "contact_sheet": folder.path / SHEET_NAME,
+    }
     values = {
         "folder": str(folder.path),
         "bundle_sha256": manifest.sha256,
@@ -202,7 +147,7 @@ def command(
         **{name: str(path) for name, path in written.items() if path is not None},
     }
     lines = [f"{len(samples)} images: {folder.path}", f"contact sheet: {written['contact_sheet']}"]
-    output.result(values, [f"trace: {record_trace}"] * (record_trace is not None) + lines)
+    output.result(values, [f"trace: {files.record_trace}"] * (files.record_trace is not None) + lines)
 
 
 @dataclass

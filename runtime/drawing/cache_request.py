@@ -8,18 +8,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from linert.runtime.bundles.geometry import (
+import msgspec
+
+from linert.runtime.bundles.cache_settings import (
     FULL,
-    Aggregation,
     CacheSettings,
-    HeadScores,
-    Mode,
-    Raster,
     least_budget,
     pyramid,
-    recent_tokens,
 )
 from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.raster import Raster, recent_tokens
+from linert.runtime.bundles.setting import settings_of
 from linert.runtime.drawing.samples import shortened
 from linert.runtime.errors import RequestError
 
@@ -91,16 +90,17 @@ class CacheRequest:
         if self.layer_budgets == PYRAMID and policy != FULL:
             least = least_budget(raster, recent, anchors)
             budgets = pyramid(budgets[0], len(budgets), least, min(capacity_lines))
-        return CacheSettings(
-            policy=policy,
-            mode=Mode(self.mode or defaults.mode),
-            budget_lines=budgets,
-            recent_lines=recent,
-            anchor_tokens=anchors,
-            aggregation=Aggregation(self.aggregation or defaults.aggregation),
-            head_scores=HeadScores(self.head_scores or defaults.head_scores),
-            share_guidance=defaults.share_guidance if self.share_guidance is None else self.share_guidance,
-        )
+        asked = {setting.name: getattr(self, setting.name) for setting in settings_of(CacheSettings)}
+        settings = {
+            name: getattr(defaults, name) if value is None else value for name, value in asked.items()
+        }
+        settings |= {
+            "policy": policy,
+            "budget_lines": budgets,
+            "recent_lines": recent,
+            "anchor_tokens": anchors,
+        }
+        return msgspec.convert(settings, type=CacheSettings)
 
     def _budgets(self, raster: Raster, layers: int, policy: str, defaults: CacheSettings) -> tuple[int, ...]:
         """Lines of each layer; for a pyramid the mean in every one."""

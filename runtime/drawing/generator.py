@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from linert.runtime.backends.base import Array, Backend
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
-from linert.runtime.bundles.geometry import CacheSettings
-from linert.runtime.bundles.manifest import Manifest, SamplingSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner, conditions_of

@@ -11,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linert.runtime.backends.base import Backend
-from linert.runtime.bundles.geometry import Aggregation, CacheSettings, HeadScores, Mode, Step, recent_tokens
-from linert.runtime.bundles.manifest import Manifest, SamplingSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.raster import Step
+from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.errors import BundleError, RequestError
 
 UNIFORM_BITS = 23
@@ -62,28 +65,19 @@ def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
 
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
     """The stages' inputs that sampling and cache settings decide."""
-    sampling, cache = batch.sampling, batch.cache
-    settings: dict[str, NDArray[np.generic]] = {
-        "guidance": np.asarray(sampling.guidance, np.float32),
-        "guidance_interval": np.asarray(sampling.guidance_interval, np.int64),
-        "temperature": np.asarray(sampling.temperature, np.float32),
-        "top_k": np.asarray(sampling.top_k, np.int64),
-        "top_p": np.asarray(sampling.top_p, np.float32),
-        "greedy": np.asarray(sampling.greedy, np.int64),
-    }
+    cache = batch.cache
+    inputs = stage_inputs(batch.sampling, manifest.raster)
     if cache is None:
-        return settings
+        return inputs
     policy = manifest.policies.get(cache.policy)
-    return settings | {
-        "capacity": np.asarray(cache.capacity(manifest.raster), np.int64),
-        "recent_tokens": np.asarray(recent_tokens(manifest.raster, cache.recent_lines), np.int64),
-        "anchor_tokens": np.asarray(cache.anchor_tokens, np.int64),
-        "strict": np.asarray(cache.mode is Mode.STRICT, np.int64),
-        "score_window": np.asarray(policy.score_window if policy else 0, np.int64),
-        "score_max": np.asarray(cache.aggregation is Aggregation.MAX, np.int64),
-        "average_heads": np.asarray(cache.head_scores is HeadScores.AVERAGED, np.int64),
-        "share_guidance": np.asarray(cache.share_guidance, np.int64),
-    }
+    return (
+        inputs
+        | stage_inputs(cache, manifest.raster)
+        | {
+            "capacity": np.asarray(cache.capacity(manifest.raster), np.int64),
+            "score_window": np.asarray(policy.score_window if policy else 0, np.int64),
+        }
+    )
 
 
 def begin(backend: Backend, batch: Batch) -> None:

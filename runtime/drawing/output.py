@@ -13,8 +13,9 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import PIL.PngImagePlugin
 
-from linert.runtime.bundles.geometry import CacheSettings
-from linert.runtime.bundles.manifest import Manifest, Record, SamplingSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.manifest import Manifest, Record
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.samples import Condition, Sample, asked_for
 from linert.runtime.errors import OutputError, RequestError
 from linert.runtime.files.array_files import Arrays, read_arrays

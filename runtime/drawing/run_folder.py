@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from linert.runtime.bundles.geometry import CacheSettings
-from linert.runtime.bundles.manifest import Record, SamplingSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.manifest import Record
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.output import SHEET_NAME, is_foreign, labels_of, read_tokens
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import OutputError, RequestError

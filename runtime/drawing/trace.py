@@ -16,8 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from linert.runtime.bundles.geometry import CacheSettings
-from linert.runtime.bundles.manifest import Manifest, Record, SamplingSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.manifest import Manifest, Record
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import RequestError
 from linert.runtime.files.array_files import read_arrays, write_arrays

@@ -18,8 +18,9 @@ import numpy as np
 from linert.runtime.backends.base import Backend
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
-from linert.runtime.bundles.geometry import CacheSettings, Step
+from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import Manifest, Work
+from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import Generator, Pixels, make_batch, picture
 from linert.runtime.drawing.loop import Batch, begin, run_step
 from linert.runtime.drawing.output import write_png

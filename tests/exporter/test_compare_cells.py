@@ -54,7 +54,7 @@ def test_budgets_are_whole_lines(text: str, lines: int, wanted: int) -> None:
 
 def test_cells_that_do_not_fit_are_left_out(many_bundle: Path) -> None:
     manifest = open_bundle(many_bundle).manifest
-    cells, refused = Grid(("linear", "full"), ("3", "2"), recent_lines=(1, 2)).cells(manifest)
+    cells, refused = Grid(("linear", "full"), ("3", "2"), {"recent_lines": (1, 2)}).cells(manifest)
     assert [(cell.cache.policy, cell.cache.budget_lines[0]) for cell in cells] == [
         ("full", 6),
         ("linear", 3),
@@ -146,10 +146,10 @@ def test_metrics_that_measure_wrongly_are_named(
 def test_labels_say_what_differs(many_bundle: Path) -> None:
 
     manifest = open_bundle(many_bundle).manifest
-    cells, _ = Grid(("linear",), ("3",), aggregation=("mean", "max"), layer_budgets=("uniform",)).cells(
-        manifest
-    )
-    assert labels_of(cells) == ["full", "linear, mean", "linear, max"]
+    cells, _ = Grid(
+        ("linear",), ("3",), {"aggregation": ("mean", "max"), "layer_budgets": ("uniform",)}
+    ).cells(manifest)
+    assert labels_of(cells) == ["full", "linear, mean attention", "linear, max attention"]
     keys = {cell.key for cell in cells}
     assert len(keys) == 3
     assert all(msgspec.json.encode(cell.cache) for cell in cells)

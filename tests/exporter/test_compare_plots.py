@@ -17,7 +17,7 @@ from linert.exporter.compare_plots import figures, svg
 from linert.exporter.intervals import Interval
 from linert.exporter.report import tables
 from linert.graphs.policies import POLICIES as REGISTERED
-from linert.runtime.bundles.geometry import FULL
+from linert.runtime.bundles.cache_settings import FULL
 from linert.runtime.measuring.bench import Limit, Start, Timings
 from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance, Metric
 from tests.conftest import cache_settings

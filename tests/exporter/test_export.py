@@ -30,8 +30,8 @@ from linert.exporter.weights_file import WeightsFile
 from linert.graphs.families import llamagen
 from linert.graphs.line_attention import DOMAIN, OP_TYPE
 from linert.runtime.bundles.bundle import open_bundle
-from linert.runtime.bundles.geometry import Raster
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.raster import Raster
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.errors import BundleError, ExportError, GeometryError, OutputError
 from linert.runtime.files.locks import Lock, lock_path

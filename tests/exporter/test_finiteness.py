@@ -22,8 +22,8 @@ from linert.exporter.models import (
     load_models,
 )
 from linert.exporter.precision import Method, Precision, PrecisionPlan, largest_of, round_to_nearest
-from linert.runtime.bundles.geometry import Raster
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.raster import Raster
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.errors import CheckpointError, ExportError
 from tests.conftest import TINY, Result

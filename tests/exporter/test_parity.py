@@ -15,7 +15,7 @@ from linert.graphs.families.llamagen import LlamaGen
 from linert.graphs.families.vq import VQModel
 from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import open_bundle
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.loop import Batch, begin, run_step, uniform_row
 from linert.runtime.measuring import metrics
 from tests.conftest import TINY, TINY_VQ, Result, random_state

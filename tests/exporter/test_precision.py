@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from linert.exporter.bundle_export import export_bundle
 from linert.exporter.calibration import gptq
-from linert.exporter.commands.export import parse_parts
+from linert.exporter.commands.export_options import parse_parts
 from linert.exporter.parity_report import Bounds, cost_of
 from linert.exporter.precision import (
     Method,

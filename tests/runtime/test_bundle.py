@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from linert.runtime.bundles.bundle import open_bundle
-from linert.runtime.bundles.manifest import SCHEMA, SamplingSettings
+from linert.runtime.bundles.manifest import SCHEMA
 from linert.runtime.bundles.manifest_file import decode, encode, seal
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.errors import BundleError, RequestError
 from tests.conftest import Result
 

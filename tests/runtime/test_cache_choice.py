@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,10 @@ from linert import Generator
 from linert.exporter.cache_wishes import cache_plan
 from linert.graphs.policies import POLICIES as REGISTERED
 from linert.runtime.bundles.bundle import open_bundle
-from linert.runtime.bundles.geometry import FULL, CacheSettings, Raster, pyramid
+from linert.runtime.bundles.cache_settings import FULL, CacheSettings, pyramid
+from linert.runtime.bundles.raster import Raster
+from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.setting import settings_of
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
 from linert.runtime.drawing.loop import begin, run_step
@@ -381,3 +384,19 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
             for spec, value in zip(stage.outputs, wanted, strict=True):
                 found = backend.read(spec.name.removesuffix(".next"))
                 assert (found == value.numpy()).all(), spec.name
+
+
+def test_every_declared_setting_can_be_asked_for_and_reaches_a_stage(tiny_bundle: Path) -> None:
+    manifest = open_bundle(tiny_bundle).manifest
+    asked = {field.name for field in fields(CacheRequest)}
+    for record in (CacheSettings, SamplingSettings):
+        for setting in settings_of(record):
+            assert record is SamplingSettings or setting.name in asked
+            spec = setting.declared.stage_input
+            taking = [
+                tensor.dtype
+                for stage in manifest.stages.values()
+                for tensor in stage.inputs
+                if spec is not None and tensor.name == spec.name
+            ]
+            assert taking and set(taking) == {spec.dtype}

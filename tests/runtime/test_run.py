@@ -17,7 +17,7 @@ import pytest
 
 from linert import Generator
 from linert.runtime.backends.ort import OrtBackend
-from linert.runtime.bundles.manifest import SamplingSettings
+from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.commands import render
 from linert.runtime.drawing.conditions import conditions_of
 from linert.runtime.drawing.output import read_recipe

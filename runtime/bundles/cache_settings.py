@@ -1,18 +1,19 @@
-"""The raster and the line buffer: sizes, budgets and what is protected. Plain numbers, no tensors.
+"""The settings of the cache: what a run keeps of the line buffer.
 
 A layer's line buffer has ``prefix_len + lines * line_width`` slots. A run uses a budget of them, the line in
 progress included. Kept always: the prefix, the first ``anchor_tokens`` image tokens and the last ``recent_lines`` lines.
 """
 
-from __future__ import annotations
-
+# Annotations are evaluated here, not kept as text: they hold the declarations of the settings.
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Annotated
 
 import msgspec
 
+from linert.runtime.bundles.raster import Raster, recent_tokens
+from linert.runtime.bundles.setting import Setting, StageInput, settings_of
 from linert.runtime.errors import GeometryError
 from linert.runtime.text import lines_text
 
@@ -43,52 +44,6 @@ class HeadScores(StrEnum):
     AVERAGED = "averaged"
 
 
-class Step(NamedTuple):
-    """One entry of the raster schedule: run ``stage`` in ``line``; ``column`` counts the line's decode steps."""
-
-    stage: str
-    line: int
-    column: int
-
-
-class Raster(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The image as the transformer sees it: ``lines`` of ``line_width`` tokens behind ``prefix_len`` positions.
-
-    ``newlines``: tokens at the end of a line that are no part of the picture, 0 or 1.
-    """
-
-    prefix_len: int
-    line_width: int
-    lines: int
-    newlines: int = 0
-
-    @property
-    def columns(self) -> int:
-        """Tokens of a line that are part of the picture."""
-        return self.line_width - self.newlines
-
-    @property
-    def image_tokens(self) -> int:
-        return self.lines * self.line_width
-
-    def size(self, patch: int) -> str:
-        """Width and height in pixels, as in ``512x768``, where a token has ``patch`` on a side."""
-        return f"{self.columns * patch}x{self.lines * patch}"
-
-    def slots(self, lines: int) -> int:
-        """Slots of a layer whose buffer holds ``lines``."""
-        return self.prefix_len + lines * self.line_width
-
-    def schedule(self) -> Iterator[Step]:
-        """Every stage run after the prefill, in order. The last token of the image is never fed."""
-        for line in range(self.lines):
-            last = line == self.lines - 1
-            for column in range(self.line_width - last):
-                yield Step("decode", line, column)
-            if not last:
-                yield Step("line_end", line, self.line_width)
-
-
 class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the cache keeps.
 
@@ -98,13 +53,68 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """
 
     policy: str
-    mode: Mode
+    mode: Annotated[
+        Mode,
+        Setting(
+            help="Whether an evicted slot empties at once or stays visible until it is overwritten.",
+            default=Mode.LAZY,
+            stage_input=StageInput(name="strict", dtype="int64", value=lambda mode, _: mode is Mode.STRICT),
+        ),
+    ]
     budget_lines: tuple[int, ...]
-    recent_lines: float
-    anchor_tokens: int
-    aggregation: Aggregation
-    head_scores: HeadScores
-    share_guidance: bool
+    recent_lines: Annotated[
+        float,
+        Setting(
+            help="Newest lines that stay; 0.5 is half a line.",
+            default=1,
+            least=0,
+            label=lambda lines: f"{lines:g} recent lines",
+            stage_input=StageInput(
+                name="recent_tokens", dtype="int64", value=lambda lines, raster: recent_tokens(raster, lines)
+            ),
+        ),
+    ]
+    anchor_tokens: Annotated[
+        int,
+        Setting(
+            help="First image tokens that stay.",
+            default=16,
+            least=0,
+            label=lambda tokens: f"{tokens} anchor tokens",
+            stage_input=StageInput(name="anchor_tokens", dtype="int64"),
+        ),
+    ]
+    aggregation: Annotated[
+        Aggregation,
+        Setting(
+            help="How the attention of many queries becomes one score.",
+            default=Aggregation.MEAN,
+            label=lambda aggregation: f"{aggregation} attention",
+            stage_input=StageInput(
+                name="score_max", dtype="int64", value=lambda aggregation, _: aggregation is Aggregation.MAX
+            ),
+        ),
+    ]
+    head_scores: Annotated[
+        HeadScores,
+        Setting(
+            help="Every head evicts by its own scores, or all by the averaged ones.",
+            default=HeadScores.OWN,
+            label=lambda scores: f"heads {scores}",
+            stage_input=StageInput(
+                name="average_heads", dtype="int64", value=lambda scores, _: scores is HeadScores.AVERAGED
+            ),
+        ),
+    ]
+    share_guidance: Annotated[
+        bool,
+        Setting(
+            help="Conditional and unconditional rows evict alike, or each for itself.",
+            default=False,
+            label=lambda shared: f"guidance {'shared' if shared else 'apart'}",
+            stage_input=StageInput(name="share_guidance", dtype="int64"),
+        ),
+    ]
 
     @property
     def evicts(self) -> bool:
@@ -117,13 +127,15 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     @property
     def text(self) -> str:
-        """One line for people."""
+        """One line for people: numbers, and what is not as usual."""
         parts = [f"{self.policy} ({self.mode})", f"{lines_text(self.budget_lines)} lines"]
         if self.evicts:
-            parts += [f"{self.recent_lines:g} recent lines", f"{self.anchor_tokens} anchor tokens"]
-            parts += ["max attention"] * (self.aggregation is Aggregation.MAX)
-            parts += ["heads averaged"] * (self.head_scores is HeadScores.AVERAGED)
-            parts += ["guidance shared"] * self.share_guidance
+            parts += [
+                setting.label(self)
+                for setting in settings_of(CacheSettings)
+                if setting.name != "mode"
+                and (setting.type in (int, float) or getattr(self, setting.name) != setting.declared.default)
+            ]
         return ", ".join(parts)
 
     def check(self, raster: Raster, capacity_lines: Sequence[int]) -> None:
@@ -133,13 +145,14 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             raster: the image.
             capacity_lines: lines of each layer's buffer.
         """
+        numbers = {"budget_lines": (min(self.budget_lines, default=0), 1)} | {
+            setting.name: (getattr(self, setting.name), setting.declared.least)
+            for setting in settings_of(CacheSettings)
+            if setting.declared.least is not None
+        }
         faults = [
             f"{name} is {value}, must be at least {least}"
-            for name, value, least in (
-                ("budget_lines", min(self.budget_lines, default=0), 1),
-                ("recent_lines", self.recent_lines, 0),
-                ("anchor_tokens", self.anchor_tokens, 0),
-            )
+            for name, (value, least) in numbers.items()
             # What is no number is not below it either.
             if not value >= least or value == math.inf
         ]
@@ -183,11 +196,6 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 def cache_text(cache: CacheSettings | None) -> str:
     """One line for people, of a model that need not have a cache."""
     return cache.text if cache else "none: what the model remembers is of one size"
-
-
-def recent_tokens(raster: Raster, recent_lines: float) -> int:
-    """Whole tokens of ``recent_lines``."""
-    return math.floor(recent_lines * raster.line_width + 1e-9)
 
 
 def least_budget(raster: Raster, recent_lines: float, anchor_tokens: int) -> int:
