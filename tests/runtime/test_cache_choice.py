@@ -397,6 +397,7 @@ def test_every_declared_setting_can_be_asked_for_and_reaches_a_stage(tiny_bundle
                 tensor.dtype
                 for stage in manifest.stages.values()
                 for tensor in stage.inputs
-                if spec is not None and tensor.name == spec.name
+                if spec and tensor.name == spec.name
             ]
-            assert taking and set(taking) == {spec.dtype}
+            assert spec is not None
+            assert set(taking) == {spec.dtype}
