@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import onnx
 from onnx import helper
 
-from linert.graphs import line_attention, line_evict
+from linert.runtime.plugins import contracts
 
 
 def as_operation(model: onnx.ModelProto, attributes: Mapping[str, int]) -> None:
@@ -23,26 +23,26 @@ def as_operation(model: onnx.ModelProto, attributes: Mapping[str, int]) -> None:
     ]
     inputs, outputs = ([value.name for value in values] for values in (graph.input, graph.output))
     body = helper.make_function(
-        line_attention.DOMAIN,
-        line_evict.OP_TYPE,
+        contracts.DOMAIN,
+        contracts.LINE_EVICT,
         inputs,
         outputs,
         [*constants, *graph.node],
         [entry for entry in model.opset_import if entry.domain == ""],
     )
     node = helper.make_node(
-        line_evict.OP_TYPE,
+        contracts.LINE_EVICT,
         inputs,
         outputs,
-        name=f"{line_evict.OP_TYPE}_0",
-        domain=line_attention.DOMAIN,
-        plugin_namespace=line_attention.DOMAIN,
-        plugin_version=str(line_attention.OP_VERSION),
+        name=f"{contracts.LINE_EVICT}_0",
+        domain=contracts.DOMAIN,
+        plugin_namespace=contracts.DOMAIN,
+        plugin_version=str(contracts.VERSION),
         **attributes,
     )
     for field in ("node", "initializer", "value_info"):
         graph.ClearField(field)
     graph.node.append(node)
     model.functions.append(body)
-    if all(entry.domain != line_attention.DOMAIN for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid(line_attention.DOMAIN, line_attention.OP_VERSION))
+    if all(entry.domain != contracts.DOMAIN for entry in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(contracts.DOMAIN, contracts.VERSION))

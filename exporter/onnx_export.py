@@ -23,9 +23,9 @@ from linert.exporter.line_evict import as_operation
 from linert.exporter.precision import Weight
 from linert.exporter.weight_storage import lift_weights, store_weights
 from linert.exporter.weights_file import WeightsFile
-from linert.graphs import line_attention
 from linert.graphs.line_buffer import LineEnd
 from linert.graphs.stage import Stage
+from linert.runtime.plugins.contracts import DOMAIN
 
 PRODUCER = "linert"
 
@@ -56,7 +56,7 @@ def export_stage(
     _tidy(model)
     operation = operation_of(stage)
     proto = ir.to_proto(model)
-    if any(node.domain == line_attention.DOMAIN for node in proto.graph.node):
+    if any(node.domain == DOMAIN for node in proto.graph.node):
         proto.functions.append(stage.memory.function())
     if operation is not None:
         as_operation(proto, operation)

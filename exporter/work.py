@@ -9,8 +9,8 @@ from collections.abc import Collection
 import onnx
 from onnx import TensorProto, helper
 
-from linert.graphs import line_attention, spatial_decay_step
 from linert.runtime.bundles.manifest import Work
+from linert.runtime.plugins.contracts import LINE_ATTENTION, SPATIAL_DECAY_STEP
 
 BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
 
@@ -48,13 +48,13 @@ def work_of(model: onnx.ModelProto, state: Collection[str]) -> Work:
             macs += math.prod(out) * shapes[node.input[0]][-1]
         elif node.op_type == "Conv":
             macs += math.prod(out) * math.prod(shapes[node.input[1]][1:])
-        elif node.op_type == line_attention.OP_TYPE:
-            queries, keys = shapes[node.input[0]], shapes[node.input[3]]
-            macs += 2 * math.prod(queries) * keys[2]
-        elif node.op_type == spatial_decay_step.OP_TYPE:
-            queries, keys, above = (shapes[node.input[at]] for at in (0, 3, 5))
-            macs += math.prod(queries) * (2 * keys[2] + above[3])
-            held[node.input[5]] //= above[1]
+        elif node.op_type == LINE_ATTENTION.name:
+            size = LINE_ATTENTION.sizes([shapes[name] for name in node.input])
+            macs += 2 * size["R"] * size["G"] * size["D"] * size["C"]
+        elif node.op_type == SPATIAL_DECAY_STEP.name:
+            size = SPATIAL_DECAY_STEP.sizes([shapes[name] for name in node.input])
+            macs += size["R"] * (size["C"] * (size["D"] + size["E"]) + size["D"] * size["E"])
+            held[node.input[list(SPATIAL_DECAY_STEP.inputs).index("above")]] //= size["M"]
     weight_bytes = sum(_bytes(weights[name], elements) for name, elements in read.items())
     return Work(weight_bytes, sum(held.values()), macs)
 

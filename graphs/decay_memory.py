@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
 from linert.graphs.spatial_decay import Decay, DecayState, factors, fold, step_index
-from linert.graphs.spatial_decay_step import IN_PLACE, StepInputs, function_proto, spatial_decay_step
+from linert.graphs.spatial_decay_step import StepInputs, function_proto, spatial_decay_step
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.tensor_spec import TensorSpec
 from linert.graphs.transformer import RasterTransformer
+from linert.runtime.plugins.contracts import SPATIAL_DECAY_STEP
 
 Decays = Callable[[RasterTransformer], Iterable[Decay]]
 """What a model's layers have learned, in order."""
@@ -29,7 +30,7 @@ class DecayMemory(Memory):
         matrices: of a layer's state, M: one a column, or where the decay is signed one.
     """
 
-    written = IN_PLACE
+    written = SPATIAL_DECAY_STEP.replaced
 
     def __init__(self, geometry: Geometry, decays: Decays, matrices: int) -> None:
         super().__init__(geometry)

@@ -1,10 +1,8 @@
 """LineAttention: write a token into its slots, attend over the line buffer, account for the attention.
 
-One operation with bodies of the same meaning: :func:`reference` in PyTorch, and an ONNX model-local function
-of standard opset-24 operators (:func:`function_proto`). A traced graph holds one ``linert::LineAttention``
-node a layer, carrying the attributes by which TensorRT finds a plugin of that name.
-
-Axes: R = sequences x KV heads, G = query heads of a KV head, C = slots, D = head size.
+Tensors, axes and their meaning are those of :data:`linert.runtime.plugins.contracts.LINE_ATTENTION`. The operation has two bodies of the
+same meaning: :func:`reference` in PyTorch, and an ONNX model-local function of standard opset-24 operators (:func:`function_proto`). A
+traced graph holds one ``linert::LineAttention`` node a layer, carrying the attributes by which TensorRT finds a plugin of that name.
 """
 
 from __future__ import annotations
@@ -17,30 +15,20 @@ import torch
 from onnx import FunctionProto, helper
 from torch import Tensor
 
-DOMAIN = "linert"
-OP_TYPE = "LineAttention"
-OP_VERSION = 1
+from linert.runtime.plugins.contracts import DOMAIN, LINE_ATTENTION, VERSION, Contract
+
 OPSET = 24
 
 
 class ScoreParams(NamedTuple):
-    """How a step accounts for attention.
-
-    ``fresh_from [R, 1]`` int32: scores of slots that hold this position or a later one start again from zero. The
-    position of the new token is the usual value (its slot had another token's score); -1 restarts all. ``score_max
-    []`` bool: keep the largest probability received instead of the sum.
-    """
+    """How a step accounts for attention."""
 
     fresh_from: Tensor
     score_max: Tensor
 
 
 class LineBufferState(NamedTuple):
-    """A layer's line buffer.
-
-    ``k_cache``, ``v_cache``: ``[R, 1, C, D]``. ``scores``: ``[R, C]`` float32, the attention that the token in each
-    slot received: its sum, or its largest value. ``slot_pos``: ``[R, C]`` int32, the sequence position held, -1 when empty.
-    """
+    """A layer's line buffer."""
 
     k_cache: Tensor
     v_cache: Tensor
@@ -49,12 +37,7 @@ class LineBufferState(NamedTuple):
 
 
 class LineAttentionInputs(NamedTuple):
-    """What one call takes.
-
-    ``q``: ``[R, 1, G, D]`` queries, rotated and already multiplied by the softmax scale. ``k``, ``v``: ``[R, 1, 1, D]``,
-    rotated key of the new token and its value. ``state``: the layer's line buffer. ``write_slot``: ``[R]`` int64, the slot
-    that the new token overwrites. ``position``: ``[R, 1]`` int32, its sequence position. ``accounting``: how scores go on.
-    """
+    """What one call takes."""
 
     q: Tensor
     k: Tensor
@@ -100,7 +83,7 @@ def line_attention(inputs: LineAttentionInputs) -> tuple[Tensor, LineBufferState
     """:func:`reference`, or one opaque ``LineAttention`` node while a graph is being exported."""
     if not torch.compiler.is_exporting():
         return reference(inputs)
-    attended, *written = opaque_node(OP_TYPE, inputs.flat(), (inputs.q, *inputs.state))
+    attended, *written = opaque_node(LINE_ATTENTION.name, inputs.flat(), (inputs.q, *inputs.state))
     return attended, LineBufferState(*written)
 
 
@@ -109,19 +92,22 @@ def opaque_node(op_type: str, inputs: Sequence[Tensor], like: Sequence[Tensor]) 
     return torch.onnx.ops.symbolic_multi_out(
         f"{DOMAIN}::{op_type}",
         inputs,
-        attrs={"plugin_namespace": DOMAIN, "plugin_version": str(OP_VERSION)},
+        attrs={"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)},
         dtypes=[tensor.dtype for tensor in like],
         shapes=[tensor.shape for tensor in like],
-        version=OP_VERSION,
+        version=VERSION,
+    )
+
+
+def function_of(contract: Contract, body: str) -> FunctionProto:
+    """The ONNX function of an operation: the ``body``'s lines between the contract's inputs and outputs."""
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n{contract.name}'
+    return onnx.parser.parse_function(
+        f"{head} ({', '.join(contract.inputs)}) => ({', '.join(contract.outputs)}) {{{body}}}"
     )
 
 
 _BODY = """
-<domain: "linert", opset_import: ["" : 24]>
-LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position,
-               fresh_from, score_max)
-  => (attended, k_cache_next, v_cache_next, scores_next, slot_pos_next)
-{
   k_cache_next = TensorScatter <axis = -2> (k_cache, k, write_slot)
   v_cache_next = TensorScatter <axis = -2> (v_cache, v, write_slot)
   one = Constant <value_ints = [1]> ()
@@ -144,7 +130,6 @@ LineAttention (q, k, v, k_cache, v_cache, scores, slot_pos, write_slot, position
   total = Add (kept, received)
   largest = Max (kept, received)
   scores_next = Where (score_max, largest, total)
-}
 """
 
 
@@ -168,7 +153,7 @@ def function_proto(query_group: int, dtype: torch.dtype) -> FunctionProto:
     body = _BODY.replace("float {-inf}", "float {0.0}")
     for mark, text in filled.items():
         body = body.replace(mark, text)
-    function = onnx.parser.parse_function(body)
+    function = function_of(LINE_ATTENTION, body)
     for node in function.node:
         if node.output[0] == "hidden":
             node.attribute[0].t.CopyFrom(

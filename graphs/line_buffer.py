@@ -22,6 +22,7 @@ from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.tensor_spec import TensorSpec
 from linert.graphs.transformer import RasterTransformer
+from linert.runtime.plugins.contracts import LINE_ATTENTION, LINE_EVICT_INPUTS
 
 GROUP_ENTRIES = 1 << 15
 """Slots of all rows that a line end works on at a time."""
@@ -34,7 +35,7 @@ SCORE_INPUTS = {"score_window": torch.int64, "score_max": torch.int64}
 class LineBuffer(Memory):
     """Keys and values of so many lines, in slots of which the next line overwrites those that a policy chose."""
 
-    written = ("k_cache", "v_cache", "scores", "slot_pos")
+    written = LINE_ATTENTION.replaced
     empty: ClassVar[Mapping[str, int]] = {"slot_pos": -1}
 
     def layer_state(self) -> list[TensorSpec]:
@@ -129,10 +130,12 @@ class LineEnd(Stage):
         replaced = ["slot_pos."] if policy.carries_scores else ["scores.", "slot_pos."]
         layers = memory.layer_state()
         loop = {spec.name: spec for spec in memory.state()}
+        sizes = {"L": geometry.config.layers, "B": geometry.sequences}
         self.inputs = [
-            TensorSpec("capacity", torch.int64, (geometry.config.layers,)),
-            *(TensorSpec(name, torch.int64, ()) for name in LineEndParams._fields if name != "capacity"),
-            loop["position"],
+            *(
+                TensorSpec(name, getattr(torch, operand.dtype), operand.shape(sizes))
+                for name, operand in LINE_EVICT_INPUTS.items()
+            ),
             *(spec for kind in wanted for spec in layers if spec.name.startswith(kind)),
         ]
         self.outputs = [

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-OP_TYPE = "LineEvict"
-
 
 class Importance(IntEnum):
     """What makes a slot worth keeping."""

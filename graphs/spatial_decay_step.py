@@ -1,34 +1,26 @@
 """SpatialDecayStep, one decode step of linear attention as one operation: write the token's key and value, then read the line in
 progress, the prefix and all lines above.
 
-One operation with bodies of the same meaning, like :mod:`linert.graphs.line_attention`: :func:`reference` in PyTorch, and an ONNX
-model-local function of standard operators (:func:`function_proto`). Axes are those of :mod:`linert.graphs.spatial_decay`.
+Tensors, axes and their meaning are those of :data:`linert.runtime.plugins.contracts.SPATIAL_DECAY_STEP`. The operation has two bodies of
+the same meaning, like :mod:`linert.graphs.line_attention`: :func:`reference` in PyTorch, and an ONNX model-local function of standard
+operators (:func:`function_proto`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import onnx
 import torch
 from onnx import FunctionProto
 from torch import Tensor
 
-from linert.graphs.line_attention import opaque_node
+from linert.graphs.line_attention import function_of, opaque_node
 from linert.graphs.spatial_decay import DecayState, attend
-
-OP_TYPE = "SpatialDecayStep"
-IN_PLACE = ("k_line", "v_line")
-"""Inputs that an output replaces."""
+from linert.runtime.plugins.contracts import SPATIAL_DECAY_STEP
 
 
 class StepInputs(NamedTuple):
-    """What one token a row takes.
-
-    ``q``, ``k``: ``[R, 1, 1, D]``, ``v``: ``[R, 1, 1, E]``. ``state``: the layer's. ``write_slot``: ``[R]`` int64, the slot of the token.
-    ``matrix``: ``[R]`` int64, which of M it reads. ``weighed``: ``[R, 1, 1, C]`` and ``above_weighed [R, 1, 1, 1]`` float32, how it weighs
-    the slots and that matrix.
-    """
+    """What one token a row takes."""
 
     q: Tensor
     k: Tensor
@@ -65,15 +57,11 @@ def spatial_decay_step(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.compiler.is_exporting():
         return reference(inputs)
     like = (inputs.v, inputs.state.k_line, inputs.state.v_line)
-    attended, k_line, v_line = opaque_node(OP_TYPE, inputs.flat(), like)
+    attended, k_line, v_line = opaque_node(SPATIAL_DECAY_STEP.name, inputs.flat(), like)
     return attended, k_line, v_line
 
 
 _BODY = """
-<domain: "linert", opset_import: ["" : 24]>
-SpatialDecayStep (q, k, v, k_line, v_line, above, write_slot, matrix, weighed, above_weighed)
-  => (attended, k_line_next, v_line_next)
-{
   k_line_next = TensorScatter <axis = -2> (k_line, k, write_slot)
   v_line_next = TensorScatter <axis = -2> (v_line, v, write_slot)
   query = Cast <to = 1> (q)
@@ -88,7 +76,6 @@ SpatialDecayStep (q, k, v, k_line, v_line, above, write_slot, matrix, weighed, a
   far_weighed = Mul (far, above_weighed)
   both = Add (in_row, far_weighed)
   attended = CastLike (both, v)
-}
 """
 
 
@@ -100,6 +87,5 @@ def function_proto(matrices: int) -> FunctionProto:
     """
     found = "two = Constant <value_ints = [1, 2]> ()\n  at = Unsqueeze (matrix, two)\n"
     found += "  one_above = GatherND <batch_dims = 1> (above, at)"
-    return onnx.parser.parse_function(
-        _BODY.replace("READ", found if matrices > 1 else "one_above = Identity (above)")
-    )
+    read = found if matrices > 1 else "one_above = Identity (above)"
+    return function_of(SPATIAL_DECAY_STEP, _BODY.replace("READ", read))

@@ -11,8 +11,14 @@ import torch
 
 from linert.exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
 from linert.exporter.tensorrt.compile import ALIGNMENT
-from linert.runtime.plugins import line_attention, line_evict, spatial_decay_step
-from linert.runtime.plugins.base import HELD, Launch, Operation, TensorKind
+from linert.runtime.plugins.base import Launch, Operation, TensorKind
+from linert.runtime.plugins.contracts import (
+    HELD,
+    LINE_ATTENTION,
+    LINE_EVICT_INPUTS,
+    SPATIAL_DECAY_STEP,
+    Contract,
+)
 from linert.runtime.plugins.line_attention import LineAttentionLaunch
 from linert.runtime.plugins.line_evict import LineEvictLaunch
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
@@ -46,7 +52,7 @@ def interpreted_kernels(
     """All kernels of an operation for one launch; ``kinds`` of its inputs."""
     held = getattr(torch, kinds[0].dtype)
     if isinstance(launch, LineAttentionLaunch):
-        pointers = _types(line_attention.INPUTS, held) | {
+        pointers = _types(LINE_ATTENTION, held) | {
             "attended": held,
             "logits": torch.float32,
             "partial": torch.float32,
@@ -56,14 +62,17 @@ def interpreted_kernels(
             for name in ("attend", "combine")
         }
     if isinstance(launch, SpatialDecayStepLaunch):
-        pointers = _types(spatial_decay_step.INPUTS, held) | {"attended": held}
+        pointers = _types(SPATIAL_DECAY_STEP, held) | {"attended": held}
         kernel = spatial_decay_step_kernels.spatial_decay_step
         return {"spatial_decay_step": interpreted(kernel, pointers, launch.constants)}
     assert isinstance(launch, LineEvictLaunch)
-    names = ("table", *line_evict.SETTINGS, "position", "write_slots")
+    names = ("table", *LINE_EVICT_INPUTS, "write_slots")
     pointers = dict.fromkeys(names, torch.int64) | {"scratch": torch.int32}
     return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, launch.constants)}
 
 
-def _types(inputs: Mapping[str, str], held: torch.dtype) -> dict[str, torch.dtype]:
-    return {name: held if kind == HELD else getattr(torch, kind) for name, kind in inputs.items()}
+def _types(contract: Contract, held: torch.dtype) -> dict[str, torch.dtype]:
+    return {
+        name: held if operand.dtype == HELD else getattr(torch, operand.dtype)
+        for name, operand in contract.inputs.items()
+    }

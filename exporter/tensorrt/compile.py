@@ -12,11 +12,18 @@ from triton.compiler import ASTSource
 
 from linert.exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
 from linert.runtime.errors import ExportError
-from linert.runtime.plugins import line_evict, spatial_decay_step
+from linert.runtime.plugins import line_attention, line_evict, spatial_decay_step
 from linert.runtime.plugins.base import Launch
+from linert.runtime.plugins.contracts import (
+    HELD,
+    LINE_ATTENTION,
+    LINE_EVICT_INPUTS,
+    SPATIAL_DECAY_STEP,
+    Contract,
+)
 from linert.runtime.plugins.kernels import CompiledKernel, KernelSet
 from linert.runtime.plugins.line_attention import LineAttentionLaunch
-from linert.runtime.plugins.line_evict import SETTINGS, LineEvictLaunch
+from linert.runtime.plugins.line_evict import LineEvictLaunch
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
 
 PTX_CAPABILITY = 80
@@ -28,7 +35,16 @@ ALIGNMENT = 16
 HIDDEN_MEMORY = ("global_scratch_size", "profile_scratch_size")
 """Bytes a program, in the metadata of a compiled kernel."""
 
-TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+TYPES = {
+    "float32": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "i1",
+}
+"""Triton's names of types."""
+
 ENTRY = re.compile(rb"\.entry\s+\w+\s*\((.*?)\)", re.DOTALL)
 
 
@@ -49,7 +65,7 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
 
 
 def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelSet:
-    numbers = ("table", *SETTINGS, "position", "write_slots")
+    numbers = ("table", *LINE_EVICT_INPUTS, "write_slots")
     signature = dict.fromkeys(numbers, "*i64") | {"scratch": "*i32", "rows": "i32", "layers": "i32"}
     kernel = compile_kernel(
         line_evict_kernels.line_evict, signature, launch.constants, capabilities, line_evict.WARPS
@@ -58,9 +74,8 @@ def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelS
 
 
 def _spatial_decay_step(launch: SpatialDecayStepLaunch, capabilities: Sequence[int]) -> KernelSet:
-    kinds = {"held": f"*{TYPES[launch.dtype]}", "float32": "*fp32", "int64": "*i64"}
-    inputs = {name: kinds[kind] for name, kind in spatial_decay_step.INPUTS.items()}
-    signature = {**inputs, "attended": kinds["held"], "slots": "i32", "matrices": "i32"}
+    pointers = _pointers(SPATIAL_DECAY_STEP, launch.dtype)
+    signature = {**pointers, "attended": pointers["v"], "slots": "i32", "matrices": "i32"}
     kernel = compile_kernel(
         spatial_decay_step_kernels.spatial_decay_step,
         signature,
@@ -72,22 +87,12 @@ def _spatial_decay_step(launch: SpatialDecayStepLaunch, capabilities: Sequence[i
 
 
 def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:
-    held = f"*{TYPES[launch.dtype]}"
-    scores = {"scores": "*fp32", "slot_pos": "*i32"}
-    accounting = {"fresh_from": "*i32", "score_max": "*i1"}
-    scratch = {"attended": held, "logits": "*fp32", "partial": "*fp32"}
+    pointers = _pointers(LINE_ATTENTION, launch.dtype)
+    results = {"attended": pointers["q"], "logits": "*fp32", "partial": "*fp32"}
+    read = {name: pointers[name] for name in line_attention.COMBINED}
     signatures = {
-        "attend": {
-            **dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), held),
-            **scores,
-            "write_slot": "*i64",
-            "position": "*i32",
-            **accounting,
-            **scratch,
-            "slots": "i32",
-            "part_slots": "i32",
-        },
-        "combine": {**scores, **accounting, **scratch, "slots": "i32", "parts": "i32"},
+        "attend": {**pointers, **results, "slots": "i32", "part_slots": "i32"},
+        "combine": {**read, **results, "slots": "i32", "parts": "i32"},
     }
     names = ["attend", "combine"] if launch.split else ["attend"]
     return KernelSet(
@@ -102,6 +107,14 @@ def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) ->
             for name in names
         }
     )
+
+
+def _pointers(contract: Contract, dtype: str) -> dict[str, str]:
+    """Triton's types of an operation's inputs, where those of :data:`HELD` are of ``dtype``."""
+    return {
+        name: f"*{TYPES[dtype if operand.dtype == HELD else operand.dtype]}"
+        for name, operand in contract.inputs.items()
+    }
 
 
 def compile_kernel(

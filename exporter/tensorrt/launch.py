@@ -14,7 +14,8 @@ from linert.exporter.tensorrt.spatial_decay_step_kernels import (
 )
 from linert.graphs.line_attention import LineAttentionInputs
 from linert.graphs.spatial_decay_step import StepInputs
-from linert.runtime.plugins.line_attention import INPUTS, LineAttentionLaunch
+from linert.runtime.plugins.contracts import HELD, LINE_ATTENTION
+from linert.runtime.plugins.line_attention import COMBINED, LineAttentionLaunch
 from linert.runtime.plugins.line_evict import WARPS as EVICT_WARPS
 from linert.runtime.plugins.line_evict import LineEvictLaunch
 from linert.runtime.plugins.spatial_decay_step import WARPS as STEP_WARPS
@@ -37,6 +38,7 @@ def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | No
     dtype = str(inputs.state.k_cache.dtype).removeprefix("torch.")
     launch = launch or LineAttentionLaunch.tuned(rows, group, slots, head_dim, dtype)
     check(inputs, launch)
+    named = dict(zip(LINE_ATTENTION.inputs, inputs.flat(), strict=True))
     attended = torch.empty_like(inputs.q)
     logits = inputs.q.new_empty(launch.logits_floats, dtype=torch.float32)
     partial = inputs.q.new_empty(max(1, launch.partial_floats), dtype=torch.float32)
@@ -48,7 +50,8 @@ def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | No
     )
     if launch.split:
         kernels.combine[launch.combine_grid](
-            *(inputs.state.scores, inputs.state.slot_pos, *inputs.accounting, attended, logits, partial),
+            *(tensor for name, tensor in named.items() if name in COMBINED),
+            *(attended, logits, partial),
             *(launch.slots, launch.parts),
             **launch.constants("combine"),
             num_warps=launch.warps,
@@ -62,23 +65,13 @@ def check(inputs: LineAttentionInputs, launch: LineAttentionLaunch) -> None:
     Raises:
         ValueError: a tensor of another shape or dtype, or one that is not contiguous.
     """
-    rows, slots, head = launch.rows, launch.slots, launch.head_dim
-    dtype = getattr(torch, launch.dtype)
-    wanted = (
-        ((rows, 1, launch.group, head), dtype),
-        *[((rows, 1, 1, head), dtype)] * 2,
-        *[((rows, 1, slots, head), dtype)] * 2,
-        ((rows, slots), torch.float32),
-        ((rows, slots), torch.int32),
-        ((rows,), torch.int64),
-        ((rows, 1), torch.int32),
-        ((rows, 1), torch.int32),
-        ((), torch.bool),
-    )
-    for name, tensor, (shape, kind) in zip(INPUTS, inputs.flat(), wanted, strict=True):
-        if tuple(tensor.shape) != shape or tensor.dtype is not kind:
+    sizes = {"R": launch.rows, "G": launch.group, "C": launch.slots, "D": launch.head_dim}
+    for (name, operand), tensor in zip(LINE_ATTENTION.inputs.items(), inputs.flat(), strict=True):
+        shape = operand.shape(sizes)
+        dtype = getattr(torch, launch.dtype if operand.dtype == HELD else operand.dtype)
+        if tuple(tensor.shape) != shape or tensor.dtype is not dtype:
             raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; LineAttention wants {kind} {shape}"
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}; LineAttention wants {dtype} {shape}"
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")

@@ -22,15 +22,7 @@ EMPTY_STEP = 1e30
 
 
 class LineEndParams(NamedTuple):
-    """Run-time settings of the cache, int64, of shape ``[]`` unless said otherwise.
-
-    ``capacity`` ``[layers]``: slots in use, of those that the buffer has. ``recent_tokens``: newest tokens that
-    stay. ``anchor_tokens``: first image tokens that stay. ``strict``: nonzero empties a chosen slot at
-    once, zero leaves it visible until it is overwritten. ``score_max``: nonzero says that a slot's score is the
-    largest attention probability it received, zero that it is the sum. ``average_heads``: nonzero makes the
-    heads of a sequence share one choice. ``share_guidance``: nonzero makes the conditional and the unconditional
-    sequence of an image share one.
-    """
+    """Run-time settings of the cache, as :data:`linert.runtime.plugins.contracts.LINE_EVICT_INPUTS` describes them."""
 
     capacity: Tensor
     recent_tokens: Tensor

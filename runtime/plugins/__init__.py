@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from linert.runtime.plugins import contracts
 from linert.runtime.plugins.base import Operation
+from linert.runtime.plugins.contracts import DOMAIN
 from linert.runtime.plugins.line_attention import LineAttention
 from linert.runtime.plugins.line_evict import LineEvict
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStep
 
-NAMESPACE, VERSION = "linert", "1"
+NAMESPACE, VERSION = DOMAIN, str(contracts.VERSION)
 CONTENTS = "linert_contents"
 """The field in which a plan stores a plugin: attributes, launch parameters, kernels."""
 

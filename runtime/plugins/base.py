@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from linert.runtime.plugins.contracts import HELD_TYPES, Contract
 from linert.runtime.plugins.kernels import DeviceKernels
 
-HELD = "held"
-"""Type of tensors that have the type of the first input: one of :data:`HELD_TYPES`."""
-
 ALIGNED = 256
-
-HELD_TYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a number of each."""
 
 
 def aligned(count: int) -> int:
@@ -28,7 +23,7 @@ def power_of_two(number: int) -> int:
 
 
 def dtype_faults(dtype: str) -> list[str]:
-    """What is wrong with tensors of a type that is no :data:`HELD_TYPES`."""
+    """What is wrong with tensors of a type that is no :data:`~linert.runtime.plugins.contracts.HELD_TYPES`."""
     return [] if dtype in HELD_TYPES else [f"caches of {dtype}; can be {', '.join(HELD_TYPES)}"]
 
 
@@ -72,12 +67,12 @@ class Operation(ABC):
     @property
     @abstractmethod
     def input_types(self) -> tuple[str, ...]:
-        """Type of each input, or :data:`HELD`."""
+        """Type of each input, or :data:`~linert.runtime.plugins.contracts.HELD`."""
 
     @property
     @abstractmethod
     def output_types(self) -> tuple[str, ...]:
-        """Type of each output, or :data:`HELD`."""
+        """Type of each output, or :data:`~linert.runtime.plugins.contracts.HELD`."""
 
     @abstractmethod
     def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -101,27 +96,21 @@ class Operation(ABC):
 
 
 class StepOperation(Operation):
-    """An operation of a decode step, with one new output and others that are written over inputs.
+    """An operation of a decode step, made from its contract."""
 
-    ``inputs``: type of each by name. ``like``: the input that the new output has the shape of. ``aliased``: the inputs that the
-    outputs behind it are written over.
-    """
-
-    inputs: ClassVar[Mapping[str, str]]
-    like: ClassVar[str]
-    aliased: ClassVar[tuple[str, ...]]
+    contract: ClassVar[Contract]
 
     @property
     def input_types(self) -> tuple[str, ...]:
-        return tuple(self.inputs.values())
+        return tuple(operand.dtype for operand in self.contract.inputs.values())
 
     @property
     def output_types(self) -> tuple[str, ...]:
-        return self.inputs[self.like], *(self.inputs[name] for name in self.aliased)
+        return tuple(operand.dtype for operand in self.contract.outputs.values())
 
     def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-        shapes = dict(zip(self.inputs, inputs, strict=True))
-        return [shapes[self.like], *(shapes[name] for name in self.aliased)]
+        sizes = self.contract.sizes(inputs)
+        return [operand.shape(sizes) for operand in self.contract.outputs.values()]
 
     def aliased_input(self, output: int) -> int:
-        return list(self.inputs).index(self.aliased[output - 1]) if output else -1
+        return list(self.contract.inputs).index(self.contract.replaced[output - 1]) if output else -1

@@ -1,19 +1,17 @@
-"""LineAttention as a plugin: its tensors, and how its kernels are launched on a shape.
+"""LineAttention as a plugin: how its kernels are launched on a shape.
 
 The exporter compiles kernels for a :class:`LineAttentionLaunch` and the plugin launches them by it, so that both see the
-same numbers. Axes: R = sequences x KV heads, G = query heads of a KV head, C = slots, D = head size.
+same numbers. The operation's tensors are those of :data:`linert.runtime.plugins.contracts.LINE_ATTENTION`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from linert.runtime.plugins.base import (
-    HELD,
-    HELD_TYPES,
     Call,
     Launch,
     StepOperation,
@@ -23,26 +21,12 @@ from linert.runtime.plugins.base import (
     power_of_two,
     refuse,
 )
+from linert.runtime.plugins.contracts import HELD_TYPES, LINE_ATTENTION, Contract
 from linert.runtime.plugins.kernels import DeviceKernels
 from linert.runtime.plugins.tuning import tuning_of
 
-INPUTS = {
-    "q": HELD,
-    "k": HELD,
-    "v": HELD,
-    "k_cache": HELD,
-    "v_cache": HELD,
-    "scores": "float32",
-    "slot_pos": "int32",
-    "write_slot": "int64",
-    "position": "int32",
-    "fresh_from": "int32",
-    "score_max": "bool",
-}
-"""Type of each input (see :mod:`linert.graphs.line_attention`)."""
-
-ALIASED = ("k_cache", "v_cache", "scores", "slot_pos")
-"""Inputs that the outputs behind the first are written over."""
+COMBINED = ("scores", "slot_pos", "fresh_from", "score_max")
+"""Inputs that the second kernel reads, where slots are shared by programs."""
 
 MAX_SLOTS = 8192
 MAX_GROUP = 16
@@ -255,23 +239,23 @@ def _least_warps(group: int, head_dim: int, dtype: str) -> int:
 
 @dataclass(frozen=True)
 class LineAttention(StepOperation):
-    """Write a token into its slots, attend over the line buffer, account for the attention."""
+    """The operation of :data:`linert.runtime.plugins.contracts.LINE_ATTENTION`."""
 
-    name: ClassVar[str] = "LineAttention"
+    name: ClassVar[str] = LINE_ATTENTION.name
     launch_type: ClassVar[type[Launch]] = LineAttentionLaunch
-
-    inputs: ClassVar[Mapping[str, str]] = INPUTS
-    like: ClassVar[str] = "q"
-    aliased: ClassVar[tuple[str, ...]] = ALIASED
+    contract: ClassVar[Contract] = LINE_ATTENTION
 
     def launch(self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()) -> LineAttentionLaunch:
-        kinds = dict(zip(INPUTS, inputs, strict=True))
-        rows, _, group, head_dim = kinds["q"].shape
-        slots, dtype = kinds["scores"].shape[1], kinds["q"].dtype
-        return LineAttentionLaunch.tuned(rows, group, slots, head_dim, dtype, capabilities)
+        sizes = self.contract.sizes([kind.shape for kind in inputs])
+        return LineAttentionLaunch.tuned(
+            sizes["R"], sizes["G"], sizes["C"], sizes["D"], inputs[0].dtype, capabilities
+        )
 
     def enqueue(self, launch: LineAttentionLaunch, kernels: DeviceKernels, call: Call) -> None:
-        at = {name: ctypes.c_void_p(address) for name, address in zip(INPUTS, call.inputs, strict=True)}
+        at = {
+            name: ctypes.c_void_p(address)
+            for name, address in zip(self.contract.inputs, call.inputs, strict=True)
+        }
         results = (
             ctypes.c_void_p(call.outputs[0]),
             ctypes.c_void_p(call.scratch),
@@ -280,6 +264,6 @@ class LineAttention(StepOperation):
         slots, of_part = ctypes.c_int32(launch.slots), ctypes.c_int32(launch.part_slots)
         kernels["attend"](launch.attend_grid, call.stream, *at.values(), *results, slots, of_part)
         if launch.split:
-            read = (at[name] for name in ("scores", "slot_pos", "fresh_from", "score_max"))
+            read = (at[name] for name in COMBINED)
             parts = ctypes.c_int32(launch.parts)
             kernels["combine"](launch.combine_grid, call.stream, *read, *results, slots, parts)

@@ -1,6 +1,6 @@
 """LineEvict as a plugin: a line's end for all layers in one launch.
 
-Axes: L = layers, B = sequences, H = KV heads, R = B H, C = slots of a layer, W = line width.
+The operation's tensors are those of :data:`linert.runtime.plugins.contracts.LINE_EVICT_INPUTS`, and the state's of every layer.
 """
 
 from __future__ import annotations
@@ -11,18 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind, aligned, power_of_two, refuse
+from linert.runtime.plugins.contracts import LINE_EVICT, LINE_EVICT_INPUTS
 from linert.runtime.plugins.kernels import DeviceKernels
-
-SETTINGS = (
-    "capacity",
-    "recent_tokens",
-    "anchor_tokens",
-    "strict",
-    "score_max",
-    "average_heads",
-    "share_guidance",
-)
-"""Inputs in front of the state, int64; ``capacity`` ``[L]``, the others scalars."""
 
 BLOCK = 128
 """Slots that a program looks at together, four a thread."""
@@ -68,7 +58,7 @@ class LineEvictLaunch:
             faults.append(f"{self.slots} slots; can be a line's {self.line_width} to {MAX_SLOTS}")
         if self.rows < 1 or self.rows % (self.kv_heads * self.branches):
             faults.append(f"{self.rows} rows; must be a multiple of {self.kv_heads} heads x {self.branches}")
-        refuse("LineEvict", faults)
+        refuse(LINE_EVICT, faults)
 
     @property
     def layers(self) -> int:
@@ -132,14 +122,11 @@ class LineEvictLaunch:
 class LineEvict(Operation):
     """Choose the slots that the next line overwrites and evict what they hold.
 
-    Inputs: :data:`SETTINGS`, ``position [B]`` int64, then ``scores [R, C]`` float32 and ``slot_pos [R, C]`` int32 of every
-    layer. Outputs: ``write_slots [L, R, W]`` int64, new scores of every layer unless they are carried on, new positions.
-
     ``branches``: 2 where unconditional rows follow the conditional ones. ``importance``: a number of
     :class:`linert.graphs.line_evict.Importance`.
     """
 
-    name: ClassVar[str] = "LineEvict"
+    name: ClassVar[str] = LINE_EVICT
     launch_type: ClassVar[type[Launch]] = LineEvictLaunch
 
     layers: int = 0
@@ -152,7 +139,7 @@ class LineEvict(Operation):
 
     @property
     def input_types(self) -> tuple[str, ...]:
-        numbers = ("int64",) * (len(SETTINGS) + 1)
+        numbers = (operand.dtype for operand in LINE_EVICT_INPUTS.values())
         return (*numbers, *("float32",) * self.layers, *("int32",) * self.layers)
 
     @property
@@ -185,7 +172,7 @@ class LineEvict(Operation):
 
     def enqueue(self, launch: LineEvictLaunch, kernels: DeviceKernels, call: Call) -> None:
         layers, inputs, scratch = self.layers, call.inputs, call.scratch
-        settings, state = inputs[: len(SETTINGS) + 1], inputs[len(SETTINGS) + 1 :]
+        settings, state = inputs[: len(LINE_EVICT_INPUTS)], inputs[len(LINE_EVICT_INPUTS) :]
         write_slots, after = call.outputs[0], call.outputs[1:]
         scores_after = [0] * layers if self.carries_scores else after[:layers]
         table = launch.table(state[:layers], state[layers:], scores_after, after[-layers:])

@@ -1,17 +1,16 @@
-"""SpatialDecayStep as a plugin: its tensors, and how its kernel is launched on a shape.
+"""SpatialDecayStep as a plugin: how its kernel is launched on a shape.
 
-Axes: R = sequences x heads, C = slots of the line in progress, M = matrices of a state, D = key size, E = value size.
+The operation's tensors are those of :data:`linert.runtime.plugins.contracts.SPATIAL_DECAY_STEP`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from linert.runtime.plugins.base import (
-    HELD,
     Call,
     Launch,
     StepOperation,
@@ -20,24 +19,8 @@ from linert.runtime.plugins.base import (
     power_of_two,
     refuse,
 )
+from linert.runtime.plugins.contracts import SPATIAL_DECAY_STEP, Contract
 from linert.runtime.plugins.kernels import DeviceKernels
-
-INPUTS = {
-    "q": HELD,
-    "k": HELD,
-    "v": HELD,
-    "k_line": HELD,
-    "v_line": HELD,
-    "above": "float32",
-    "write_slot": "int64",
-    "matrix": "int64",
-    "weighed": "float32",
-    "above_weighed": "float32",
-}
-"""Type of each input (see :mod:`linert.graphs.spatial_decay_step`)."""
-
-ALIASED = ("k_line", "v_line")
-"""Inputs that the outputs behind the first are written over."""
 
 MAX_SLOTS = 8192
 MAX_HEAD = 256
@@ -119,22 +102,19 @@ class SpatialDecayStepLaunch:
 
 @dataclass(frozen=True)
 class SpatialDecayStep(StepOperation):
-    """Write a token into the line in progress, and read the line, the prefix and what is above."""
+    """The operation of :data:`linert.runtime.plugins.contracts.SPATIAL_DECAY_STEP`."""
 
-    name: ClassVar[str] = "SpatialDecayStep"
+    name: ClassVar[str] = SPATIAL_DECAY_STEP.name
     launch_type: ClassVar[type[Launch]] = SpatialDecayStepLaunch
-
-    inputs: ClassVar[Mapping[str, str]] = INPUTS
-    like: ClassVar[str] = "v"
-    aliased: ClassVar[tuple[str, ...]] = ALIASED
+    contract: ClassVar[Contract] = SPATIAL_DECAY_STEP
 
     def launch(
         self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()
     ) -> SpatialDecayStepLaunch:
-        kinds = dict(zip(INPUTS, inputs, strict=True))
-        rows, matrices, key_dim, value_dim = kinds["above"].shape
-        slots = kinds["k_line"].shape[2]
-        return SpatialDecayStepLaunch(rows, slots, matrices, key_dim, value_dim, kinds["q"].dtype)
+        sizes = self.contract.sizes([kind.shape for kind in inputs])
+        return SpatialDecayStepLaunch(
+            sizes["R"], sizes["C"], sizes["M"], sizes["D"], sizes["E"], inputs[0].dtype
+        )
 
     def enqueue(self, launch: SpatialDecayStepLaunch, kernels: DeviceKernels, call: Call) -> None:
         pointers = (*call.inputs, call.outputs[0])

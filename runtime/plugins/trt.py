@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from linert.runtime.plugins import CONTENTS, NAMESPACE, OPERATIONS, VERSION
-from linert.runtime.plugins.base import HELD, HELD_TYPES, Call, Launch, Operation, TensorKind
+from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
+from linert.runtime.plugins.contracts import HELD, HELD_TYPES
 from linert.runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel, checked, current_capability
 
 Compile = Callable[[Operation, Launch], KernelSet]

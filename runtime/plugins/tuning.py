@@ -14,7 +14,7 @@ import msgspec
 from linert.runtime.errors import ExportError
 from linert.runtime.files.atomic_files import atomic_file
 from linert.runtime.files.records import RecordError, read_record
-from linert.runtime.plugins.base import HELD_TYPES
+from linert.runtime.plugins.contracts import HELD_TYPES
 
 FILE = Path(__file__).with_name("tuning.json")
 

@@ -28,13 +28,13 @@ from linert.exporter.models import ModelRequest, load_models
 from linert.exporter.sources import family_config, precision_plan
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs.families import llamagen
-from linert.graphs.line_attention import DOMAIN, OP_TYPE
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.errors import BundleError, ExportError, GeometryError, OutputError
 from linert.runtime.files.locks import Lock, lock_path
+from linert.runtime.plugins.contracts import DOMAIN, LINE_ATTENTION
 from tests.conftest import ROOT, TINY, Result, cache_settings, random_state
 
 Linert = Callable[..., Result]
@@ -68,13 +68,13 @@ def test_line_attention_is_one_node_a_layer_with_its_function_and_plugin_attribu
     tiny_bundle: Path,
 ) -> None:
     model = onnx.load(tiny_bundle / "decode.onnx", load_external_data=False)
-    nodes = [node for node in model.graph.node if node.op_type == OP_TYPE]
+    nodes = [node for node in model.graph.node if node.op_type == LINE_ATTENTION.name]
     assert len(nodes) == TINY.layers
     for node in nodes:
         assert node.domain == DOMAIN
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes == {"plugin_namespace": b"linert", "plugin_version": b"1"}
-    assert [(f.domain, f.name) for f in model.functions] == [(DOMAIN, OP_TYPE)]
+    assert [(f.domain, f.name) for f in model.functions] == [(DOMAIN, LINE_ATTENTION.name)]
     standard = {node.domain for node in model.functions[0].node}
     assert standard == {""}
 

@@ -17,6 +17,7 @@ from linert.graphs.line_attention import reference
 from linert.graphs.spatial_decay_step import reference as decay_reference
 from linert.runtime.backends.cuda import Device
 from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
+from linert.runtime.plugins.contracts import HELD
 from linert.runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
 from linert.runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from linert.runtime.plugins.line_evict import LineEvict
@@ -52,7 +53,7 @@ def enqueue(operation: Operation, inputs: Sequence[torch.Tensor]) -> tuple[list[
     for address, tensor in zip(addresses, inputs, strict=True):
         device.upload(address, tensor.numpy())
     shapes = operation.output_shapes([kind.shape for kind in kinds])
-    types = [kinds[0].dtype if name == "held" else name for name in operation.output_types]
+    types = [kinds[0].dtype if name == HELD else name for name in operation.output_types]
     outputs = [torch.zeros(shape, dtype=TORCH_TYPES[kind]) for shape, kind in zip(shapes, types, strict=True)]
     sources = [operation.aliased_input(number) for number in range(len(outputs))]
     places = [

@@ -10,8 +10,6 @@ import torch
 from onnx import TensorProto, helper
 
 from linert.graphs.line_attention import (
-    DOMAIN,
-    OP_TYPE,
     OPSET,
     LineAttentionInputs,
     LineBufferState,
@@ -19,11 +17,12 @@ from linert.graphs.line_attention import (
     function_proto,
     reference,
 )
+from linert.runtime.plugins.contracts import DOMAIN, LINE_ATTENTION
 
 Inputs = dict[str, torch.Tensor]
 BUFFER = ("k_cache", "v_cache", "scores", "slot_pos")
-NAMES = ("q", "k", "v", *BUFFER, "write_slot", "position", "fresh_from", "score_max")
-OUTPUTS = ("attended", "k_cache_next", "v_cache_next", "scores_next", "slot_pos_next")
+NAMES = tuple(LINE_ATTENTION.inputs)
+OUTPUTS = tuple(LINE_ATTENTION.outputs)
 
 
 def random_inputs(rows: int, group: int, slots: int, head_dim: int, seed: int = 0) -> Inputs:
@@ -69,7 +68,7 @@ def function_model(inputs: Inputs) -> onnx.ModelProto:
     kinds = {torch.float32: TensorProto.FLOAT, torch.int32: TensorProto.INT32, torch.int64: TensorProto.INT64}
     kinds[torch.bool] = TensorProto.BOOL
     node = helper.make_node(
-        OP_TYPE, NAMES, OUTPUTS, domain=DOMAIN, plugin_namespace=DOMAIN, plugin_version="1"
+        LINE_ATTENTION.name, NAMES, OUTPUTS, domain=DOMAIN, plugin_namespace=DOMAIN, plugin_version="1"
     )
     results = run_reference(inputs)
     graph = helper.make_graph(

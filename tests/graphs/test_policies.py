@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, base, choose_slots, end_line
 from linert.graphs.policies.base import shared_importance
+from linert.runtime.plugins.contracts import LINE_EVICT_INPUTS
 from tests.graphs import policy_reference as reference
 
 WIDTH, PREFIX, LINES, HEADS, HEAD_DIM = 4, 2, 9, 2, 6
@@ -232,3 +233,7 @@ def test_every_policy_is_registered_under_its_name_and_has_a_reference(name: str
 @pytest.mark.parametrize(("name", "width", "window"), [("linear", 16, 0), ("rkv", 16, 8), ("rkv", 6, 0)])
 def test_the_score_window_restarts_scores_only_inside_a_line(name: str, width: int, window: int) -> None:
     assert POLICIES[name]().score_window(width) == window
+
+
+def test_what_policies_are_told_is_what_the_operation_takes() -> None:
+    assert (*LineEndParams._fields, "position") == tuple(LINE_EVICT_INPUTS)

@@ -8,8 +8,9 @@ import pytest
 
 from linert.runtime.errors import ExportError
 from linert.runtime.plugins import tuning
-from linert.runtime.plugins.base import HELD, TensorKind
-from linert.runtime.plugins.line_attention import INPUTS, LineAttention, LineAttentionLaunch
+from linert.runtime.plugins.base import TensorKind
+from linert.runtime.plugins.contracts import HELD, LINE_ATTENTION
+from linert.runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from linert.runtime.plugins.tuning import Tuning, read_tunings, tuning_of, write_tunings
 
 HALVES = Tuning(90, 64, "float16", 2, 512)
@@ -49,10 +50,10 @@ def test_a_file_that_is_no_table_is_refused(content: str, tmp_path: Path) -> Non
 
 def test_launches_are_laid_out_by_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "read_tunings", lambda path: (HALVES,))
-    shapes = {"q": (8, 1, 1, 64), "scores": (8, 97)}
+    sizes = {"R": 8, "G": 1, "C": 97, "D": 64}
     kinds = [
-        TensorKind("float16" if dtype == HELD else dtype, shapes.get(name, ()))
-        for name, dtype in INPUTS.items()
+        TensorKind("float16" if operand.dtype == HELD else operand.dtype, operand.shape(sizes))
+        for operand in LINE_ATTENTION.inputs.values()
     ]
     measured = LineAttentionLaunch(8, 1, 97, 64, "float16", HALVES.warps, HALVES.tile)
     assert LineAttention().launch(kinds, (80, 90)) == measured
