@@ -22,10 +22,10 @@ from linert.exporter.vocabulary import TokenizerFile
 from linert.exporter.weights_file import WeightsFile
 from linert.exporter.work import work_of
 from linert.graphs import stages
-from linert.graphs import tensor_spec as graph_spec
 from linert.graphs.families import vq
 from linert.graphs.memory import Memory, memory_of
 from linert.graphs.policies import POLICIES
+from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.text_encoder import EncodeText
 from linert.graphs.transformer import FamilyConfig, part_of
 from linert.runtime.bundles.bundle import file_sha256, manifest_name
@@ -42,6 +42,7 @@ from linert.runtime.bundles.manifest import (
     PolicySpec,
     PromptInput,
     StageSpec,
+    StateSpec,
     TensorSpec,
     Work,
 )
@@ -384,7 +385,12 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
         },
         cache=plan.cache,
         sampling=plan.sampling,
-        state=tuple(_spec(spec) for spec in plan.memory.state()),
+        state=tuple(
+            StateSpec(
+                spec.name, _dtype_name(spec), spec.shape, kind=spec.kind, layer=spec.layer, axes=spec.axes
+            )
+            for spec in plan.memory.state()
+        ),
         stages={
             stage.name: _stage_spec(stage, size.file(stage), size.work.get(stage.name, Work(0, 0, 0)))
             for stage in size.stages
@@ -404,5 +410,9 @@ def _stage_spec(stage: stages.Stage, file: str, work: Work) -> StageSpec:
     )
 
 
-def _spec(spec: graph_spec.TensorSpec) -> TensorSpec:
-    return TensorSpec(spec.name, str(spec.dtype).removeprefix("torch."), spec.shape)
+def _spec(spec: StageTensor) -> TensorSpec:
+    return TensorSpec(spec.name, _dtype_name(spec), spec.shape)
+
+
+def _dtype_name(spec: StageTensor) -> str:
+    return str(spec.dtype).removeprefix("torch.")

@@ -29,11 +29,10 @@ from linert.exporter.precision import (
     round_to_nearest,
     to_integers,
 )
+from linert.exporter.reference_loop import draw_tokens, sampler
 from linert.exporter.sampling_params import sampling_params
 from linert.graphs.history import full_history
 from linert.graphs.memory import memory_of
-from linert.graphs.sampling import draw, filtered_mass, guide
-from linert.graphs.stages import with_newlines
 from linert.graphs.transformer import Condition, RasterTransformer, part_of
 from linert.runtime.bundles.manifest import CaptionInput
 from linert.runtime.bundles.raster import Raster
@@ -237,26 +236,19 @@ def draw_images(
     memory = memory_of(config, images=images, guided=sampling.guidance > 1, capacities=slots)
     history = full_history(model, memory)
     uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
-    params = sampling_params(sampling)
-    logits = history.begin(condition)
-    tokens = torch.zeros(images, config.image_tokens, dtype=torch.int64)
-    for index in range(config.image_tokens):
+    choose = sampler(sampling_params(sampling), uniforms, guided=memory.geometry.guided)
+    tokens = []
+    for index, logits, token in draw_tokens(history, condition, choose, lambda line: history.end_line()):
         line, column = divmod(index, config.line_width)
         if column == 0:
             report(f"drawing calibration images: line {line + 1} of {config.lines}")
-            if line:
-                history.end_line()
         if not logits.isfinite().all():
             raise ExportError(
                 f"the model computes numbers that are not finite, first at token {index} of the images that it draws to be calibrated: "
                 "its checkpoint is damaged, or belongs to another model"
             )
-        guided = guide(logits, params, torch.full((images,), index)) if memory.geometry.guided else logits
-        drawn = draw(filtered_mass(guided, params), uniforms[:, index])
-        tokens[:, index] = with_newlines(config, drawn, torch.tensor(index))
-        if index < config.image_tokens - 1:
-            logits = history.feed(tokens[:, index : index + 1])[:, 0]
-    return tokens
+        tokens.append(token)
+    return torch.stack(tokens, dim=1)
 
 
 def _linears(module: nn.Module) -> list[nn.Linear]:

@@ -26,16 +26,17 @@ from linert.exporter.parity_report import (
     cost_of,
     parity_checks,
 )
+from linert.exporter.reference_loop import draw_tokens, sampler
 from linert.exporter.sampling_params import sampling_params
 from linert.graphs.history import History, HistoryModel, full_history
 from linert.graphs.memory import memory_of
 from linert.graphs.policies import POLICIES, LineEndParams
-from linert.graphs.sampling import SamplingParams, draw, filtered_mass, guide
+from linert.graphs.sampling import SamplingParams, filtered_mass
 from linert.graphs.stage import Geometry
-from linert.graphs.stages import with_newlines
 from linert.graphs.transformer import Condition, RasterTransformer
 from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.cache_settings import Mode
+from linert.runtime.bundles.manifest import HELD_POSITIONS
 from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import PixelDecoder
 from linert.runtime.drawing.loop import Batch, begin, generate, run_step, settings_inputs
@@ -197,12 +198,12 @@ def _compare(report: Report, reference: Tensor, measured: list[np.ndarray], firs
 
 def _line_end(both: Comparison, reference: HistoryModel, step: Step) -> LineReport:
     backend = both.backend
-    layers = range(len(reference.scores))
+    manifest = backend.bundle.manifest
     error = None
     if both.batch.replay is None:
         error = max(
-            float(np.abs(backend.read(f"scores.{layer}") - reference.scores[layer].numpy()).max())
-            for layer in layers
+            float(np.abs(backend.read(spec.name) - reference.scores[layer].numpy()).max())
+            for layer, spec in enumerate(manifest.states_of("scores"))
         )
     run_step(backend, both.batch, step)
     chosen = torch.from_numpy(backend.read("write_slots"))
@@ -211,8 +212,8 @@ def _line_end(both: Comparison, reference: HistoryModel, step: Step) -> LineRepo
     same = (own.sort(-1).values == chosen.sort(-1).values).float().mean().item()
     if not follow and both.report.choices is Choices.PYTORCH:
         backend.write("write_slots", own.numpy())
-        for layer in layers:
-            backend.write(f"slot_pos.{layer}", reference.slot_pos[layer].numpy())
+        for layer, spec in enumerate(manifest.states_of(HELD_POSITIONS)):
+            backend.write(spec.name, reference.slot_pos[layer].numpy())
     return LineReport(step.line, error, same)
 
 
@@ -245,42 +246,38 @@ def _free_running(both: Comparison, tokens: Tensor, evicted: list[np.ndarray]) -
     then on, so that its tokens are no longer measured against the margin; the evictions have their own bound.
     """
     reference, report = both.reference, both.report
-    geometry, config = reference.geometry, reference.geometry.config
+    geometry = reference.geometry
     params = sampling_params(both.batch.sampling)
     uniforms = torch.from_numpy(both.batch.uniforms)
     images = geometry.images
     diverged: list[int | None] = [None] * images
     evicts_alike = np.ones(images, bool)
     shares: list[float] = []
-    logits = reference.begin(both.condition)
+
+    def end_line(line: int) -> None:
+        nonlocal evicts_alike
+        own = reference.end_line(both.imposed(line))
+        if both.cached and both.batch.replay is None:
+            theirs = torch.from_numpy(evicted[line])
+            same = own.sort(-1).values == theirs.sort(-1).values
+            comparable = evicts_alike & np.array([index is None for index in diverged])
+            shares.extend(_by_image(same, geometry)[comparable].tolist())
+            # A lazily evicted token stays until its turn comes, so that the order counts as well.
+            alike = same if _strict(both.batch) else own == theirs
+            evicts_alike &= _by_image(alike, geometry) == 1
+        both.report_line("PyTorch draws", line + 1)
+
     drawn = torch.zeros_like(tokens)
-    for index in range(config.image_tokens):
-        drawn[:, index] = token = with_newlines(
-            config, _draw(reference, logits, params, uniforms, index), torch.tensor(index)
-        )
+    choose = sampler(params, uniforms, guided=geometry.guided)
+    for index, logits, token in draw_tokens(reference, both.condition, choose, end_line):
+        drawn[:, index] = token
         for image in range(images):
             if diverged[image] is None and token[image] != tokens[image, index]:
                 diverged[image] = index
                 if evicts_alike[image]:
-                    margin = _undecided(
-                        reference, logits, params, uniforms, index, image, int(tokens[image, index])
-                    )
+                    other = int(tokens[image, index])
+                    margin = _undecided(logits[image], params, uniforms[image, index].item(), other)
                     report.divergence_margin = max(report.divergence_margin, margin)
-        if index == config.image_tokens - 1:
-            break
-        logits = reference.feed(token[:, None])[:, 0]
-        line, column = divmod(index, config.line_width)
-        if column == config.line_width - 1:
-            own = reference.end_line(both.imposed(line))
-            if both.cached and both.batch.replay is None:
-                theirs = torch.from_numpy(evicted[line])
-                same = own.sort(-1).values == theirs.sort(-1).values
-                comparable = evicts_alike & np.array([index is None for index in diverged])
-                shares += _by_image(same, geometry)[comparable].tolist()
-                # A lazily evicted token stays until its turn comes, so that the order counts as well.
-                alike = same if _strict(both.batch) else own == theirs
-                evicts_alike &= _by_image(alike, geometry) == 1
-            both.report_line("PyTorch draws", line + 1)
     report.evictions_agreement = float(np.mean(shares)) if shares else 1.0
     report.tokens_agreement = (drawn == tokens).float().mean().item()
     report.first_divergence = diverged
@@ -296,37 +293,14 @@ def _by_image(same: Tensor, geometry: Geometry) -> np.ndarray:
     return split.double().mean((0, 1, 3)).numpy()
 
 
-def _guided(reference: History, logits: Tensor, params: SamplingParams, index: int) -> Tensor:
-    if not reference.geometry.guided:
-        return logits
-    return guide(logits, params, torch.full((reference.geometry.images,), index))
-
-
-def _draw(reference: History, logits: Tensor, params: SamplingParams, uniforms: Tensor, index: int) -> Tensor:
-    guided = _guided(reference, logits, params, index)
-    if params.greedy:
-        return guided.argmax(-1)
-    return draw(filtered_mass(guided, params), uniforms[:, index])
-
-
-def _undecided(
-    reference: History,
-    logits: Tensor,
-    params: SamplingParams,
-    uniforms: Tensor,
-    index: int,
-    image: int,
-    other: int,
-) -> float:
-    """How far the reference was from drawing ``other``: a logit gap when greedy, else a probability."""
-    guided = _guided(reference, logits, params, index)[image]
+def _undecided(guided: Tensor, params: SamplingParams, uniform: float, other: int) -> float:
+    """How far guided logits ``[V]`` are from drawing ``other``: a logit gap when greedy, else a probability."""
     if params.greedy:
         return (guided.max() - guided[other]).item()
     mass = filtered_mass(guided[None], params)[0]
     cumulative = (mass / mass.sum()).cumsum(-1)
     above = cumulative[other].item()
     below = cumulative[other - 1].item() if other else 0.0
-    uniform = uniforms[image, index].item()
     return max(below - uniform, uniform - above, 0.0)
 
 

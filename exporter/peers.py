@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
+from linert.exporter.reference_loop import draw_tokens
 from linert.graphs.decay_memory import DecayMemory, DecayStep
 from linert.graphs.memory import Projections, StepPosition, memory_of
 from linert.graphs.sampling import mix
 from linert.graphs.spatial_decay import DecayState, fold
-from linert.graphs.stages import with_newlines
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.generator import picture
@@ -76,7 +76,8 @@ class PyTorchPeer(ABC):
         self.model, self.image_decoder = transformer.eager(), image_decoder.eager()
         self.guidance, self.compiled = guidance, compiled
         self.images = len(next(iter(inputs.values())))
-        config = self.model.config
+        self.config = config = self.model.config
+        self.position = config.prefix_len
         self.slots = config.prefix_len + config.image_tokens
         specs = self.model.condition_inputs(self.images, guided=guidance > 1)
         self.inputs = [torch.from_numpy(inputs[spec.name]) for spec in specs]
@@ -98,28 +99,34 @@ class PyTorchPeer(ABC):
         """Do what is to be done when a line is fed."""
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, position: int) -> Tensor:
-        """Feed ``tokens [B]`` at ``position`` and draw the next, ``[I]``."""
-        logits = self._forward(self.model.embed(tokens[:, None]), torch.tensor([position]))
-        return self._draw(logits, position + 1)
+    def begin(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Feed the condition that the peer was made with; logits ``[B, V]`` of token 0."""
+        self.position = self.config.prefix_len
+        return self._prefill()
 
-    def _draw(self, logits: Tensor, position: int) -> Tensor:
-        """The token ``[I]`` of ``position`` from logits ``[B, V]``."""
+    @torch.inference_mode()
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Feed the next token of every image, ``[I, 1]``; logits ``[B, 1, V]`` of the token after it."""
+        fed = tokens.repeat(self.sequences // self.images, 1)
+        logits = self._forward(self.model.embed(fed), torch.tensor([self.position]))
+        self.position += 1
+        return logits[:, None]
+
+    def _choose(self, logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """Guide logits ``[B, V]`` and draw, as published loops do."""
         if self.guidance > 1:
             logits = mix(*logits.chunk(2), self.guidance)
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
-        config = self.model.config
-        return with_newlines(config, drawn, torch.tensor(position - config.prefix_len))
+        return logits, torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
 
     @torch.inference_mode()
     def steps(self, count: int) -> list[float]:
         """Milliseconds of ``count`` steps with half of the image drawn."""
-        tokens = torch.zeros(self.sequences, dtype=torch.int64)
-        first = self.slots // 2
+        tokens = torch.zeros(self.images, 1, dtype=torch.int64)
+        self.position = self.slots // 2
         times = []
-        for position in range(first, first + count):
+        for _ in range(count):
             start = time.perf_counter()
-            self.step(tokens, position)
+            self._choose(self.feed(tokens)[:, 0], 0)
             times.append((time.perf_counter() - start) * 1e3)
         return times
 
@@ -127,14 +134,11 @@ class PyTorchPeer(ABC):
     def image(self) -> float:
         """Seconds of a whole batch, from the condition to encoded PNGs."""
         start = time.perf_counter()
-        config = self.model.config
-        branches = self.sequences // self.images
-        drawn = [self._draw(self._prefill(), config.prefix_len)]
-        for index in range(1, config.image_tokens):
-            drawn.append(self.step(drawn[-1].repeat(branches), config.prefix_len + index - 1))
-            if index % config.line_width == 0:
-                self._end_line()
-        grids = torch.stack(drawn, dim=1).unflatten(1, (config.lines, config.line_width))
+        config = self.config
+        drawn = draw_tokens(self, self.inputs, self._choose, lambda line: self._end_line())
+        grids = torch.stack([token for _, _, token in drawn], dim=1).unflatten(
+            1, (config.lines, config.line_width)
+        )
         if config.newline_token is not None:
             grids = grids[:, :, :-1]
         for grid in grids:

@@ -14,7 +14,7 @@ from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.manifest import CONTRACT_KEY, Manifest, TensorSpec
 from linert.runtime.bundles.manifest_file import contract
-from linert.runtime.measuring.bench import milliseconds
+from linert.runtime.measuring.bench import fill_slots, milliseconds
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's setting: where the weights of a graph lie that comes without a file of its own."""
@@ -60,9 +60,7 @@ class ResizedBackend(OrtBackend):
 
 def step_times(backend: OrtBackend, stage: str, manifest: Manifest) -> list[float]:
     """Milliseconds of a line's decode steps with every slot filled, after a few to warm up."""
-    for name, spec in backend.specs.items():
-        if name.startswith("slot_pos."):
-            backend.write(name, np.broadcast_to(np.arange(spec.shape[1], dtype=np.int32), spec.shape))
+    fill_slots(backend)
     position = backend.specs["position"]
     backend.write("position", np.full(position.shape, manifest.raster.prefix_len, np.int64))
     times = [milliseconds(lambda: backend.run(stage)) for _ in range(manifest.raster.line_width + 4)]

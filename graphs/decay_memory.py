@@ -14,7 +14,7 @@ from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
 from linert.graphs.spatial_decay import Decay, DecayState, factors, fold, step_index
 from linert.graphs.spatial_decay_step import StepInputs, function_proto, spatial_decay_step
 from linert.graphs.stage import Geometry, Stage
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StateTensor
 from linert.graphs.transformer import RasterTransformer
 from linert.runtime.plugins.contracts import SPATIAL_DECAY_STEP
 
@@ -36,19 +36,20 @@ class DecayMemory(Memory):
         super().__init__(geometry)
         self.decays, self.matrices = decays, matrices
 
-    def layer_state(self) -> list[TensorSpec]:
+    def layer_state(self) -> list[StateTensor]:
         """In the order of :class:`DecayState`."""
         geometry, config = self.geometry, self.geometry.config
         size = config.head_dim
-        line = (geometry.rows, 1, config.prefix_len + config.line_width, size)
-        above = (geometry.rows, self.matrices, size, size)
+        slots = config.prefix_len + config.line_width
+        line = {"row": geometry.rows, "head": 1, "slot": slots, "channel": size}
+        above = {"row": geometry.rows, "matrix": self.matrices, "key channel": size, "channel": size}
         return [
             spec
             for layer in range(config.layers)
             for spec in (
-                TensorSpec(f"k_line.{layer}", geometry.cache_dtype, line),
-                TensorSpec(f"v_line.{layer}", geometry.cache_dtype, line),
-                TensorSpec(f"above.{layer}", torch.float32, above),
+                StateTensor.of("k_line", geometry.cache_dtype, line, layer),
+                StateTensor.of("v_line", geometry.cache_dtype, line, layer),
+                StateTensor.of("above", torch.float32, above, layer),
             )
         ]
 
@@ -112,7 +113,7 @@ class DecayLineEnd(Stage):
         self.memory = memory
         self.geometry = memory.geometry
         self.inputs = memory.layer_state()
-        above = [spec for spec in self.inputs if spec.name.startswith("above.")]
+        above = [spec for spec in self.inputs if spec.kind == "above"]
         self.outputs = [spec.next() for spec in above]
         self.in_place = frozenset(spec.name for spec in above)
 

@@ -41,6 +41,7 @@ class History(ABC):
 
     def __init__(self, model: RasterTransformer, geometry: Geometry) -> None:
         self.model, self.geometry = model, geometry
+        self.config = model.config
 
     @torch.no_grad()
     def begin(self, inputs: Sequence[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from linert.graphs.line_attention import (
 from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
 from linert.graphs.stage import Geometry, Stage
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor, StateTensor
 from linert.graphs.transformer import RasterTransformer
 from linert.runtime.plugins.contracts import LINE_ATTENTION, LINE_EVICT_INPUTS
 
@@ -38,23 +38,25 @@ class LineBuffer(Memory):
     written = LINE_ATTENTION.replaced
     empty: ClassVar[Mapping[str, int]] = {"slot_pos": -1}
 
-    def layer_state(self) -> list[TensorSpec]:
+    def layer_state(self) -> list[StateTensor]:
         """In the order of :class:`LineBufferState`."""
         geometry = self.geometry
         specs = []
         for layer, slots in enumerate(geometry.capacities):
-            cache = (geometry.rows, 1, slots, geometry.config.head_dim)
+            held = {"row": geometry.rows, "slot": slots}
+            cache = {"row": geometry.rows, "head": 1, "slot": slots, "channel": geometry.config.head_dim}
             specs += [
-                TensorSpec(f"k_cache.{layer}", geometry.cache_dtype, cache),
-                TensorSpec(f"v_cache.{layer}", geometry.cache_dtype, cache),
-                TensorSpec(f"scores.{layer}", torch.float32, (geometry.rows, slots)),
-                TensorSpec(f"slot_pos.{layer}", torch.int32, (geometry.rows, slots)),
+                StateTensor.of("k_cache", geometry.cache_dtype, cache, layer),
+                StateTensor.of("v_cache", geometry.cache_dtype, cache, layer),
+                StateTensor.of("scores", torch.float32, held, layer),
+                StateTensor.of("slot_pos", torch.int32, held, layer),
             ]
         return specs
 
-    def shared_state(self) -> list[TensorSpec]:
+    def shared_state(self) -> list[StateTensor]:
         geometry, config = self.geometry, self.geometry.config
-        return [TensorSpec("write_slots", torch.int64, (config.layers, geometry.rows, config.line_width))]
+        sides = {"layer": config.layers, "row": geometry.rows, "column": config.line_width}
+        return [StateTensor.of("write_slots", torch.int64, sides)]
 
     def first_shared(self) -> list[Tensor]:
         """The first line takes the slots behind the prefix."""
@@ -62,8 +64,8 @@ class LineBuffer(Memory):
         line = torch.arange(config.prefix_len, config.prefix_len + config.line_width)
         return [line.expand(config.layers, self.geometry.rows, -1).contiguous()]
 
-    def settings(self) -> list[TensorSpec]:
-        return [TensorSpec(name, dtype, ()) for name, dtype in SCORE_INPUTS.items()]
+    def settings(self) -> list[StageTensor]:
+        return [StageTensor(name, dtype, ()) for name, dtype in SCORE_INPUTS.items()]
 
     def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
         return LineBufferStep(self.geometry, at)
@@ -126,21 +128,21 @@ class LineEnd(Stage):
         self.name = f"line_end.{policy.name}"
         self.policy = policy
         self.geometry = geometry = memory.geometry
-        wanted = ["scores.", "slot_pos."] + ["k_cache."] * policy.reads_keys
-        replaced = ["slot_pos."] if policy.carries_scores else ["scores.", "slot_pos."]
+        wanted = ["scores", "slot_pos"] + ["k_cache"] * policy.reads_keys
+        replaced = ["slot_pos"] if policy.carries_scores else ["scores", "slot_pos"]
         layers = memory.layer_state()
         loop = {spec.name: spec for spec in memory.state()}
         sizes = {"L": geometry.config.layers, "B": geometry.sequences}
         self.inputs = [
             *(
-                TensorSpec(name, getattr(torch, operand.dtype), operand.shape(sizes))
+                StageTensor(name, getattr(torch, operand.dtype), operand.shape(sizes))
                 for name, operand in LINE_EVICT_INPUTS.items()
             ),
-            *(spec for kind in wanted for spec in layers if spec.name.startswith(kind)),
+            *(spec for kind in wanted for spec in layers if spec.kind == kind),
         ]
         self.outputs = [
             loop["write_slots"].next(),
-            *(spec.next() for kind in replaced for spec in layers if spec.name.startswith(kind)),
+            *(spec.next() for kind in replaced for spec in layers if spec.kind == kind),
         ]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -228,9 +230,9 @@ class ReplayLineEnd(Stage):
     def __init__(self, memory: LineBuffer) -> None:
         super().__init__()
         loop = {spec.name: spec for spec in memory.state()}
-        self.held = [s for s in memory.layer_state() if s.name.startswith("slot_pos.")]
+        self.held = [spec for spec in memory.layer_state() if spec.kind == "slot_pos"]
         self.inputs = [
-            TensorSpec("strict", torch.int64, ()),
+            StageTensor("strict", torch.int64, ()),
             replace(loop["write_slots"], name="replay_slots"),
             *self.held,
         ]

@@ -12,7 +12,7 @@ from onnx import FunctionProto
 from torch import Tensor
 
 from linert.graphs.stage import Geometry, Stage
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor, StateTensor
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
 
 
@@ -63,7 +63,7 @@ class LayerStep(ABC):
 
 
 class Memory(ABC):
-    """The state of all layers. Its tensors are named ``kind.layer``; those without a number belong to all of them.
+    """The state of all layers.
 
     ``written``: kinds that decode replaces, where they lie. ``empty``: what kinds hold at first, where it is not 0.
     """
@@ -74,15 +74,15 @@ class Memory(ABC):
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
 
-    def state(self) -> list[TensorSpec]:
+    def state(self) -> list[StateTensor]:
         """The whole state of a batch: the loop's, what belongs to all layers, and every layer's."""
         return self.geometry.loop_state() + self.shared_state() + self.layer_state()
 
     @abstractmethod
-    def layer_state(self) -> list[TensorSpec]:
+    def layer_state(self) -> list[StateTensor]:
         """Every layer's tensors, layer by layer."""
 
-    def shared_state(self) -> list[TensorSpec]:
+    def shared_state(self) -> list[StateTensor]:
         """Tensors that belong to all layers; decode reads them."""
         return []
 
@@ -90,7 +90,7 @@ class Memory(ABC):
         """What they hold at first."""
         return []
 
-    def settings(self) -> list[TensorSpec]:
+    def settings(self) -> list[StageTensor]:
         """Numbers that decode takes."""
         return []
 
@@ -115,11 +115,6 @@ class Memory(ABC):
         """``tensors`` of :meth:`layer_state`, split."""
         size = len(tensors) // self.geometry.config.layers
         return [tensors[start : start + size] for start in range(0, len(tensors), size)]
-
-
-def kind_of(name: str) -> str:
-    """The kind of a layer's tensor, of its name."""
-    return name.partition(".")[0]
 
 
 class RememberingConfig(FamilyConfig, Protocol):

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from linert.graphs.tensor_spec import NEXT, TensorSpec
+from linert.graphs.stage_tensor import NEXT, StageTensor, StateTensor
 from linert.graphs.transformer import FamilyConfig
 
 
@@ -43,15 +43,17 @@ class Geometry:
     def query_group(self) -> int:
         return self.config.heads // self.config.kv_heads
 
-    def loop_state(self) -> list[TensorSpec]:
+    def loop_state(self) -> list[StateTensor]:
         """State that every model has."""
         config = self.config
+        images, sequences = {"image": self.images}, {"sequence": self.sequences}
+        condition = sequences | {"position": config.prefix_len, "channel": config.dim}
         return [
-            TensorSpec("token", torch.int64, (self.images,)),
-            TensorSpec("tokens", torch.int64, (self.images, config.image_tokens)),
-            TensorSpec("position", torch.int64, (self.sequences,)),
-            TensorSpec("condition", self.cache_dtype, (self.sequences, config.prefix_len, config.dim)),
-            TensorSpec("starts", torch.int64, (self.sequences,)),
+            StateTensor.of("token", torch.int64, images),
+            StateTensor.of("tokens", torch.int64, images | {"token": config.image_tokens}),
+            StateTensor.of("position", torch.int64, sequences),
+            StateTensor.of("condition", self.cache_dtype, condition),
+            StateTensor.of("starts", torch.int64, sequences),
         ]
 
     def per_row(self, values: Tensor) -> Tensor:
@@ -69,8 +71,8 @@ class Stage(nn.Module):
 
     opset: ClassVar[int] = 21
     name: str
-    inputs: Sequence[TensorSpec]
-    outputs: Sequence[TensorSpec]
+    inputs: Sequence[StageTensor]
+    outputs: Sequence[StageTensor]
     in_place: frozenset[str] = frozenset()
 
     def updates(self) -> dict[str, str]:

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from linert.graphs.families.vq import VQModel
 from linert.graphs.line_attention import OPSET
-from linert.graphs.memory import Memory, Projections, StepPosition, kind_of
+from linert.graphs.memory import Memory, Projections, StepPosition
 from linert.graphs.sampling import SamplingParams, guide, sample
 from linert.graphs.stage import Geometry, Stage
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.setting import settings_of
@@ -37,16 +37,16 @@ SAMPLING_INPUTS = {
 }
 
 
-def sampling_inputs(geometry: Geometry) -> list[TensorSpec]:
+def sampling_inputs(geometry: Geometry) -> list[StageTensor]:
     table = (geometry.images, geometry.config.image_tokens)
     return [
-        TensorSpec("uniforms", torch.float32, table),
-        *(TensorSpec(name, dtype, ()) for name, dtype in SAMPLING_INPUTS.items()),
+        StageTensor("uniforms", torch.float32, table),
+        *(StageTensor(name, dtype, ()) for name, dtype in SAMPLING_INPUTS.items()),
     ]
 
 
-def logits_output(geometry: Geometry) -> TensorSpec:
-    return TensorSpec("logits", torch.float32, (geometry.sequences, geometry.config.vocab_size))
+def logits_output(geometry: Geometry) -> StageTensor:
+    return StageTensor("logits", torch.float32, (geometry.sequences, geometry.config.vocab_size))
 
 
 class Prefill(Stage):
@@ -75,7 +75,7 @@ class Prefill(Stage):
         position = starts.amin(0, keepdim=True).repeat(geometry.sequences)
         memory = self.memory
         layers = [
-            torch.full(spec.shape, memory.empty.get(kind_of(spec.name), 0), dtype=spec.dtype)
+            torch.full(spec.shape, memory.empty.get(spec.kind, 0), dtype=spec.dtype)
             for spec in memory.layer_state()
         ]
         # A graph's output is no input of it.
@@ -110,7 +110,7 @@ class Decode(Stage):
             *memory.layer_state(),
         ]
         advanced = [spec for spec in loop if spec.name in ("token", "tokens", "position")]
-        written = [spec for spec in memory.layer_state() if kind_of(spec.name) in memory.written]
+        written = [spec for spec in memory.layer_state() if spec.kind in memory.written]
         self.in_place = frozenset(spec.name for spec in [*advanced, *written])
         self.outputs = [
             *(spec.next() for spec in advanced),
@@ -162,8 +162,8 @@ class VQDecoder(Stage):
         self.image_decoder = model
         self.rows, self.columns = rows, columns
         patch = model.config.patch
-        self.inputs = [TensorSpec("grid_tokens", torch.int64, (images, rows * line_width))]
-        self.outputs = [TensorSpec("pixels", torch.float32, (images, 3, rows * patch, columns * patch))]
+        self.inputs = [StageTensor("grid_tokens", torch.int64, (images, rows * line_width))]
+        self.outputs = [StageTensor("pixels", torch.float32, (images, 3, rows * patch, columns * patch))]
 
     def forward(self, grid_tokens: Tensor) -> tuple[Tensor]:
         lines = grid_tokens.unflatten(1, (self.rows, -1))

@@ -20,7 +20,7 @@ from linert.graphs.families.layers import RMSNorm
 from linert.graphs.families.settings import Settings
 from linert.graphs.line_attention import OPSET
 from linert.graphs.stage import Stage
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor
 
 LAYOUT = Layout(
     "the transformers library's T5",
@@ -196,10 +196,10 @@ class EncodeText(Stage):
         super().__init__()
         self.text_encoder = model
         self.inputs = [
-            TensorSpec("text_tokens", torch.int64, (1, length)),
-            TensorSpec("text_lengths", torch.int64, (1,)),
+            StageTensor("text_tokens", torch.int64, (1, length)),
+            StageTensor("text_lengths", torch.int64, (1,)),
         ]
-        self.outputs = [TensorSpec("text_features", torch.float32, (1, length, model.config.dim))]
+        self.outputs = [StageTensor("text_features", torch.float32, (1, length, model.config.dim))]
 
     def forward(self, text_tokens: Tensor, text_lengths: Tensor) -> tuple[Tensor]:
         return (self.text_encoder(text_tokens, text_lengths),)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor
 
 
 class FamilyConfig(Protocol):
@@ -81,7 +81,7 @@ class RasterTransformer(nn.Module, ABC):
         """The layers in order."""
 
     @abstractmethod
-    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+    def condition_inputs(self, images: int, *, guided: bool) -> list[StageTensor]:
         """What a batch of images is conditioned on, as the prefill stage takes it."""
 
     @abstractmethod

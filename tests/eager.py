@@ -9,7 +9,7 @@ import torch
 from linert.graphs import stages
 from linert.graphs.memory import Memory
 from linert.graphs.policies import POLICIES, LineEndParams
-from linert.graphs.tensor_spec import NEXT
+from linert.graphs.stage_tensor import NEXT
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
 
 GUIDANCE = 3.0

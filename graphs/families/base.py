@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linert.graphs.families.given import Given, Layout, ModelOption
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import RasterTransformer
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 
@@ -54,7 +54,7 @@ class SquareRaster:
         return None
 
 
-def prompt_inputs(images: int, prefix_len: int, *, guided: bool) -> list[TensorSpec]:
+def prompt_inputs(images: int, prefix_len: int, *, guided: bool) -> list[StageTensor]:
     """Token ids of prompts, padded on the left with anything, and the padding of each; where guided, of negative prompts as well,
     whose padding is -1 where there is none."""
     kinds = ("prompt", "negative") if guided else ("prompt",)
@@ -62,8 +62,8 @@ def prompt_inputs(images: int, prefix_len: int, *, guided: bool) -> list[TensorS
         spec
         for kind in kinds
         for spec in (
-            TensorSpec(f"{kind}_tokens", torch.int64, (images, prefix_len)),
-            TensorSpec(f"{kind}_starts", torch.int64, (images,)),
+            StageTensor(f"{kind}_tokens", torch.int64, (images, prefix_len)),
+            StageTensor(f"{kind}_starts", torch.int64, (images,)),
         )
     ]
 

@@ -32,7 +32,7 @@ from linert.graphs.memory import Memory
 from linert.graphs.rotary import rotate_interleaved
 from linert.graphs.spatial_decay import Decay, attend, weights
 from linert.graphs.stage import Geometry
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import Condition, RasterTransformer
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 
@@ -225,9 +225,9 @@ class LASADGen(AxialTransformer):
         weighed = weights(at, at, config.prefix_len, config.grid, block.attention.decay())
         return block.finish(x, attend(q, k, v, weighed.to(q.dtype)).transpose(1, 2))
 
-    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+    def condition_inputs(self, images: int, *, guided: bool) -> list[StageTensor]:
         """Class ids."""
-        return [TensorSpec("class_ids", torch.int64, (images,))]
+        return [StageTensor("class_ids", torch.int64, (images,))]
 
     def condition(self, inputs: Sequence[Tensor], *, guided: bool) -> Condition:
         """Class vectors; the last class is the null class of classifier-free guidance."""

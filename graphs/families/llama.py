@@ -15,7 +15,7 @@ from linert.graphs.families.given import Given
 from linert.graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
 from linert.graphs.families.settings import Settings
 from linert.graphs.rotary import rotate_halves, sequence_table
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import Block, FamilyConfig, RasterTransformer
 
 MOST_ROPE_BASE = 1e12
@@ -225,7 +225,7 @@ class PromptedLlama(RasterTransformer):
         table = F.embedding((positions - starts[:, None]).clamp(min=0), self.rope_table)
         return Rope(*table.type_as(self.norm.weight).chunk(4, dim=-1))
 
-    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+    def condition_inputs(self, images: int, *, guided: bool) -> list[StageTensor]:
         return prompt_inputs(images, self.config.prefix_len, guided=guided)
 
     def embed(self, tokens: Tensor) -> Tensor:

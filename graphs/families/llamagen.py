@@ -20,7 +20,7 @@ from linert.graphs.families.given import Given, Layout, ModelOption, count_of, s
 from linert.graphs.families.layers import RMSNorm, Rope
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.rotary import rotate_interleaved
-from linert.graphs.tensor_spec import TensorSpec
+from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import Condition
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 
@@ -189,19 +189,19 @@ class LlamaGen(AxialTransformer):
             config, condition, (Block(config) for _ in range(config.layers)), prefix_turned=False
         )
 
-    def condition_inputs(self, images: int, *, guided: bool) -> list[TensorSpec]:
+    def condition_inputs(self, images: int, *, guided: bool) -> list[StageTensor]:
         """Class ids; or caption features, left-padded, and the padding of each; where guided, of negative captions as well, whose
         padding is -1 where there is none."""
         config = self.config
         if not config.caption_dim:
-            return [TensorSpec("class_ids", torch.int64, (images,))]
+            return [StageTensor("class_ids", torch.int64, (images,))]
         features = (images, config.prefix_len, config.caption_dim)
         return [
             spec
             for kind in (("caption", "negative") if guided else ("caption",))
             for spec in (
-                TensorSpec(f"{kind}_features", torch.float32, features),
-                TensorSpec(f"{kind}_starts", torch.int64, (images,)),
+                StageTensor(f"{kind}_features", torch.float32, features),
+                StageTensor(f"{kind}_starts", torch.int64, (images,)),
             )
         ]
 

@@ -11,12 +11,18 @@ import msgspec
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
-from linert.runtime.errors import BundleError, RequestError
+from linert.runtime.errors import RequestError
 
-SCHEMA = 8
+SCHEMA = 9
 MANIFEST_NAME = "manifest.json"
 CONTRACT_KEY = "linert.contract"
 """Of the entry in an ONNX file's metadata that holds :func:`linert.runtime.bundles.manifest_file.contract`."""
+
+SLOT = "slot"
+"""The axis of a state that counts the slots of a layer."""
+
+HELD_POSITIONS = "slot_pos"
+"""Kind of the state that says which position every slot holds, -1 where it is empty."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
 
@@ -35,6 +41,28 @@ class TensorSpec(Record, frozen=True):
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class StateSpec(TensorSpec, frozen=True, kw_only=True):
+    """A tensor that persists between decode steps.
+
+    ``kind``: what it is. ``layer``: whose; None where it belongs to all. ``axes``: what each side counts; a side of ``slot`` is as long as
+    the layer's buffer has slots.
+    """
+
+    kind: str
+    layer: int | None
+    axes: tuple[str, ...]
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """The same as an input or output of a stage."""
+        return TensorSpec(self.name, self.dtype, self.shape)
+
+    def with_slots(self, slots: int) -> StateSpec:
+        """The same in a layer of so many slots."""
+        sides = (slots if axis == SLOT else side for axis, side in zip(self.axes, self.shape, strict=True))
+        return msgspec.structs.replace(self, shape=tuple(sides))
 
 
 class Work(Record, frozen=True):
@@ -191,7 +219,7 @@ class Manifest(Record, frozen=True):
     policies: dict[str, PolicySpec]
     cache: CacheSettings | None
     sampling: SamplingSettings
-    state: tuple[TensorSpec, ...]
+    state: tuple[StateSpec, ...]
     stages: dict[str, StageSpec]
     files: dict[str, FileRecord]
     sha256: str = ""
@@ -210,23 +238,20 @@ class Manifest(Record, frozen=True):
         """Exact size of the same state in a bundle whose layers have buffers of so many ``lines``."""
         return sum(spec.nbytes for spec in self.state_at(lines))
 
-    def state_at(self, lines: Sequence[int]) -> tuple[TensorSpec, ...]:
+    def state_at(self, lines: Sequence[int]) -> tuple[StateSpec, ...]:
         """The state of a bundle whose layers have buffers of so many ``lines``."""
-        return tuple(self._resized(spec, lines) for spec in self.state)
+        if self.cache is None:
+            return self.state
+        return tuple(
+            spec if spec.layer is None else spec.with_slots(self.raster.slots(lines[spec.layer]))
+            for spec in self.state
+        )
 
-    def _resized(self, spec: TensorSpec, lines: Sequence[int]) -> TensorSpec:
-        _, layered, layer = spec.name.partition(".")
-        if not layered or self.cache is None:
-            return spec
-        slots = self.raster.slots(self.capacity_lines[int(layer)])
-        axis = 2 if len(spec.shape) == 4 else 1
-        if spec.shape[axis] != slots:
-            raise BundleError(f"{spec.name} has shape {spec.shape}, not {slots} slots")
-        shape = list(spec.shape)
-        shape[axis] = self.raster.slots(lines[int(layer)])
-        return TensorSpec(spec.name, spec.dtype, tuple(shape))
+    def states_of(self, kind: str) -> list[StateSpec]:
+        """Every layer's state of a kind, in the order of the layers; none where the model has no such state."""
+        return [spec for spec in self.state if spec.kind == kind]
 
-    def state_spec(self, name: str) -> TensorSpec:
+    def state_spec(self, name: str) -> StateSpec:
         """The state tensor of that name."""
         return next(spec for spec in self.state if spec.name == name)
 

@@ -17,6 +17,7 @@ from linert.runtime.bundles.manifest import (
     Manifest,
     PromptInput,
     StageSpec,
+    StateSpec,
     TensorSpec,
 )
 from linert.runtime.errors import BundleError, GeometryError, RequestError
@@ -256,15 +257,19 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
     for tensor in manifest.stages["vq_decoder"].inputs if "vq_decoder" in manifest.stages else ():
         if tensor.name == "grid_tokens" and tensor.shape[1:] != (raster.image_tokens,):
             yield f"grid_tokens of shape {tensor.shape} for images of {raster.image_tokens} tokens"
-    if manifest.cache is not None:
-        try:
-            manifest.state_at(manifest.capacity_lines)
-        except (BundleError, IndexError, ValueError) as error:
-            yield f"state: {error}"
+    for spec in manifest.state:
+        if len(spec.axes) != len(spec.shape):
+            yield f"{spec.name} of shape {spec.shape} with axes {', '.join(spec.axes)}"
+        elif spec.layer is not None and not 0 <= spec.layer < manifest.model.layers:
+            yield f"{spec.name} of layer {spec.layer}; there are {manifest.model.layers}"
+        elif spec.layer is not None and len(manifest.capacity_lines) == manifest.model.layers:
+            capacity = raster.slots(manifest.capacity_lines[spec.layer])
+            if spec.with_slots(capacity) != spec:
+                yield f"{spec.name} of shape {spec.shape} in a layer of {capacity} slots"
 
 
 def _stage_contradictions(
-    name: str, stage: StageSpec, manifest: Manifest, states: dict[str, TensorSpec]
+    name: str, stage: StageSpec, manifest: Manifest, states: dict[str, StateSpec]
 ) -> Iterable[str]:
     if stage.file not in manifest.files:
         yield f"stage {name} names {stage.file}, which is not among the files"
@@ -274,7 +279,7 @@ def _stage_contradictions(
     if len(inputs) != len(stage.inputs) or len(outputs) != len(stage.outputs):
         yield f"stage {name} has two tensors of one name"
     for tensor in stage.inputs:
-        if tensor.name in states and tensor != states[tensor.name]:
+        if tensor.name in states and tensor != states[tensor.name].tensor:
             yield f"stage {name} reads {tensor.name} in another shape or dtype than the state has"
     for output, state in stage.updates.items():
         if output not in outputs or state not in states:

@@ -17,7 +17,7 @@ from linert.runtime.backends.trt_flavour import FLAVOURS, Flavour
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.cache_settings import CacheSettings, cache_text
 from linert.runtime.bundles.engines import built_flavours, read_engines
-from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.manifest import SLOT, Manifest
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.text import lines_text, size_text
 
@@ -119,10 +119,10 @@ def _cache_costs(manifest: Manifest) -> dict[str, object]:
 
 
 def state_by_kind(manifest: Manifest) -> dict[str, int]:
-    """Bytes of state by the name before the layer number."""
+    """Bytes of state by its kind."""
     kinds: defaultdict[str, int] = defaultdict(int)
     for spec in manifest.state:
-        kinds[spec.name.split(".")[0]] += spec.nbytes
+        kinds[spec.kind] += spec.nbytes
     return dict(kinds)
 
 
@@ -142,8 +142,8 @@ class CacheSaving:
     @staticmethod
     def of(manifest: Manifest) -> CacheSaving:
         raster, sequences = manifest.raster, manifest.images * manifest.branches
-        held = [spec for spec in manifest.state if spec.name.startswith(("k_cache.", "v_cache."))]
-        one = sum(spec.nbytes // (sequences * spec.shape[2]) for spec in held)
+        caches = [*manifest.states_of("k_cache"), *manifest.states_of("v_cache")]
+        one = sum(spec.nbytes // (sequences * spec.shape[spec.axes.index(SLOT)]) for spec in caches)
         lines = sum(manifest.capacity_lines) / len(manifest.capacity_lines)
         return CacheSaving(one, sequences, lines * raster.line_width, raster.image_tokens)
 

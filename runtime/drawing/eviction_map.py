@@ -14,7 +14,7 @@ import PIL.ImageOps
 from numpy.typing import NDArray
 
 from linert.runtime.backends.base import Backend
-from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.manifest import HELD_POSITIONS, Manifest
 
 Shares = NDArray[np.float32]
 
@@ -37,9 +37,8 @@ class Residency:
         self.lines: list[Shares] = []
 
     def __call__(self, backend: Backend, line: int) -> None:
-        """Look at ``slot_pos`` after the end of ``line``."""
-        layers = range(self.manifest.model.layers)
-        held = [backend.read(f"slot_pos.{layer}") for layer in layers]
+        """Look at what slots hold after the end of ``line``."""
+        held = [backend.read(spec.name) for spec in self.manifest.states_of(HELD_POSITIONS)]
         self.lines.append(
             np.stack([self._shares(cast("NDArray[np.int32]", slots)) for slots in held], axis=1)
         )

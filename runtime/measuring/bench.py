@@ -19,7 +19,7 @@ from linert.runtime.backends.base import Backend
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
-from linert.runtime.bundles.manifest import Manifest, Work
+from linert.runtime.bundles.manifest import HELD_POSITIONS, Manifest, Work
 from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import Generator, Pixels, make_batch, picture
 from linert.runtime.drawing.loop import Batch, begin, run_step
@@ -205,11 +205,14 @@ class Measured:
     def _fill(self) -> None:
         """Let every slot hold a position."""
         begin(self.backend, self.batch)
-        for name, spec in self.backend.specs.items():
-            if name.startswith("slot_pos."):
-                self.backend.write(
-                    name, np.broadcast_to(np.arange(spec.shape[1], dtype=np.int32), spec.shape)
-                )
+        fill_slots(self.backend)
+
+
+def fill_slots(backend: Backend) -> None:
+    """Let every slot of the line buffer hold a position, so that attention reads all of it."""
+    for spec in backend.bundle.manifest.states_of(HELD_POSITIONS):
+        shape = backend.specs[spec.name].shape
+        backend.write(spec.name, np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape))
 
 
 @dataclass(kw_only=True)

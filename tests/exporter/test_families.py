@@ -19,7 +19,7 @@ from linert.graphs.families import FAMILIES, janus, llamagen, lumina
 from linert.graphs.line_buffer import LineEnd
 from linert.graphs.memory import memory_of
 from linert.graphs.policies import POLICIES
-from linert.graphs.tensor_spec import NEXT
+from linert.graphs.stage_tensor import NEXT
 from linert.graphs.transformer import RasterTransformer
 from tests.conftest import random_state
 from tests.eager import fed_stages, usual_inputs

@@ -1,0 +1,76 @@
+"""The loop that draws images with PyTorch, token by token: the reference that parity, calibration and the speed of peers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from linert.graphs.sampling import SamplingParams, draw, filtered_mass, guide
+from linert.graphs.stages import with_newlines
+from linert.graphs.transformer import FamilyConfig
+
+
+class Drawing(Protocol):
+    """What can be fed: :class:`linert.graphs.history.History`, or :class:`linert.exporter.peers.PyTorchPeer`."""
+
+    @property
+    def config(self) -> FamilyConfig:
+        """Of the model."""
+
+    def begin(self, inputs: Sequence[Tensor], /) -> Tensor:
+        """Feed the condition that ``inputs`` of the prefill stage say; return the logits ``[B, V]`` of token 0."""
+
+    def feed(self, tokens: Tensor, /) -> Tensor:
+        """Feed the next tokens, ``[I, n]``; return the logits ``[B, n, V]`` of the tokens after each."""
+
+
+class DrawnToken(NamedTuple):
+    """One token of every image: its ``index``, the guided ``logits [I, V]``, and the ``token [I]`` int64."""
+
+    index: int
+    logits: Tensor
+    token: Tensor
+
+
+Choose = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""Guides logits ``[B, V]`` of the token of an index, and draws it: guided ``[I, V]`` and ``[I]``."""
+
+
+def draw_tokens(
+    model: Drawing, inputs: Sequence[Tensor], choose: Choose, end_line: Callable[[int], object]
+) -> Iterator[DrawnToken]:
+    """Draw every token of a batch.
+
+    Args:
+        model: fed with what is drawn.
+        inputs: the condition.
+        choose: draws from logits.
+        end_line: called with the line's number when a line, but the last, is fed.
+    """
+    config = model.config
+    logits = model.begin(inputs)
+    for index in range(config.image_tokens):
+        guided, drawn = choose(logits, index)
+        token = with_newlines(config, drawn, torch.tensor(index))
+        yield DrawnToken(index, guided, token)
+        if index < config.image_tokens - 1:
+            logits = model.feed(token[:, None])[:, 0]
+            line, column = divmod(index, config.line_width)
+            if column == config.line_width - 1:
+                end_line(line)
+
+
+def sampler(params: SamplingParams, uniforms: Tensor, *, guided: bool) -> Choose:
+    """The draw that the stages make, with ``uniforms [I, N]``; ``guided`` where logits have unconditional rows."""
+
+    def choose(logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        if guided:
+            logits = guide(logits, params, torch.full((len(uniforms),), index))
+        if params.greedy:
+            return logits, logits.argmax(-1)
+        return logits, draw(filtered_mass(logits, params), uniforms[:, index])
+
+    return choose
