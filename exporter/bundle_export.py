@@ -113,7 +113,7 @@ class ExportPlan:
         if cache.policy not in self.policies:
             faults.append(f"the default policy {cache.policy} is not among {', '.join(self.policies)}")
         lines = self.raster.lines
-        if wrong := [held for held in self.capacity_lines if not 1 <= held <= lines]:
+        if wrong := [capacity for capacity in self.capacity_lines if not 1 <= capacity <= lines]:
             faults.append(f"a buffer of {wrong[0]} lines; must be 1 to {lines}")
         elif FULL in self.policies and min(self.capacity_lines) < lines:
             faults.append(f"the full policy needs a buffer of all {lines} lines: leave --capacity-lines out")
@@ -201,7 +201,7 @@ class ExportPlan:
     def weights(self) -> dict[str, Weight]:
         """Every parameter by its name in the stages, and what it is to be stored in."""
         precision = self.precision
-        found = {
+        weights = {
             f"model.{name}": Weight(name, tensor, precision.of(part_of(name)), precision)
             for name, tensor in self.transformer.tensors.items()
         }
@@ -209,12 +209,12 @@ class ExportPlan:
             # What is not among the quantised convolutions is stored in halves.
             stored = precision.decoder_precision
             stored = Precision.FP16 if stored.bits else stored
-            found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision, "image_decoder")
+            weights[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision, "image_decoder")
         if self.text_encoder is not None:
             stored = Precision.FP32 if precision.weights is Precision.FP32 else Precision.FP16
             for name, tensor in self.text_encoder.tensors.items():
-                found[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision, "text_encoder")
-        return found
+                weights[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision, "text_encoder")
+        return weights
 
     def check_numbers(self) -> None:
         """:func:`linert.exporter.finiteness.check_numbers` of all models; images of other sizes have the same."""
@@ -224,8 +224,8 @@ class ExportPlan:
             models["text_encoder"] = self.text_encoder
         for prefix, model in models.items():
             computed = self.precision.activations.dtype if prefix == "model" else torch.float32
-            held = {name: weights[f"{prefix}.{name}"] for name in model.tensors}
-            check_numbers(model, held, computed)
+            part_weights = {name: weights[f"{prefix}.{name}"] for name in model.tensors}
+            check_numbers(model, part_weights, computed)
 
     @property
     def weight_bytes(self) -> int:
@@ -299,7 +299,7 @@ def _write(
 ) -> None:
     sizes = [_Size(plan, "", _stages(plan)), *(_Size(o, f".{o.size}", _stages(o)) for o in others)]
     tensors = plan.weights()
-    held = {spec.name for spec in plan.memory.state()}
+    state_names = {spec.name for spec in plan.memory.state()}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for size in sizes:
             bound_to = contract(_manifest(size, {}))
@@ -309,7 +309,7 @@ def _write(
                     proto = export_stage(stage, weights, tensors, size.suffix)
                 except RuntimeError as error:
                     raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
-                size.work[stage.name] = work_of(proto, held)
+                size.work[stage.name] = work_of(proto, state_names)
                 helper.set_model_props(proto, {CONTRACT_KEY: bound_to})
                 onnx.save(proto, folder / size.file(stage))
     shared = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
@@ -338,7 +338,7 @@ def _stages(plan: ExportPlan) -> list[stages.Stage]:
         if isinstance(module, vq.Upsample):
             # Convolutions in integers keep the taps that were quantised.
             module.by_phase = not plan.precision.convolutions
-    found: list[stages.Stage] = [
+    all_stages: list[stages.Stage] = [
         stages.Prefill(model, memory),
         stages.Decode(model, memory),
         stages.Decode(model, memory, filtered=False),
@@ -348,8 +348,8 @@ def _stages(plan: ExportPlan) -> list[stages.Stage]:
         ),
     ]
     if plan.text_encoder is not None:
-        found.append(EncodeText(plan.text_encoder.hollow(), raster.prefix_len))
-    return found
+        all_stages.append(EncodeText(plan.text_encoder.hollow(), raster.prefix_len))
+    return all_stages
 
 
 def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:

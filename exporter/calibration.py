@@ -112,8 +112,8 @@ def calibrated(
     report("quantising the image decoder")
     precision = with_integer_decoder(precision, plan.image_decoder, tokens, plan.raster)
     if precision.method is Method.GPTQ and precision.integers:
-        found = gptq_weights(model, precision, condition, tokens, guided=plan.guided, report=report)
-        precision = replace(precision, quantized=found)
+        integers = gptq_weights(model, precision, condition, tokens, guided=plan.guided, report=report)
+        precision = replace(precision, quantized=integers)
     return replace(plan, precision=precision)
 
 
@@ -181,7 +181,7 @@ def gptq_weights(
     Returns:
         The integers by parameter name, for :attr:`PrecisionPlan.quantized`.
     """
-    found = model.condition(condition, guided=guided)
+    embedded = model.condition(condition, guided=guided)
     fed = tokens.repeat(2 if guided else 1, 1)
     names = {
         module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -203,8 +203,8 @@ def gptq_weights(
                     ) from error
                 module.weight = nn.Parameter(quantized[name].dequantized(), requires_grad=False)
 
-    x = torch.cat([found.embeddings, model.embed(fed[:, :-1])], dim=1)
-    alone = [Condition(*(part[row : row + 1] for part in found)) for row in range(len(x))]
+    x = torch.cat([embedded.embeddings, model.embed(fed[:, :-1])], dim=1)
+    alone = [Condition(*(part[row : row + 1] for part in embedded)) for row in range(len(x))]
     ropes = [model.rope(torch.arange(x.shape[1])[None], one.starts) for one in alone]
     visible = [one.visible(x.shape[1]) for one in alone]
     blocks = list(model.blocks())

@@ -20,7 +20,7 @@ from linert.exporter.vocabulary import TokenizerFile
 from linert.graphs import text_encoder
 from linert.graphs.families import FAMILIES, vq
 from linert.graphs.families.base import Family, PromptFormat
-from linert.graphs.families.given import DERIVED, Given, Layout, ModelOption
+from linert.graphs.families.model_facts import DERIVED, Layout, ModelFacts, ModelOption
 from linert.graphs.families.settings import Settings
 from linert.graphs.text_encoder import TextEncoder, TextEncoderConfig
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
@@ -203,18 +203,18 @@ def load_transformer(
     path = checkpoint.path
     check_options(path, family, request.options())
     names, unknown = layout.rename(checkpoint.tensors)
-    found = {ours: checkpoint.tensors[name] for name, ours in names.items()}
+    parameters = {ours: checkpoint.tensors[name] for name, ours in names.items()}
     check_stored(path, {name: checkpoint.tensors[name] for name in names})
     tokenizer = TokenizerFile.find(checkpoint, request.tokenizer) if family.reads_prompts else None
     if family.reads_prompts and tokenizer is None:
         raise CheckpointError(f"{path} has no tokenizer.json beside it: give one with --tokenizer")
     try:
-        given = _given(checkpoint, request, found, tokenizer, patch)
-        config = config or family.configure(given)
+        facts = _facts(checkpoint, request, parameters, tokenizer, patch)
+        config = config or family.configure(facts)
         check_rotary_buffers(checkpoint, config)
-        tensors = family.module_tensors(config, found)
-        prompts = family.prompt_format(config, given)
-        order = family.code_order(given)
+        tensors = family.module_tensors(config, parameters)
+        prompts = family.prompt_format(config, facts)
+        order = family.code_order(facts)
     except KeyError as error:
         raise _lacks(path, f"a {family.title} transformer", error, checkpoint.tensors) from error
     except ValueError as error:
@@ -237,18 +237,18 @@ def load_transformer(
         prompts=prompts,
         tokenizer=tokenizer if prompts else None,
         code_order=tuple(order) if order is not None else None,
-        remarks=tuple(family.remarks(config, given)),
+        remarks=tuple(family.remarks(config, facts)),
     )
 
 
-def _given(
+def _facts(
     checkpoint: Checkpoint,
     request: ModelRequest,
-    found: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
     tokenizer: TokenizerFile | None,
     patch: int,
-) -> Given:
-    """What is known of a checkpoint whose parameters, by our names, are ``found``.
+) -> ModelFacts:
+    """What is known of a checkpoint whose parameters, by our names, are ``parameters``.
 
     Raises:
         ValueError: its files contradict each other.
@@ -266,8 +266,8 @@ def _given(
             )
         mapped |= vocabulary
     buffers = {name: tensor for name, tensor in checkpoint.tensors.items() if DERIVED.fullmatch(name)}
-    return Given(
-        shapes=shapes_of(found),
+    return ModelFacts(
+        shapes=shapes_of(parameters),
         settings=checkpoint.settings,
         processing=checkpoint.processing,
         vocabulary=mapped,

@@ -36,7 +36,7 @@ from linert.graphs.stage import Geometry
 from linert.graphs.transformer import Condition, RasterTransformer
 from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.cache_settings import Mode
-from linert.runtime.bundles.manifest import HELD_POSITIONS
+from linert.runtime.bundles.manifest import SLOT_POSITIONS
 from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import PixelDecoder
 from linert.runtime.drawing.loop import Batch, begin, generate, run_step, settings_inputs
@@ -212,7 +212,7 @@ def _line_end(both: Comparison, reference: HistoryModel, step: Step) -> LineRepo
     same = (own.sort(-1).values == chosen.sort(-1).values).float().mean().item()
     if not follow and both.report.choices is Choices.PYTORCH:
         backend.write("write_slots", own.numpy())
-        for layer, spec in enumerate(manifest.states_of(HELD_POSITIONS)):
+        for layer, spec in enumerate(manifest.states_of(SLOT_POSITIONS)):
             backend.write(spec.name, reference.slot_pos[layer].numpy())
     return LineReport(step.line, error, same)
 

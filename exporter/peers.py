@@ -233,11 +233,11 @@ class StatePeer(PyTorchPeer):
 
     def _step(self, x: Tensor, position: Tensor) -> Tensor:
         config = self.model.config
-        held = position.expand(self.sequences)
-        column = (held - config.prefix_len) % config.line_width
+        positions = position.expand(self.sequences)
+        column = (positions - config.prefix_len) % config.line_width
         starts = self.condition.starts
-        attend = DecayStep(self.memory, self.factors, StepPosition(held, starts, column, {}))
-        rope = self.model.rope(held[:, None], starts)
+        attend = DecayStep(self.memory, self.factors, StepPosition(positions, starts, column, {}))
+        rope = self.model.rope(positions[:, None], starts)
         for layer, block in enumerate(self.model.blocks()):
             attended, line = attend(layer, Projections(*block.qkv(x, rope)), self.states[layer])
             for kept, new in zip(self.states[layer], line, strict=False):

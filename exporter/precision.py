@@ -160,7 +160,7 @@ class PrecisionPlan:
     @property
     def integers(self) -> bool:
         """Whether any part is stored in integers."""
-        return any(held.bits for held in (self.weights, *self.parts.values()))
+        return any(precision.bits for precision in (self.weights, *self.parts.values()))
 
     @property
     def uncalibrated(self) -> list[str]:

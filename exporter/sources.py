@@ -41,10 +41,10 @@ class Checkpoints:
             CheckpointError: a file is not there, or is not the one that the bundle was made of.
         """
         model, decoder = bundle.manifest.model.source, bundle.manifest.image_decoder.source
-        found = find_source(bundle, model, checkpoint, "--checkpoint")
+        model_path = find_source(bundle, model, checkpoint, "--checkpoint")
         if vq is None and decoder.sha256 == model.sha256:
-            return Checkpoints(bundle, found, found)
-        return Checkpoints(bundle, found, find_source(bundle, decoder, vq, "--vq"))
+            return Checkpoints(bundle, model_path, model_path)
+        return Checkpoints(bundle, model_path, find_source(bundle, decoder, vq, "--vq"))
 
     def load(self, grid: int | None = None) -> tuple[LoadedTransformer, LoadedImageDecoder]:
         """Load both.
@@ -116,9 +116,9 @@ def load_sources(
     return Checkpoints.find(bundle, checkpoint, vq).load()
 
 
-def find_source(bundle: Bundle, source: Source, given: Path | None, option: str) -> Path:
+def find_source(bundle: Bundle, source: Source, user_path: Path | None, option: str) -> Path:
     """A checkpoint that the bundle was made of; ``option`` is what a user gives another place with."""
-    path = given or Path(source.path)
+    path = user_path or Path(source.path)
     if not path.exists():
         raise CheckpointError(f"the checkpoint {path} is not there; say where it is with {option}")
     if digest_of(find_weights(path).files) != source.sha256:

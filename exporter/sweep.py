@@ -61,7 +61,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
         RequestError: a value that its axis does not know.
     """
     manifest = bundle.manifest
-    found = []
+    combinations = []
     for values in itertools.product(*axes.values()):
         labels = dict(zip(axes, values, strict=True))
         policy = labels.get("policy", manifest.cache.policy if manifest.cache else None)
@@ -76,7 +76,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
         numbers = {axis: labels[axis] for axis in ("batch", "grid") if axis in labels}
         if wrong := [f"{axis} {text}" for axis, text in numbers.items() if not text.isdecimal()]:
             raise RequestError(f"{', '.join(wrong)}: not a number")
-        found.append(
+        combinations.append(
             SweepCell(
                 labels,
                 int(labels.get("batch", manifest.images)),
@@ -86,7 +86,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
                 int(labels.get("grid", manifest.raster.line_width)),
             )
         )
-    return found
+    return combinations
 
 
 def export_cells(

@@ -61,12 +61,12 @@ class HeldOutLoss(Metric):
 def held_out_losses(transformer: LoadedTransformer, tokens: torch.Tensor, labels: torch.Tensor) -> Rows:
     """Nats a token of each image ``[n, 1]``."""
     model = transformer.eager()
-    found = []
+    losses = []
     with torch.no_grad():
         for grids, ids in zip(tokens.split(60), labels.split(60), strict=True):
             logits = model(model.condition([ids], guided=False), grids[:, :-1])
-            found.append(F.cross_entropy(logits.mT, grids, reduction="none").mean(1))
-    return torch.cat(found)[:, None].double().numpy()
+            losses.append(F.cross_entropy(logits.mT, grids, reduction="none").mean(1))
+    return torch.cat(losses)[:, None].double().numpy()
 
 
 def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: float) -> LoadedTransformer:
@@ -75,13 +75,13 @@ def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: f
     request = ModelRequest() if model.is_dir() else ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads)
     transformer, decoder = load_models(model, tokenizer, request)
     policies = ("full",) if transformer.family.cached else ()
-    held = CacheWishes(policies, CacheRequest(), None).plan(transformer)
+    policies, cache, capacity_lines = CacheWishes(policies, CacheRequest(), None).plan(transformer)
     plan = ExportPlan(
         transformer=transformer,
         image_decoder=decoder,
-        policies=held[0],
-        capacity_lines=held[2],
-        cache=held[1],
+        policies=policies,
+        capacity_lines=capacity_lines,
+        cache=cache,
         images=batch,
         sampling=SamplingSettings(guidance=guidance),
     )
@@ -152,7 +152,7 @@ def report(
     table = Table(
         "model", "parameters", *(scored.metric.name for scored in first), "state", "step", "line end"
     )
-    found = {}
+    models = {}
     for name, timing in timings.items():
         cells, values = [], {}
         for scored, base in zip(scores[name], first, strict=True):
@@ -170,7 +170,7 @@ def report(
             f"{timing.decode_ms:.3f} ms",
             f"{timing.line_end_ms:.3f} ms",
         )
-        found[name] = {
+        models[name] = {
             "parameters": parameters[name],
             **values,
             "state_bytes": timing.state_bytes,
@@ -178,7 +178,7 @@ def report(
             "line_end_ms": timing.line_end_ms,
         }
     Console(highlight=False, width=140).print(table)
-    click.echo(json.dumps(found))
+    click.echo(json.dumps(models))
 
 
 if __name__ == "__main__":

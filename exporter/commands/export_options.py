@@ -14,7 +14,7 @@ from linert.exporter.calibration import Calibration
 from linert.exporter.model_options import help_text
 from linert.exporter.models import ModelRequest
 from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
-from linert.graphs.families.given import ModelOption
+from linert.graphs.families.model_facts import ModelOption
 from linert.graphs.policies import POLICIES
 from linert.runtime.commands.bundle_argument import parse_size
 from linert.runtime.commands.condition_options import ConditionRequest
@@ -278,8 +278,8 @@ def calibration_options() -> Decorator:
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """``768x768,512x1024``: widths and heights."""
-    found = [parse_size(part.strip()).split("x") for part in text.split(",")]
-    return tuple(dict.fromkeys((int(width), int(height)) for width, height in found))
+    pairs = [parse_size(part.strip()).split("x") for part in text.split(",")]
+    return tuple(dict.fromkeys((int(width), int(height)) for width, height in pairs))
 
 
 def parse_policies(text: str) -> tuple[str, ...]:

@@ -266,9 +266,9 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
             name = cost.metric
             if cost.distance:
                 name = f"{cost.metric}, without its bias"
-                measured = [f"{found.measured:{sign}.{cost.digits}f}" for found, sign in estimates]
+                measured = [f"{estimate.measured:{sign}.{cost.digits}f}" for estimate, sign in estimates]
                 table.add_row(cost.metric, *measured, "")
-            cells = [found.text(cost.digits, sign) for found, sign in estimates]
+            cells = [estimate.text(cost.digits, sign) for estimate, sign in estimates]
             table.add_row(name, *cells, "worse" if cost.worse else "")
         console.print(table)
     table = Table("check", "measured", "bound", "", title="verdict", title_justify="left")

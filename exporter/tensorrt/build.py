@@ -115,9 +115,9 @@ class BuildPlan:
 
 
 def _kind(value: onnx.ValueInfoProto) -> TensorKind:
-    held = value.type.tensor_type
-    dtype = str(helper.tensor_dtype_to_np_dtype(held.elem_type))
-    return TensorKind(dtype, tuple(side.dim_value for side in held.shape.dim))
+    tensor = value.type.tensor_type
+    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorKind(dtype, tuple(side.dim_value for side in tensor.shape.dim))
 
 
 def build(plan: BuildPlan, progress: Progress) -> Engines:
@@ -231,8 +231,8 @@ def environment_of(flavour: Flavour) -> Iterator[dict[str, str]]:
     with scratch_folder() as folder:
         if file is not None:
             (folder / flavour.soname).symlink_to(file)
-            held = environment.get("LD_LIBRARY_PATH")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), held)))
+            inherited = environment.get("LD_LIBRARY_PATH")
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), inherited)))
         yield environment
 
 

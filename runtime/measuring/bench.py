@@ -19,7 +19,7 @@ from linert.runtime.backends.base import Backend
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
-from linert.runtime.bundles.manifest import HELD_POSITIONS, Manifest, Work
+from linert.runtime.bundles.manifest import SLOT_POSITIONS, Manifest, Work
 from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import Generator, Pixels, make_batch, picture
 from linert.runtime.drawing.loop import Batch, begin, run_step
@@ -210,7 +210,7 @@ class Measured:
 
 def fill_slots(backend: Backend) -> None:
     """Let every slot of the line buffer hold a position, so that attention reads all of it."""
-    for spec in backend.bundle.manifest.states_of(HELD_POSITIONS):
+    for spec in backend.bundle.manifest.states_of(SLOT_POSITIONS):
         shape = backend.specs[spec.name].shape
         backend.write(spec.name, np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape))
 

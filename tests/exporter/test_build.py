@@ -135,8 +135,8 @@ def test_plans_that_do_not_belong_are_refused(damage: str, built: Path, tmp_path
     elif damage == "missing":
         plan.unlink()
     elif damage == "another export":
-        held = json.loads(record.read_text())
-        record.write_text(json.dumps(held | {"bundle": "0" * 64}))
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps(content | {"bundle": "0" * 64}))
     else:
         record.unlink()
     with pytest.raises(BundleError, match=r"linert build .* --target rtx"):

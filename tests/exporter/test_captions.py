@@ -56,8 +56,8 @@ def features(path: Path) -> Path:
     golden = golden_outputs("t2i_greedy_cfg7.5")
     rows = np.zeros_like(golden["caption_emb"])
     for row, (values, mask) in enumerate(zip(golden["caption_emb"], golden["emb_mask"], strict=True)):
-        held = values[mask != 0]
-        rows[row, : len(held)] = held
+        seen = values[mask != 0]
+        rows[row, : len(seen)] = seen
     np.save(path, rows)
     return path
 
@@ -132,8 +132,8 @@ def test_integers_are_calibrated_on_captions(
     assert result.code == 2
     assert "--calibration-captions FILE.npy" in result.err
     captions = features(tmp_path / "captions.npy")
-    given = ("--calibration-captions", captions, "--calibration-images", 2)
-    result = linert(*export, *given, "--out", tmp_path / "bundle")
+    calibration = ("--calibration-captions", captions, "--calibration-images", 2)
+    result = linert(*export, *calibration, "--out", tmp_path / "bundle")
     assert result.code == 0, result.err
 
 

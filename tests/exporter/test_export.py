@@ -252,9 +252,9 @@ def test_what_belongs_to_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
         (out / name).touch()
     (out / "engines" / ".rtx.0123456789abcdef.partial").mkdir()
     (out / "engines" / ".rtx.0123456789abcdef.partial" / "decode.plan").touch()
-    held = json.loads((out / "manifest.json").read_text())
-    held |= {"schema": 3, "files": {**held["files"], "older.onnx": {}}, "of_another_version": 1}
-    (out / "manifest.64x32.json").write_text(json.dumps(held))
+    content = json.loads((out / "manifest.json").read_text())
+    content |= {"schema": 3, "files": {**content["files"], "older.onnx": {}}, "of_another_version": 1}
+    (out / "manifest.64x32.json").write_text(json.dumps(content))
     (out / "older.onnx").touch()
     assert foreign_to_bundle(out) == []
     foreign = ["engines/rtx/notes", "engines/tensorrt", "link", "notes", "tokenizer/words"]

@@ -27,9 +27,9 @@ def activation_bytes(onnx_file: Path, *, plugin: bool) -> int:
     plan = onnx_file.with_suffix(".plan")
     with environment_of(FLAVOURS["rtx"]) as environment:
         job = Job("rtx", str(onnx_file), str(plan), (89,), plugin)
-        found = run_job(job, environment, lambda event: None).activation_bytes
-    assert found is not None
-    return found
+        size = run_job(job, environment, lambda event: None).activation_bytes
+    assert size is not None
+    return size
 
 
 def test_activations_of_a_decode_step_are_smaller_than_the_keys_of_a_layer(tmp_path: Path) -> None:

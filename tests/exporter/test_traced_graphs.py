@@ -45,9 +45,9 @@ def stages() -> dict[str, Stage]:
 
 
 def test_stages_that_differ_have_fingerprints_that_differ() -> None:
-    found = {name: fingerprint(stage) for name, stage in stages().items()}
-    assert len(set(found.values())) == len(found)
-    assert {name: fingerprint(stage) for name, stage in stages().items()} == found
+    fingerprints = {name: fingerprint(stage) for name, stage in stages().items()}
+    assert len(set(fingerprints.values())) == len(fingerprints)
+    assert {name: fingerprint(stage) for name, stage in stages().items()} == fingerprints
 
 
 def test_weights_are_no_part_of_it() -> None:

@@ -140,8 +140,8 @@ def test_a_whole_image_against_the_reference(setting: Setting, name: str) -> Non
         line = buffer.line()
         importance = shared_importance(policy.importance(line, params), line, params).numpy()
         wanted_importance = buffer.reference_importance(name)
-        held = buffer.slot_pos >= 0
-        np.testing.assert_allclose(importance[held], wanted_importance[held], atol=1e-6, rtol=1e-5)
+        occupied = buffer.slot_pos >= 0
+        np.testing.assert_allclose(importance[occupied], wanted_importance[occupied], atol=1e-6, rtol=1e-5)
         chosen, left, scores = (t.numpy() for t in end_line(policy, line, params.capacity[0], params))
 
         for row in range(setting.rows):

@@ -147,27 +147,27 @@ def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, t
         *("--rounds", 1, "--plot", plot, "--json"),
     )
     assert result.code == 0, result.err
-    found = json.loads(result.out)["cells"]
-    assert [tuple(cell["labels"].values()) for cell in found] == [
+    measured = json.loads(result.out)["cells"]
+    assert [tuple(cell["labels"].values()) for cell in measured] == [
         ("fp32", "linear"),
         ("fp32", "full"),
         ("int8", "linear"),
         ("int8", "full"),
     ]
-    assert found[1]["state_bytes"] > found[0]["state_bytes"]
-    assert found[2]["limit"]["weight_bytes"] < found[0]["limit"]["weight_bytes"]
+    assert measured[1]["state_bytes"] > measured[0]["state_bytes"]
+    assert measured[2]["limit"]["weight_bytes"] < measured[0]["limit"]["weight_bytes"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_pytorch_draws_what_each_cell_draws(tiny_bundle: Path, linert: Linert) -> None:
     result = linert("sweep", tiny_bundle, "--axis", "grid=4,6", "--rounds", 1, "--compare-pytorch", "--json")
     assert result.code == 0, result.err
-    found = json.loads(result.out)["pytorch"]
-    assert {name for name in found if name.startswith("eager")} == {
+    peers = json.loads(result.out)["pytorch"]
+    assert {name for name in peers if name.startswith("eager")} == {
         "eager, batch 2, grid 4",
         "eager, batch 2, grid 6",
     }
-    assert all(peer["seconds_per_image"] > 0 for peer in found.values())
+    assert all(peer["seconds_per_image"] > 0 for peer in peers.values())
 
 
 def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:

@@ -95,8 +95,8 @@ def test_with_all_lines_every_policy_is_the_full_cache_bit_for_bit(
     tokens, logits = run(policy, mode=mode, budget_lines=6)
     full_tokens, full_logits = run("full")
     assert (tokens == full_tokens).all()
-    for found, wanted in zip(logits, full_logits, strict=True):
-        assert (found == wanted).all()
+    for step_logits, wanted in zip(logits, full_logits, strict=True):
+        assert (step_logits == wanted).all()
 
 
 @pytest.mark.parametrize("policy", EVICTING)
@@ -382,8 +382,8 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
         run_step(backend, batch, step)
         if step.stage == "line_end":
             for spec, value in zip(stage.outputs, wanted, strict=True):
-                found = backend.read(spec.name.removesuffix(".next"))
-                assert (found == value.numpy()).all(), spec.name
+                result = backend.read(spec.name.removesuffix(".next"))
+                assert (result == value.numpy()).all(), spec.name
 
 
 def test_every_declared_setting_can_be_asked_for_and_reaches_a_stage(tiny_bundle: Path) -> None:
