@@ -1,4 +1,4 @@
-"""Find the checkpoints that a bundle's manifest names, load them again, and plan exports like the bundle's."""
+"""Find the checkpoints that a bundle's manifest names, load them again, and request exports like the bundle's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.bundle_export import BundleRequest
 from linert.exporter.checkpoint import digest_of, find_weights, is_averaged
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
-from linert.exporter.precision import Method, Precision, PrecisionPlan
+from linert.exporter.precision import Method, Precision, PrecisionSettings
 from linert.graphs.families import FAMILIES
 from linert.graphs.families.llama import MOST_ROPE_BASE
 from linert.graphs.families.settings import Settings
@@ -129,14 +129,14 @@ def find_source(bundle: Bundle, source: Source, user_path: Path | None, option: 
     return path
 
 
-def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
-    """The plan that a bundle of this precision was exported with, but for what a calibration found.
+def precision_settings(spec: PrecisionSpec) -> PrecisionSettings:
+    """The settings that a bundle of this precision was exported with, but for what a calibration found.
 
     Raises:
         BundleError: it names formats that there are not.
     """
     try:
-        return PrecisionPlan(
+        return PrecisionSettings(
             weights=Precision(spec.weights),
             activations=Precision(spec.activations),
             parts={part: Precision(name) for part, name in spec.parts.items()},
@@ -148,15 +148,15 @@ def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
         raise BundleError(f"the bundle's manifest tells of a precision that there is not: {error}") from error
 
 
-def plan_like(
+def request_like(
     bundle: Bundle,
     transformer: LoadedTransformer,
     image_decoder: LoadedImageDecoder,
-    precision: PrecisionPlan,
-) -> ExportPlan:
-    """A plan for the same bundle in another precision."""
+    precision: PrecisionSettings,
+) -> BundleRequest:
+    """A request for the same bundle in another precision."""
     manifest = bundle.manifest
-    return ExportPlan(
+    return BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=tuple(manifest.policies),

@@ -83,7 +83,7 @@ def _quantize_convolutions(
     """Put the convolutions for which there are integers between QuantizeLinear and DequantizeLinear, in and out."""
     for node in list(graph):
         weight = lifted.get(str(node.inputs[1].name)) if node.op_type == "Conv" and node.inputs[1] else None
-        convolution = weight.plan.convolutions.get(weight.name) if isinstance(weight, Weight) else None
+        convolution = weight.settings.convolutions.get(weight.name) if isinstance(weight, Weight) else None
         if convolution is None or not isinstance(weight, Weight):
             continue
         name, result = f"image_decoder.{weight.name}", node.outputs[0]

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch.nn import functional as F
 from train_demo import TASKS, encode, load_vq
 
-from linert.exporter.bundle_export import ExportPlan, export_bundle
+from linert.exporter.bundle_export import BundleRequest, export_bundle
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.intervals import ScoredImages
 from linert.exporter.models import LoadedTransformer, ModelRequest, load_models
@@ -38,7 +38,7 @@ from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.generator import Generator
-from linert.runtime.drawing.samples import ClassLabel, plan_samples
+from linert.runtime.drawing.samples import ClassLabel, list_samples
 from linert.runtime.measuring.bench import Measured, Timings, measure
 from linert.runtime.measuring.metrics import Metric, Rows
 from linert.runtime.text import size_text
@@ -75,8 +75,8 @@ def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: f
     request = ModelRequest() if model.is_dir() else ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads)
     transformer, decoder = load_models(model, tokenizer, request)
     policies = ("full",) if transformer.family.cached else ()
-    policies, cache, capacity_lines = CacheWishes(policies, CacheRequest(), None).plan(transformer)
-    plan = ExportPlan(
+    policies, cache, capacity_lines = CacheWishes(policies, CacheRequest(), None).settle(transformer)
+    bundle_request = BundleRequest(
         transformer=transformer,
         image_decoder=decoder,
         policies=policies,
@@ -85,7 +85,7 @@ def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: f
         images=batch,
         sampling=SamplingSettings(guidance=guidance),
     )
-    export_bundle(plan, folder, report=lambda line: None)
+    export_bundle(bundle_request, folder, report=lambda line: None)
     return transformer
 
 
@@ -130,7 +130,7 @@ def main(
             transformer = exported(path, tokenizer, folder / f"{name}_{batch}", batch, guidance)
             parameters[name] = sum(tensor.numel() for tensor in transformer.tensors.values())
             generator = Generator(folder / f"{name}_{batch}", options)
-            samples = plan_samples([ClassLabel(k) for k in range(10)], images, seed=0)
+            samples = list_samples([ClassLabel(k) for k in range(10)], images, seed=0)
             drawn = np.concatenate([generator.draw(group) for group in generator.batches(samples)])
             rows = measure_rows(measures, generator.decoder, drawn, samples)
             losses = held_out_losses(transformer, tokens, labels)

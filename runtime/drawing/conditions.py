@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linert.runtime.bundles.manifest import CaptionInput, ClassInput, PromptInput
+from linert.runtime.drawing.caption_encoder import CaptionEncoder
 from linert.runtime.drawing.samples import Caption, ClassLabel, Condition, Prompt, shortened
-from linert.runtime.drawing.text_encoder import TextEncoder
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import RequestError
 from linert.runtime.files.text_files import is_lfs_pointer, lfs_remedy
@@ -236,7 +236,7 @@ class CaptionConditioner(Conditioner):
     """
 
     def __init__(
-        self, spec: CaptionInput, prefix_len: int, encoder: TextEncoder | None, *, guided: bool
+        self, spec: CaptionInput, prefix_len: int, encoder: CaptionEncoder | None, *, guided: bool
     ) -> None:
         super().__init__(prefix_len, guided=guided)
         self.spec, self.encoder = spec, encoder
@@ -409,7 +409,7 @@ def conditioner_of(
         return PromptConditioner(spec, prefix_len, open_tokenizer, vocabulary, guided=guided)
     encoder = None
     if spec.encoder is not None and open_stage is not None:
-        encoder = TextEncoder(open_stage, open_tokenizer, prefix_len)
+        encoder = CaptionEncoder(open_stage, open_tokenizer, prefix_len)
     return CaptionConditioner(spec, prefix_len, encoder, guided=guided)
 
 

@@ -24,7 +24,7 @@ from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import Generator, Pixels, make_batch, picture
 from linert.runtime.drawing.loop import Batch, begin, run_step
 from linert.runtime.drawing.output import write_png
-from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.drawing.samples import list_samples
 from linert.runtime.files.replacement import scratch_folder
 from linert.runtime.machine import ReadBandwidth, peak_macs, resident_bytes
 
@@ -120,7 +120,7 @@ class Measured:
         manifest = bundle.manifest
         self.generator = Generator(bundle, options)
         conditioner = self.generator.conditioner
-        self.samples = plan_samples(conditioner.usual(), manifest.images, seed=0)
+        self.samples = list_samples(conditioner.usual(), manifest.images, seed=0)
         self.batch = make_batch(
             manifest, conditioner, self.samples, manifest.sampling, cache or manifest.cache
         )

@@ -17,7 +17,7 @@ from linert.graphs.families import vq
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.manifest_file import check
-from linert.runtime.drawing.text_encoder import TextEncoder
+from linert.runtime.drawing.caption_encoder import CaptionEncoder
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import BundleError
 from tests.conftest import Result, random_state
@@ -193,7 +193,7 @@ def test_prompts_pass_the_text_encoder(
     extended.add_tokens([f"word{number}" for number in range(100)])
     extended.save(str(tmp_path / "tokenizer.json"))
     opened = open_bundle(bundle)
-    encode = TextEncoder(
+    encode = CaptionEncoder(
         lambda: BackendOptions().open(opened, ["text_encoder"]),
         lambda: TextTokenizer(tmp_path / "tokenizer.json"),
         120,

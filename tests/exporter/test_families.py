@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from linert.exporter.onnx_export import export_stage
-from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs import stages
 from linert.graphs.families import FAMILIES, janus, llamagen, lumina
@@ -66,9 +66,9 @@ class Sessions:
     """Traced stages over named arrays, without a bundle."""
 
     def __init__(self, parts: list[stages.Stage], net: RasterTransformer, folder: Path) -> None:
-        plan = PrecisionPlan()
+        settings = PrecisionSettings()
         tensors = {
-            f"model.{name}": Weight(name, tensor, Precision.FP32, plan)
+            f"model.{name}": Weight(name, tensor, Precision.FP32, settings)
             for name, tensor in net.named_parameters()
         }
         self.stages = {part.name: part for part in parts}

@@ -23,13 +23,13 @@ from linert.exporter.parity_report import Bounds, cost_of
 from linert.exporter.precision import (
     Method,
     Precision,
-    PrecisionPlan,
+    PrecisionSettings,
     Range,
     best_scales,
     pack_int4,
     round_to_nearest,
 )
-from linert.exporter.sources import Checkpoints, plan_like
+from linert.exporter.sources import Checkpoints, request_like
 from linert.runtime.backends.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.manifest import PrecisionSpec
@@ -199,17 +199,20 @@ def test_a_mixture_may_cost_what_its_coarsest_part_may() -> None:
 @pytest.mark.parametrize(
     ("precision", "words"),
     [
-        (PrecisionPlan(weights=Precision.INT8), "an image decoder in int8"),
-        (PrecisionPlan(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16), "by gptq"),
+        (PrecisionSettings(weights=Precision.INT8), "an image decoder in int8"),
+        (
+            PrecisionSettings(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16),
+            "by gptq",
+        ),
     ],
 )
-def test_a_plan_that_was_not_calibrated_is_refused(
-    precision: PrecisionPlan, words: str, precise: Callable[..., Path], tmp_path: Path
+def test_a_bundle_that_was_not_calibrated_is_refused(
+    precision: PrecisionSettings, words: str, precise: Callable[..., Path], tmp_path: Path
 ) -> None:
     bundle = open_bundle(precise("--precision", "fp16"))
-    plan = plan_like(bundle, *Checkpoints.find(bundle).load(), precision)
+    request = request_like(bundle, *Checkpoints.find(bundle).load(), precision)
     with pytest.raises(ExportError, match=words):
-        export_bundle(plan, tmp_path / "bundle")
+        export_bundle(request, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 
 
@@ -259,7 +262,7 @@ def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
     ("inputs", "format"), [(256, (4, 128)), (192, (4, 64)), (112, (4, 16)), (8, (8, 0)), (100, (8, 0))]
 )
 def test_blocks_shrink_until_they_divide_the_inputs(inputs: int, format: tuple[int, int]) -> None:
-    assert PrecisionPlan(weights=Precision.INT4).integer_format(inputs, Precision.INT4) == format
+    assert PrecisionSettings(weights=Precision.INT4).integer_format(inputs, Precision.INT4) == format
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

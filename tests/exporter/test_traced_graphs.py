@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from linert.exporter import onnx_export
-from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs.families import llamagen
 from linert.graphs.line_buffer import LineEnd
@@ -69,8 +69,10 @@ def test_a_stored_graph_is_what_tracing_gives(
 ) -> None:
     stage = stages()[name]
     tensors = random_state(llamagen.LlamaGen(TINY))
-    plan = PrecisionPlan()
-    weights = {f"model.{key}": Weight(key, tensor, Precision.FP32, plan) for key, tensor in tensors.items()}
+    settings = PrecisionSettings()
+    weights = {
+        f"model.{key}": Weight(key, tensor, Precision.FP32, settings) for key, tensor in tensors.items()
+    }
     store = onnx_export.trace
     assert isinstance(store, TraceStore)
     made = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from linert.exporter.sources import Checkpoints
-from linert.exporter.sweep import cell_plan, cells, parse_axes
+from linert.exporter.sweep import cell_request, cells, parse_axes
 from linert.runtime.backends import host_memory as memory
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import open_bundle
@@ -174,15 +174,15 @@ def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     axes = parse_axes(["batch=3", "grid=4", "policy=streaming", "budget=1/2", "precision=int4"])
     [cell] = cells(bundle, axes)
-    plan = cell_plan(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
-    assert (plan.images, plan.raster.lines, plan.policies) == (3, 4, ("streaming",))
-    assert plan.capacity_lines == plan.cache.budget_lines == (2,) * TINY.layers
-    assert plan.precision.weights == "int4"
-    assert plan.precision.convolutions
+    request = cell_request(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
+    assert (request.images, request.raster.lines, request.policies) == (3, 4, ("streaming",))
+    assert request.capacity_lines == request.cache.budget_lines == (2,) * TINY.layers
+    assert request.precision.weights == "int4"
+    assert request.precision.convolutions
     # What is not swept is the bundle's: half of the lines.
     [cell] = cells(bundle, parse_axes(["grid=4"]))
-    plan = cell_plan(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
-    assert (plan.capacity_lines, plan.policies, plan.images) == ((2,) * TINY.layers, ("linear",), 2)
+    request = cell_request(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
+    assert (request.capacity_lines, request.policies, request.images) == ((2,) * TINY.layers, ("linear",), 2)
 
 
 def test_a_sweep_of_nothing_measures_the_bundle_beside_pytorch(

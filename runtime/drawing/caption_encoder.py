@@ -23,7 +23,7 @@ END_OF_TEXT = "</s>"
 """The token that T5 has behind every text."""
 
 
-class TextEncoder:
+class CaptionEncoder:
     """The bundle's stage that makes features of captions.
 
     Args:
@@ -96,7 +96,7 @@ class TextEncoder:
 
 
 def t5_tokens(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """Token ids of a cleaned caption, of whatever length; see :meth:`TextEncoder.tokens` for the errors."""
+    """Token ids of a cleaned caption, of whatever length; see :meth:`CaptionEncoder.tokens` for the errors."""
     end = tokenizer.vocabulary.get(END_OF_TEXT)
     if end is None:
         raise BundleError(f"the tokenizer {tokenizer.path} has no {END_OF_TEXT}: it is not T5's")
