@@ -113,7 +113,7 @@ class LoadedTransformer(Loaded[Any, RasterTransformer]):
 class ModelRequest:
     """What a user says of a checkpoint that its tensors do not; None leaves it open.
 
-    ``grid``: tokens in an image row. ``heads``: of attention. ``prompt_tokens``: longest prompt. ``size``: width and height in pixels.
+    ``grid``: tokens in a line. ``heads``: of attention. ``prompt_tokens``: longest prompt. ``size``: width and height in pixels.
     ``tokenizer``: a file or a folder with one. ``template``: of prompts. ``ema``: take the moving average that a training file holds;
     ``vq_ema``: of the image decoder's own file, which must be said where ``ema`` is and that file has one too. ``text_encoder``: folder of
     what makes features of captions; it is loaded apart.

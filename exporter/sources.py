@@ -50,7 +50,7 @@ class Checkpoints:
         """Load both.
 
         Args:
-            grid: tokens in an image row, if another than the bundle's is wanted.
+            grid: tokens in a line, if another than the bundle's is wanted.
         """
         manifest = self.bundle.manifest
         config = family_config(self.bundle)

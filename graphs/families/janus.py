@@ -36,7 +36,7 @@ from linert.graphs.transformer import Condition
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 GRID = 24
-"""Tokens in an image row of every published size (384 px, patch 16)."""
+"""Tokens in a line of every published size (384 px, patch 16)."""
 
 PREFIX_LEN = 128
 """Longest prompt, in tokens, unless another is asked for."""
@@ -157,7 +157,7 @@ def fold_image_embedding(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def told_grids(facts: ModelFacts) -> dict[str, int]:
-    """Tokens in an image row by where ``config.json`` tells them.
+    """Tokens in a line by where ``config.json`` tells them.
 
     Raises:
         ValueError: it tells a number of tokens that is no square, or a size that is no whole number of tokens.
@@ -252,7 +252,7 @@ class JanusFamily(Family):
         return config
 
     def _grid(self, facts: ModelFacts) -> int:
-        """Tokens in an image row: as the files say, else as asked for, else as in every published size.
+        """Tokens in a line: as the files say, else as asked for, else as in every published size.
 
         Raises:
             ValueError: the files contradict each other or what is asked for.

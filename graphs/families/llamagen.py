@@ -75,7 +75,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int
 
     Args:
         shapes: name to shape of the checkpoint's tensors.
-        grid: tokens in an image row; no tensor holds it.
+        grid: tokens in a line; no tensor holds it.
         heads: attention heads, or None to look the published sizes up.
 
     Raises:
@@ -225,7 +225,7 @@ class LlamaGen(AxialTransformer):
 
 
 def told_grids(facts: ModelFacts) -> dict[str, int]:
-    """Tokens in an image row by what of a file tells them: the arguments of its training, or a table of rotary angles."""
+    """Tokens in a line by what of a file tells them: the arguments of its training, or a table of rotary angles."""
     told = {}
     side, patch = (facts.training.get(key) for key in ("image_size", "downsample_size"))
     if isinstance(side, int) and isinstance(patch, int | None) and side > 0:
