@@ -236,17 +236,21 @@ def draw_images(
     memory = memory_of(config, images=images, guided=sampling.guidance > 1, capacities=slots)
     history = full_history(model, memory)
     uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
-    choose = sampler(sampling_params(sampling), uniforms, guided=memory.geometry.guided)
-    tokens = []
-    for index, logits, token in draw_tokens(history, condition, choose, lambda line: history.end_line()):
-        line, column = divmod(index, config.line_width)
-        if column == 0:
-            report(f"drawing calibration images: line {line + 1} of {config.lines}")
+    draw = sampler(sampling_params(sampling), uniforms, guided=memory.geometry.guided)
+
+    def choose(logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
         if not logits.isfinite().all():
             raise ExportError(
                 f"the model computes numbers that are not finite, first at token {index} of the images that it draws to be calibrated: "
                 "its checkpoint is damaged, or belongs to another model"
             )
+        return draw(logits, index)
+
+    tokens = []
+    for index, _, token in draw_tokens(history, condition, choose, lambda line: history.end_line()):
+        line, column = divmod(index, config.line_width)
+        if column == 0:
+            report(f"drawing calibration images: line {line + 1} of {config.lines}")
         tokens.append(token)
     return torch.stack(tokens, dim=1)
 
