@@ -57,6 +57,13 @@ def snapkv(row: Row) -> np.ndarray:
     return values
 
 
+def similarities(row: Row) -> np.ndarray:
+    """Cosines ``[n, n]`` of the keys in the slots that hold one."""
+    keys = row.keys[list(row.slots().values())]
+    directions = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    return directions @ directions.T
+
+
 def rkv(row: Row) -> np.ndarray:
     slots = row.slots()
     similarity: dict[tuple[int, int], float] = {}
