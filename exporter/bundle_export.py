@@ -17,7 +17,7 @@ from linert.exporter.bundle_folder import BUNDLE
 from linert.exporter.finiteness import check_numbers
 from linert.exporter.models import Loaded, LoadedImageDecoder, LoadedTextEncoder, LoadedTransformer
 from linert.exporter.onnx_export import export_stage
-from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.vocabulary import TokenizerFile
 from linert.exporter.weights_file import WeightsFile
 from linert.exporter.work import work_of
@@ -64,7 +64,7 @@ GRAPH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportPlan:
+class BundleRequest:
     """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`.
 
     ``policies``: those that the bundle holds. ``capacity_lines``: lines of each layer's buffer. ``cache``: the default
@@ -78,7 +78,7 @@ class ExportPlan:
     cache: CacheSettings | None
     images: int
     sampling: SamplingSettings
-    precision: PrecisionPlan = field(default_factory=PrecisionPlan)
+    precision: PrecisionSettings = field(default_factory=PrecisionSettings)
     text_encoder: LoadedTextEncoder | None = None
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ class ExportPlan:
         if cache.policy not in self.policies:
             faults.append(f"the default policy {cache.policy} is not among {', '.join(self.policies)}")
         lines = self.raster.lines
-        if wrong := [held for held in self.capacity_lines if not 1 <= held <= lines]:
+        if wrong := [capacity for capacity in self.capacity_lines if not 1 <= capacity <= lines]:
             faults.append(f"a buffer of {wrong[0]} lines; must be 1 to {lines}")
         elif FULL in self.policies and min(self.capacity_lines) < lines:
             faults.append(f"the full policy needs a buffer of all {lines} lines: leave --capacity-lines out")
@@ -201,7 +201,7 @@ class ExportPlan:
     def weights(self) -> dict[str, Weight]:
         """Every parameter by its name in the stages, and what it is to be stored in."""
         precision = self.precision
-        found = {
+        weights = {
             f"model.{name}": Weight(name, tensor, precision.of(part_of(name)), precision)
             for name, tensor in self.transformer.tensors.items()
         }
@@ -209,12 +209,12 @@ class ExportPlan:
             # What is not among the quantised convolutions is stored in halves.
             stored = precision.decoder_precision
             stored = Precision.FP16 if stored.bits else stored
-            found[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision, "image_decoder")
+            weights[f"image_decoder.{name}"] = Weight(name, tensor, stored, precision, "image_decoder")
         if self.text_encoder is not None:
             stored = Precision.FP32 if precision.weights is Precision.FP32 else Precision.FP16
             for name, tensor in self.text_encoder.tensors.items():
-                found[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision, "text_encoder")
-        return found
+                weights[f"text_encoder.{name}"] = Weight(name, tensor, stored, precision, "text_encoder")
+        return weights
 
     def check_numbers(self) -> None:
         """:func:`linert.exporter.finiteness.check_numbers` of all models; images of other sizes have the same."""
@@ -224,8 +224,8 @@ class ExportPlan:
             models["text_encoder"] = self.text_encoder
         for prefix, model in models.items():
             computed = self.precision.activations.dtype if prefix == "model" else torch.float32
-            held = {name: weights[f"{prefix}.{name}"] for name in model.tensors}
-            check_numbers(model, held, computed)
+            part_weights = {name: weights[f"{prefix}.{name}"] for name in model.tensors}
+            check_numbers(model, part_weights, computed)
 
     @property
     def weight_bytes(self) -> int:
@@ -243,14 +243,14 @@ def raster_of(config: FamilyConfig) -> Raster:
 
 
 def export_bundle(
-    plan: ExportPlan,
+    request: BundleRequest,
     out: Path,
     *,
-    others: Sequence[ExportPlan] = (),
+    others: Sequence[BundleRequest] = (),
     force: bool = False,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Write the bundle of ``plan`` to folder ``out``.
+    """Write the bundle of ``request`` to folder ``out``.
 
     It is written to a temporary neighbour that takes the name when it is complete and on the disk: on any failure,
     interruption or power cut ``out`` is what it was before.
@@ -262,22 +262,22 @@ def export_bundle(
 
     Raises:
         OutputError: ``out`` exists, cannot be written, or the disk is full.
-        ExportError: a stage cannot be traced, the plan's precision needs a calibration that it has not had, or does not hold the
+        ExportError: a stage cannot be traced, the precision needs a calibration that it has not had, or does not hold the
             numbers of a weight.
         CheckpointError: a weight is not finite.
     """
-    if missing := plan.precision.uncalibrated:
+    if missing := request.precision.uncalibrated:
         raise ExportError(f"{' and '.join(missing)} must be calibrated before the export")
     report("reading the weights")
-    plan.check_numbers()
+    request.check_numbers()
     with new_folder(out, BUNDLE, force=force) as folder:
         free = shutil.disk_usage(folder).free
-        needed = plan.weight_bytes + GRAPH_BYTES
+        needed = request.weight_bytes + GRAPH_BYTES
         if free < needed:
             raise OutputError(
                 f"{out.parent.resolve()} has {free >> 20} MiB free and the bundle needs about {needed >> 20} MiB"
             )
-        _write(plan, others, folder, report)
+        _write(request, others, folder, report)
     return out
 
 
@@ -285,7 +285,7 @@ def export_bundle(
 class _Size:
     """A bundle's stages for one size of images, while it is written. ``suffix``: of its files' names."""
 
-    plan: ExportPlan
+    request: BundleRequest
     suffix: str
     stages: list[stages.Stage]
     work: dict[str, Work] = field(default_factory=dict)
@@ -295,11 +295,11 @@ class _Size:
 
 
 def _write(
-    plan: ExportPlan, others: Sequence[ExportPlan], folder: Path, report: Callable[[str], None]
+    request: BundleRequest, others: Sequence[BundleRequest], folder: Path, report: Callable[[str], None]
 ) -> None:
-    sizes = [_Size(plan, "", _stages(plan)), *(_Size(o, f".{o.size}", _stages(o)) for o in others)]
-    tensors = plan.weights()
-    held = {spec.name for spec in plan.memory.state()}
+    sizes = [_Size(request, "", _stages(request)), *(_Size(o, f".{o.size}", _stages(o)) for o in others)]
+    tensors = request.weights()
+    state_names = {spec.name for spec in request.memory.state()}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
         for size in sizes:
             bound_to = contract(_manifest(size, {}))
@@ -309,14 +309,14 @@ def _write(
                     proto = export_stage(stage, weights, tensors, size.suffix)
                 except RuntimeError as error:
                     raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
-                size.work[stage.name] = work_of(proto, held)
+                size.work[stage.name] = work_of(proto, state_names)
                 helper.set_model_props(proto, {CONTRACT_KEY: bound_to})
                 onnx.save(proto, folder / size.file(stage))
     shared = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
-    if plan.tokenizer is not None:
+    if request.tokenizer is not None:
         path = folder / TOKENIZER_FILE
         path.parent.mkdir()
-        shutil.copyfile(plan.tokenizer.path, path)
+        shutil.copyfile(request.tokenizer.path, path)
         shared[TOKENIZER_FILE] = FileRecord(file_sha256(path), path.stat().st_size)
     report("checking the graphs and reading the checkpoints' digests")
     for size in sizes:
@@ -330,36 +330,36 @@ def _write(
         (folder / manifest_name(size.suffix.removeprefix("."))).write_bytes(encode(manifest))
 
 
-def _stages(plan: ExportPlan) -> list[stages.Stage]:
-    raster, memory = plan.raster, plan.memory
-    model = plan.transformer.hollow(plan.precision.activations.dtype)
-    pixels = plan.image_decoder.hollow()
+def _stages(request: BundleRequest) -> list[stages.Stage]:
+    raster, memory = request.raster, request.memory
+    model = request.transformer.hollow(request.precision.activations.dtype)
+    pixels = request.image_decoder.hollow()
     for module in pixels.modules():
         if isinstance(module, vq.Upsample):
             # Convolutions in integers keep the taps that were quantised.
-            module.by_phase = not plan.precision.convolutions
-    found: list[stages.Stage] = [
+            module.by_phase = not request.precision.convolutions
+    all_stages: list[stages.Stage] = [
         stages.Prefill(model, memory),
         stages.Decode(model, memory),
         stages.Decode(model, memory, filtered=False),
-        *memory.line_ends(model, plan.policies),
+        *memory.line_ends(model, request.policies),
         stages.VQDecoder(
             pixels, images=1, rows=raster.lines, columns=raster.columns, line_width=raster.line_width
         ),
     ]
-    if plan.text_encoder is not None:
-        found.append(EncodeText(plan.text_encoder.hollow(), raster.prefix_len))
-    return found
+    if request.text_encoder is not None:
+        all_stages.append(EncodeText(request.text_encoder.hollow(), raster.prefix_len))
+    return all_stages
 
 
 def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
-    plan = size.plan
-    transformer, decoder = plan.transformer, plan.image_decoder
+    request = size.request
+    transformer, decoder = request.transformer, request.image_decoder
     config = transformer.config
     return Manifest(
         schema=SCHEMA,
         producer={name: version(name) for name in ("linert", "torch", "onnx", "onnxscript")},
-        precision=plan.precision.spec,
+        precision=request.precision.spec,
         model=Model(
             family=transformer.family.name,
             config=asdict(config),
@@ -368,28 +368,28 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
             layers=config.layers,
             source=transformer.source,
         ),
-        condition=plan.condition,
+        condition=request.condition,
         image_decoder=ImageDecoder(
             config=asdict(decoder.config),
             patch=decoder.config.patch,
             codebook_size=decoder.config.codebook_size,
             source=decoder.source,
         ),
-        raster=plan.raster,
-        images=plan.images,
-        guided=plan.guided,
-        capacity_lines=plan.capacity_lines,
+        raster=request.raster,
+        images=request.images,
+        guided=request.guided,
+        capacity_lines=request.capacity_lines,
         policies={
-            policy: PolicySpec(POLICIES[policy]().score_window(plan.raster.line_width))
-            for policy in plan.policies
+            policy: PolicySpec(POLICIES[policy]().score_window(request.raster.line_width))
+            for policy in request.policies
         },
-        cache=plan.cache,
-        sampling=plan.sampling,
+        cache=request.cache,
+        sampling=request.sampling,
         state=tuple(
             StateSpec(
                 spec.name, _dtype_name(spec), spec.shape, kind=spec.kind, layer=spec.layer, axes=spec.axes
             )
-            for spec in plan.memory.state()
+            for spec in request.memory.state()
         ),
         stages={
             stage.name: _stage_spec(stage, size.file(stage), size.work.get(stage.name, Work(0, 0, 0)))

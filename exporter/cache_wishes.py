@@ -24,7 +24,7 @@ class CacheWishes:
     request: CacheRequest
     capacity_lines: int | None
 
-    def plan(
+    def settle(
         self, transformer: LoadedTransformer
     ) -> tuple[tuple[str, ...], CacheSettings | None, tuple[int, ...]]:
         """Policies, default settings and lines of every layer's buffer; nothing for a model without a cache.
@@ -41,10 +41,10 @@ class CacheWishes:
             return (), None, ()
         policies = self.policies or (DEFAULT_POLICY,)
         raster, layers = raster_of(transformer.config), transformer.config.layers
-        return policies, *cache_plan(raster, layers, policies, self.request, self.capacity_lines)
+        return policies, *settle_cache(raster, layers, policies, self.request, self.capacity_lines)
 
 
-def cache_plan(
+def settle_cache(
     raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest, capacity_lines: int | None
 ) -> tuple[CacheSettings, tuple[int, ...]]:
     """The cache settings that a bundle runs with by default, and the lines of each layer's buffer."""

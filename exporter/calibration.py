@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.bundle_export import BundleRequest
 from linert.exporter.models import LoadedImageDecoder
 from linert.exporter.precision import (
     Method,
     Precision,
-    PrecisionPlan,
+    PrecisionSettings,
     Quantized,
     QuantizedConvolution,
     Range,
@@ -73,25 +73,25 @@ class Calibration:
 
 
 def calibrated(
-    plan: ExportPlan,
+    request: BundleRequest,
     calibration: Calibration,
     report: Report = print,
     conditioner: Conditioner | None = None,
-) -> ExportPlan:
-    """``plan`` with the integers that it asks for; itself if they need no calibration.
+) -> BundleRequest:
+    """``request`` with the integers that it asks for; itself if they need no calibration.
 
     Args:
-        conditioner: knows the features of the conditions, if they are captions; the plan's own if None.
+        conditioner: knows the features of the conditions, if they are captions; the request's own if None.
 
     Raises:
         ExportError: conditions must be given and are not, there is too little memory, a weight is larger than its precision holds,
             or what the model computes is not finite.
         CheckpointError: a weight is not finite.
     """
-    precision, transformer = plan.precision, plan.transformer
+    precision, transformer = request.precision, request.transformer
     if not precision.uncalibrated:
-        return plan
-    if calibration.conditions is None and isinstance(plan.condition, CaptionInput):
+        return request
+    if calibration.conditions is None and isinstance(request.condition, CaptionInput):
         raise ExportError(
             "calibration draws images of captions: give features with --calibration-captions FILE.npy, or --quantization rtn and "
             "--image-decoder-precision fp16"
@@ -102,24 +102,24 @@ def calibrated(
             f"calibration draws images in PyTorch, with float32 weights of {size_text(needed)}, and {size_text(free)} of memory are "
             "available: give --quantization rtn and --image-decoder-precision fp16, which need none"
         )
-    plan.check_numbers()
-    conditioner = conditioner or plan.conditioner()
+    request.check_numbers()
+    conditioner = conditioner or request.conditioner()
     model = transformer.eager()
     inputs = conditioner.inputs(calibration.chosen(calibration.conditions or conditioner.usual()))
-    specs = model.condition_inputs(calibration.images, guided=plan.guided)
+    specs = model.condition_inputs(calibration.images, guided=request.guided)
     condition = [torch.from_numpy(inputs[spec.name]) for spec in specs]
-    tokens = draw_images(model, condition, plan.sampling, calibration.seed, report)
+    tokens = draw_images(model, condition, request.sampling, calibration.seed, report)
     report("quantising the image decoder")
-    precision = with_integer_decoder(precision, plan.image_decoder, tokens, plan.raster)
+    precision = with_integer_decoder(precision, request.image_decoder, tokens, request.raster)
     if precision.method is Method.GPTQ and precision.integers:
-        found = gptq_weights(model, precision, condition, tokens, guided=plan.guided, report=report)
-        precision = replace(precision, quantized=found)
-    return replace(plan, precision=precision)
+        integers = gptq_weights(model, precision, condition, tokens, guided=request.guided, report=report)
+        precision = replace(precision, quantized=integers)
+    return replace(request, precision=precision)
 
 
 def with_integer_decoder(
-    precision: PrecisionPlan, decoder: LoadedImageDecoder, tokens: Tensor, raster: Raster
-) -> PrecisionPlan:
+    precision: PrecisionSettings, decoder: LoadedImageDecoder, tokens: Tensor, raster: Raster
+) -> PrecisionSettings:
     """``precision`` with the image decoder's large convolutions in integers, if that is what it asks for.
 
     Args:
@@ -164,14 +164,14 @@ def with_integer_decoder(
 
 def gptq_weights(
     model: RasterTransformer,
-    plan: PrecisionPlan,
+    settings: PrecisionSettings,
     condition: Sequence[Tensor],
     tokens: Tensor,
     *,
     guided: bool,
     report: Report = print,
 ) -> dict[str, Quantized]:
-    """Quantise every product of ``model`` whose part ``plan`` has in integers; the model becomes the quantised one.
+    """Quantise every product of ``model`` whose part ``settings`` have in integers; the model becomes the quantised one.
 
     Args:
         condition, tokens: of I images that the layers are to see: the prefill stage's inputs, and ``[I, N]``.
@@ -179,9 +179,9 @@ def gptq_weights(
         report: called with a line before each piece of work.
 
     Returns:
-        The integers by parameter name, for :attr:`PrecisionPlan.quantized`.
+        The integers by parameter name, for :attr:`PrecisionSettings.quantized`.
     """
-    found = model.condition(condition, guided=guided)
+    embedded = model.condition(condition, guided=guided)
     fed = tokens.repeat(2 if guided else 1, 1)
     names = {
         module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)
@@ -191,9 +191,9 @@ def gptq_weights(
     def quantize(group: Sequence[nn.Linear], hessian: Tensor) -> None:
         for module in group:
             name = names[module]
-            precision = plan.of(part_of(name))
+            precision = settings.of(part_of(name))
             if precision.bits:
-                bits, block = plan.integer_format(module.in_features, precision)
+                bits, block = settings.integer_format(module.in_features, precision)
                 try:
                     quantized[name] = gptq(module.weight, hessian, bits, block)
                 except torch.linalg.LinAlgError as error:
@@ -203,8 +203,8 @@ def gptq_weights(
                     ) from error
                 module.weight = nn.Parameter(quantized[name].dequantized(), requires_grad=False)
 
-    x = torch.cat([found.embeddings, model.embed(fed[:, :-1])], dim=1)
-    alone = [Condition(*(part[row : row + 1] for part in found)) for row in range(len(x))]
+    x = torch.cat([embedded.embeddings, model.embed(fed[:, :-1])], dim=1)
+    alone = [Condition(*(part[row : row + 1] for part in embedded)) for row in range(len(x))]
     ropes = [model.rope(torch.arange(x.shape[1])[None], one.starts) for one in alone]
     visible = [one.visible(x.shape[1]) for one in alone]
     blocks = list(model.blocks())
@@ -236,17 +236,21 @@ def draw_images(
     memory = memory_of(config, images=images, guided=sampling.guidance > 1, capacities=slots)
     history = full_history(model, memory)
     uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
-    choose = sampler(sampling_params(sampling), uniforms, guided=memory.geometry.guided)
-    tokens = []
-    for index, logits, token in draw_tokens(history, condition, choose, lambda line: history.end_line()):
-        line, column = divmod(index, config.line_width)
-        if column == 0:
-            report(f"drawing calibration images: line {line + 1} of {config.lines}")
+    draw = sampler(sampling_params(sampling), uniforms, guided=memory.geometry.guided)
+
+    def choose(logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
         if not logits.isfinite().all():
             raise ExportError(
                 f"the model computes numbers that are not finite, first at token {index} of the images that it draws to be calibrated: "
                 "its checkpoint is damaged, or belongs to another model"
             )
+        return draw(logits, index)
+
+    tokens = []
+    for index, _, token in draw_tokens(history, condition, choose, lambda line: history.end_line()):
+        line, column = divmod(index, config.line_width)
+        if column == 0:
+            report(f"drawing calibration images: line {line + 1} of {config.lines}")
         tokens.append(token)
     return torch.stack(tokens, dim=1)
 

@@ -204,13 +204,13 @@ def snapshot_of(folder: Path) -> Path:
 def names_of(path: Path) -> list[str]:
     """What a checkpoint is called, the name that was given first: a file of a usual name goes by its folder's, and a revision in a
     hub's cache by its repository's; what a link leads to comes last."""
-    given = Path(os.path.abspath(path))
+    unresolved = Path(os.path.abspath(path))
     names = []
-    for place in dict.fromkeys((given, path.resolve())):
+    for place in dict.fromkeys((unresolved, path.resolve())):
         usual = place.is_file() and place.name in (*INDICES, *SINGLE_FILES)
         named = place.parent if usual else place
         names.append(named.name)
-        names += [found[1] for part in reversed(named.parts) if (found := CACHED.fullmatch(part))]
+        names += [repository[1] for part in reversed(named.parts) if (repository := CACHED.fullmatch(part))]
     return names
 
 

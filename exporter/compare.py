@@ -325,9 +325,9 @@ def distances(
 ) -> dict[str, NDArray[np.float64]]:
     """Step by step ``kl`` (nats) of ``other`` from ``reference`` and share of equal arg-maxima ``top1``: ``[N]`` each."""
     kl, top1 = [], []
-    for wanted, found in zip(reference, other, strict=True):
-        kl.append((np.exp(wanted) * (wanted - found)).sum(-1, dtype=np.float64).mean())
-        top1.append((wanted.argmax(-1) == found.argmax(-1)).mean())
+    for wanted, other_logits in zip(reference, other, strict=True):
+        kl.append((np.exp(wanted) * (wanted - other_logits)).sum(-1, dtype=np.float64).mean())
+        top1.append((wanted.argmax(-1) == other_logits.argmax(-1)).mean())
     return {"kl": np.array(kl), "top1": np.array(top1)}
 
 

@@ -208,8 +208,8 @@ class ScoredImages:
 
 def share_interval(right: int, images: int) -> Interval:
     """Wilson's interval of a share (JASA 22, 1927)."""
-    found = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
-    return of_value(right / images, float(found.low), float(found.high))
+    bounds = stats.binomtest(right, images).proportion_ci(CONFIDENCE, method="wilson")
+    return of_value(right / images, float(bounds.low), float(bounds.high))
 
 
 def share_difference(differences: Rows) -> Interval:
@@ -244,7 +244,7 @@ def resampled_mean(values: Rows) -> tuple[float, float] | tuple[None, None]:
     """95 % percentile bootstrap bounds of the mean of ``values [n]``; None of fewer than two."""
     if len(values) < 2:
         return None, None
-    found = stats.bootstrap(
+    bounds = stats.bootstrap(
         (values,),
         np.mean,
         axis=-1,
@@ -254,14 +254,14 @@ def resampled_mean(values: Rows) -> tuple[float, float] | tuple[None, None]:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(bounds.low), float(bounds.high)
 
 
 def resampled(score: Callable[[np.ndarray], float], images: int) -> tuple[float, float] | tuple[None, None]:
     """95 % percentile bootstrap bounds of ``score``, a function of the numbers of the images that are in the set."""
     if images < 2:
         return None, None
-    found = stats.bootstrap(
+    bounds = stats.bootstrap(
         (np.arange(images),),
         score,
         vectorized=False,
@@ -270,7 +270,7 @@ def resampled(score: Callable[[np.ndarray], float], images: int) -> tuple[float,
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(bounds.low), float(bounds.high)
 
 
 def half_width(pseudo_values: Rows) -> float:

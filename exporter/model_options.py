@@ -7,7 +7,7 @@ from pathlib import Path
 
 from linert.graphs.families import FAMILIES
 from linert.graphs.families.base import Family
-from linert.graphs.families.given import ModelOption
+from linert.graphs.families.model_facts import ModelOption
 from linert.runtime.errors import RequestError
 
 FLAGS: Mapping[ModelOption, str] = {
@@ -32,15 +32,15 @@ def help_text(option: ModelOption, what: str) -> str:
     return f"{takers(option)}: {what}"
 
 
-def check_options(path: Path, family: Family, given: Mapping[ModelOption, object]) -> None:
+def check_options(path: Path, family: Family, options: Mapping[ModelOption, object]) -> None:
     """Raise :class:`RequestError` for what was said of a model whose family does not take it.
 
     Args:
         path: of the checkpoint.
-        given: values by option; None was not given.
+        options: values by option; None was not given.
     """
     if wrong := [
-        option for option, value in given.items() if value is not None and option not in family.takes
+        option for option, value in options.items() if value is not None and option not in family.takes
     ]:
         shown = " and ".join(f"{FLAGS[option]} (for {takers(option)})" for option in wrong)
         raise RequestError(f"{path} is a {family.title}, which takes no {shown}: leave that out")

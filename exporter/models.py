@@ -20,7 +20,7 @@ from linert.exporter.vocabulary import TokenizerFile
 from linert.graphs import text_encoder
 from linert.graphs.families import FAMILIES, vq
 from linert.graphs.families.base import Family, PromptFormat
-from linert.graphs.families.given import DERIVED, Given, Layout, ModelOption
+from linert.graphs.families.model_facts import DERIVED, Layout, ModelFacts, ModelOption
 from linert.graphs.families.settings import Settings
 from linert.graphs.text_encoder import TextEncoder, TextEncoderConfig
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
@@ -113,7 +113,7 @@ class LoadedTransformer(Loaded[Any, RasterTransformer]):
 class ModelRequest:
     """What a user says of a checkpoint that its tensors do not; None leaves it open.
 
-    ``grid``: tokens in an image row. ``heads``: of attention. ``prompt_tokens``: longest prompt. ``size``: width and height in pixels.
+    ``grid``: tokens in a line. ``heads``: of attention. ``prompt_tokens``: longest prompt. ``size``: width and height in pixels.
     ``tokenizer``: a file or a folder with one. ``template``: of prompts. ``ema``: take the moving average that a training file holds;
     ``vq_ema``: of the image decoder's own file, which must be said where ``ema`` is and that file has one too. ``text_encoder``: folder of
     what makes features of captions; it is loaded apart.
@@ -203,18 +203,18 @@ def load_transformer(
     path = checkpoint.path
     check_options(path, family, request.options())
     names, unknown = layout.rename(checkpoint.tensors)
-    found = {ours: checkpoint.tensors[name] for name, ours in names.items()}
+    parameters = {ours: checkpoint.tensors[name] for name, ours in names.items()}
     check_stored(path, {name: checkpoint.tensors[name] for name in names})
     tokenizer = TokenizerFile.find(checkpoint, request.tokenizer) if family.reads_prompts else None
     if family.reads_prompts and tokenizer is None:
         raise CheckpointError(f"{path} has no tokenizer.json beside it: give one with --tokenizer")
     try:
-        given = _given(checkpoint, request, found, tokenizer, patch)
-        config = config or family.configure(given)
+        facts = _facts(checkpoint, request, parameters, tokenizer, patch)
+        config = config or family.configure(facts)
         check_rotary_buffers(checkpoint, config)
-        tensors = family.module_tensors(config, found)
-        prompts = family.prompt_format(config, given)
-        order = family.code_order(given)
+        tensors = family.module_tensors(config, parameters)
+        prompts = family.prompt_format(config, facts)
+        order = family.code_order(facts)
     except KeyError as error:
         raise _lacks(path, f"a {family.title} transformer", error, checkpoint.tensors) from error
     except ValueError as error:
@@ -237,18 +237,18 @@ def load_transformer(
         prompts=prompts,
         tokenizer=tokenizer if prompts else None,
         code_order=tuple(order) if order is not None else None,
-        remarks=tuple(family.remarks(config, given)),
+        remarks=tuple(family.remarks(config, facts)),
     )
 
 
-def _given(
+def _facts(
     checkpoint: Checkpoint,
     request: ModelRequest,
-    found: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
     tokenizer: TokenizerFile | None,
     patch: int,
-) -> Given:
-    """What is known of a checkpoint whose parameters, by our names, are ``found``.
+) -> ModelFacts:
+    """What is known of a checkpoint whose parameters, by our names, are ``parameters``.
 
     Raises:
         ValueError: its files contradict each other.
@@ -266,8 +266,8 @@ def _given(
             )
         mapped |= vocabulary
     buffers = {name: tensor for name, tensor in checkpoint.tensors.items() if DERIVED.fullmatch(name)}
-    return Given(
-        shapes=shapes_of(found),
+    return ModelFacts(
+        shapes=shapes_of(parameters),
         settings=checkpoint.settings,
         processing=checkpoint.processing,
         vocabulary=mapped,

@@ -36,7 +36,7 @@ from linert.graphs.stage import Geometry
 from linert.graphs.transformer import Condition, RasterTransformer
 from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.cache_settings import Mode
-from linert.runtime.bundles.manifest import HELD_POSITIONS
+from linert.runtime.bundles.manifest import SLOT_POSITIONS
 from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import PixelDecoder
 from linert.runtime.drawing.loop import Batch, begin, generate, run_step, settings_inputs
@@ -44,7 +44,7 @@ from linert.runtime.errors import BundleError, CheckpointError
 
 
 @dataclass
-class Comparison:
+class BothSides:
     """A loaded bundle beside the PyTorch model it came from, with one batch to draw.
 
     Args:
@@ -122,7 +122,7 @@ def validate(
     """
     bounds = bounds or Bounds()
     report = Report(choices, list(asked), seed)
-    both = Comparison(backend, transformer.eager(), batch, report, report_line)
+    both = BothSides(backend, transformer.eager(), batch, report, report_line)
     evicted: list[np.ndarray] = []
     drawn = torch.from_numpy(
         generate(
@@ -153,7 +153,7 @@ def validate(
     return report
 
 
-def _teacher_forced(both: Comparison, tokens: Tensor) -> None:
+def _teacher_forced(both: BothSides, tokens: Tensor) -> None:
     """Feed ``tokens`` to both sides and compare logits at every step, scores and write slots at every line end."""
     backend, reference = both.backend, both.reference
     raster = backend.bundle.manifest.raster
@@ -196,7 +196,7 @@ def _compare(report: Report, reference: Tensor, measured: list[np.ndarray], firs
     report.steps_max_abs += (reference - other).abs().amax(dim=(0, 2)).tolist()
 
 
-def _line_end(both: Comparison, reference: HistoryModel, step: Step) -> LineReport:
+def _line_end(both: BothSides, reference: HistoryModel, step: Step) -> LineReport:
     backend = both.backend
     manifest = backend.bundle.manifest
     error = None
@@ -212,12 +212,12 @@ def _line_end(both: Comparison, reference: HistoryModel, step: Step) -> LineRepo
     same = (own.sort(-1).values == chosen.sort(-1).values).float().mean().item()
     if not follow and both.report.choices is Choices.PYTORCH:
         backend.write("write_slots", own.numpy())
-        for layer, spec in enumerate(manifest.states_of(HELD_POSITIONS)):
+        for layer, spec in enumerate(manifest.states_of(SLOT_POSITIONS)):
             backend.write(spec.name, reference.slot_pos[layer].numpy())
     return LineReport(step.line, error, same)
 
 
-def _compression(both: Comparison, tokens: Tensor) -> None:
+def _compression(both: BothSides, tokens: Tensor) -> None:
     """Distance of the line-buffer model from the full cache, both in PyTorch, fed the same tokens."""
     model, reference = both.model, both.reference
     geometry, config = reference.geometry, reference.geometry.config
@@ -239,7 +239,7 @@ def _compression(both: Comparison, tokens: Tensor) -> None:
         both.report.compression.add(full, torch.cat([part[row : row + 1] for part in lined], dim=1))
 
 
-def _free_running(both: Comparison, tokens: Tensor, evicted: list[np.ndarray]) -> None:
+def _free_running(both: BothSides, tokens: Tensor, evicted: list[np.ndarray]) -> None:
     """Let PyTorch draw and evict on its own; compare with the bundle's ``tokens`` and with what it ``evicted``.
 
     Rounding may decide between slots that matter equally. An image whose evictions differ has another context from

@@ -25,7 +25,7 @@ from linert.graphs.spatial_decay import DecayState, fold
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.generator import picture
-from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.drawing.samples import list_samples
 from linert.runtime.measuring.bench import Measured, Timings, measure
 
 PEER_STEPS = 4
@@ -233,11 +233,11 @@ class StatePeer(PyTorchPeer):
 
     def _step(self, x: Tensor, position: Tensor) -> Tensor:
         config = self.model.config
-        held = position.expand(self.sequences)
-        column = (held - config.prefix_len) % config.line_width
+        positions = position.expand(self.sequences)
+        column = (positions - config.prefix_len) % config.line_width
         starts = self.condition.starts
-        attend = DecayStep(self.memory, self.factors, StepPosition(held, starts, column, {}))
-        rope = self.model.rope(held[:, None], starts)
+        attend = DecayStep(self.memory, self.factors, StepPosition(positions, starts, column, {}))
+        rope = self.model.rope(positions[:, None], starts)
         for layer, block in enumerate(self.model.blocks()):
             attended, line = attend(layer, Projections(*block.qkv(x, rope)), self.states[layer])
             for kept, new in zip(self.states[layer], line, strict=False):
@@ -266,7 +266,7 @@ def peers_of(
 ) -> dict[str, PyTorchPeer]:
     """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works."""
     conditioner = open_conditioner(bundle)
-    samples = plan_samples(conditioner.usual(), batch, seed=0)
+    samples = list_samples(conditioner.usual(), batch, seed=0)
     inputs = conditioner.inputs([sample.condition for sample in samples])
     conditioner.close()
     guidance = bundle.manifest.sampling.guidance

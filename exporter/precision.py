@@ -107,7 +107,7 @@ class QuantizedConvolution:
 
 
 @dataclass(frozen=True)
-class PrecisionPlan:
+class PrecisionSettings:
     """What a bundle's weights are stored in.
 
     Args:
@@ -160,7 +160,7 @@ class PrecisionPlan:
     @property
     def integers(self) -> bool:
         """Whether any part is stored in integers."""
-        return any(held.bits for held in (self.weights, *self.parts.values()))
+        return any(precision.bits for precision in (self.weights, *self.parts.values()))
 
     @property
     def uncalibrated(self) -> list[str]:
@@ -280,20 +280,20 @@ class Weight:
     name: str
     tensor: Tensor
     precision: Precision
-    plan: PrecisionPlan
+    settings: PrecisionSettings
     model: str = "model"
 
     @property
     def integer_format(self) -> tuple[int, int]:
         """Bits and block that it is quantised to."""
-        return self.plan.integer_format(self.tensor.shape[1], self.precision)
+        return self.settings.integer_format(self.tensor.shape[1], self.precision)
 
     def stored_as(self, computed: torch.dtype) -> torch.dtype:
         """What it is stored in where it is stored in floats: vectors in what is ``computed`` in. Scales of integers are, too."""
         return computed if self.tensor.ndim < 2 or self.precision.bits else self.precision.dtype
 
     def quantized(self) -> Quantized:
-        return self.plan.quantize(self.name, self.tensor, self.precision)
+        return self.settings.quantize(self.name, self.tensor, self.precision)
 
 
 def join(parts: Sequence[Quantized]) -> Quantized:

@@ -13,8 +13,8 @@ from linert.exporter.bundle_export import export_bundle
 from linert.exporter.finite import require_finite
 from linert.exporter.intervals import Interval, ScoredImages
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
-from linert.exporter.precision import PrecisionPlan
-from linert.exporter.sources import plan_like
+from linert.exporter.precision import PrecisionSettings
+from linert.exporter.sources import request_like
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
@@ -72,8 +72,8 @@ def quality_cost(
     """
     with scratch_folder() as folder:
         progress("exporting float32", 0, 1)
-        plan = plan_like(bundle, transformer, image_decoder, PrecisionPlan())
-        wide = export_bundle(plan, folder / "float32", report=lambda line: None)
+        request = request_like(bundle, transformer, image_decoder, PrecisionSettings())
+        wide = export_bundle(request, folder / "float32", report=lambda line: None)
         scored: list[list[ScoredImages]] = []
         on_cpu = BackendOptions(threads=options.threads)
         for name, path, chosen in (("bundle", bundle.path, options), ("float32", wide, on_cpu)):

@@ -1,4 +1,4 @@
-"""Find the checkpoints that a bundle's manifest names, load them again, and plan exports like the bundle's."""
+"""Find the checkpoints that a bundle's manifest names, load them again, and request exports like the bundle's."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.bundle_export import BundleRequest
 from linert.exporter.checkpoint import digest_of, find_weights, is_averaged
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
-from linert.exporter.precision import Method, Precision, PrecisionPlan
+from linert.exporter.precision import Method, Precision, PrecisionSettings
 from linert.graphs.families import FAMILIES
 from linert.graphs.families.llama import MOST_ROPE_BASE
 from linert.graphs.families.settings import Settings
@@ -41,16 +41,16 @@ class Checkpoints:
             CheckpointError: a file is not there, or is not the one that the bundle was made of.
         """
         model, decoder = bundle.manifest.model.source, bundle.manifest.image_decoder.source
-        found = find_source(bundle, model, checkpoint, "--checkpoint")
+        model_path = find_source(bundle, model, checkpoint, "--checkpoint")
         if vq is None and decoder.sha256 == model.sha256:
-            return Checkpoints(bundle, found, found)
-        return Checkpoints(bundle, found, find_source(bundle, decoder, vq, "--vq"))
+            return Checkpoints(bundle, model_path, model_path)
+        return Checkpoints(bundle, model_path, find_source(bundle, decoder, vq, "--vq"))
 
     def load(self, grid: int | None = None) -> tuple[LoadedTransformer, LoadedImageDecoder]:
         """Load both.
 
         Args:
-            grid: tokens in an image row, if another than the bundle's is wanted.
+            grid: tokens in a line, if another than the bundle's is wanted.
         """
         manifest = self.bundle.manifest
         config = family_config(self.bundle)
@@ -116,9 +116,9 @@ def load_sources(
     return Checkpoints.find(bundle, checkpoint, vq).load()
 
 
-def find_source(bundle: Bundle, source: Source, given: Path | None, option: str) -> Path:
+def find_source(bundle: Bundle, source: Source, user_path: Path | None, option: str) -> Path:
     """A checkpoint that the bundle was made of; ``option`` is what a user gives another place with."""
-    path = given or Path(source.path)
+    path = user_path or Path(source.path)
     if not path.exists():
         raise CheckpointError(f"the checkpoint {path} is not there; say where it is with {option}")
     if digest_of(find_weights(path).files) != source.sha256:
@@ -129,14 +129,14 @@ def find_source(bundle: Bundle, source: Source, given: Path | None, option: str)
     return path
 
 
-def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
-    """The plan that a bundle of this precision was exported with, but for what a calibration found.
+def precision_settings(spec: PrecisionSpec) -> PrecisionSettings:
+    """The settings that a bundle of this precision was exported with, but for what a calibration found.
 
     Raises:
         BundleError: it names formats that there are not.
     """
     try:
-        return PrecisionPlan(
+        return PrecisionSettings(
             weights=Precision(spec.weights),
             activations=Precision(spec.activations),
             parts={part: Precision(name) for part, name in spec.parts.items()},
@@ -148,15 +148,15 @@ def precision_plan(spec: PrecisionSpec) -> PrecisionPlan:
         raise BundleError(f"the bundle's manifest tells of a precision that there is not: {error}") from error
 
 
-def plan_like(
+def request_like(
     bundle: Bundle,
     transformer: LoadedTransformer,
     image_decoder: LoadedImageDecoder,
-    precision: PrecisionPlan,
-) -> ExportPlan:
-    """A plan for the same bundle in another precision."""
+    precision: PrecisionSettings,
+) -> BundleRequest:
+    """A request for the same bundle in another precision."""
     manifest = bundle.manifest
-    return ExportPlan(
+    return BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=tuple(manifest.policies),

@@ -105,7 +105,7 @@ def compare_stages(
         BundleError: a backend cannot run a stage.
     """
     feeds = feeds_of(reference, batch)
-    found = []
+    differences = []
     with _quiet():
         for stage in reference.stages:
             progress(stage)
@@ -122,8 +122,10 @@ def compare_stages(
             }
             for name in iterations[0]:
                 far = max(iteration[name].max_absdiff for iteration in iterations)
-                found.append(_difference(reference.bundle.manifest, stage, name, far, largest.get(name)))
-    return found
+                differences.append(
+                    _difference(reference.bundle.manifest, stage, name, far, largest.get(name))
+                )
+    return differences
 
 
 def feeds_of(backend: Backend, batch: Batch) -> dict[str, Feed]:

@@ -72,13 +72,13 @@ def state_dict_of(path: Path, content: Any, *, ema: bool = False) -> StateDict:
     averaged = _weights_in(content.get(AVERAGED_KEY), (AVERAGED_KEY,))
     if ema and averaged is None:
         raise CheckpointError(f"{path} holds no ema weights; it holds {listed(content)}")
-    found = averaged if ema else _weights_in(content)
-    if found is None:
+    chosen = averaged if ema else _weights_in(content)
+    if chosen is None:
         raise CheckpointError(
             f"{path} holds no dictionary of weights: neither at its top nor under "
             f"{', '.join(CONTAINER_KEYS)}; it holds {listed(content)}"
         )
-    keys, weights = found
+    keys, weights = chosen
     tensors = {
         name: _plain(path, name, value) for name, value in weights.items() if isinstance(value, Tensor)
     }
@@ -98,8 +98,8 @@ def _weights_in(content: Any, keys: tuple[str, ...] = ()) -> tuple[tuple[str, ..
     if not isinstance(content, Mapping) or len(keys) > MOST_CONTAINERS:
         return None
     for key in CONTAINER_KEYS:
-        if found := _weights_in(content.get(key), (*keys, key)):
-            return found
+        if inner := _weights_in(content.get(key), (*keys, key)):
+            return inner
     if any(isinstance(value, Tensor) for value in content.values()):
         return keys, content
     return None
@@ -209,5 +209,5 @@ def check_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def listed(names: Mapping[Any, Any], most: int = 8) -> str:
     """The first names in order, for a message."""
-    found = sorted(str(name) for name in names)
-    return ", ".join(found[:most]) + (", ..." if len(found) > most else "") if found else "nothing"
+    ordered = sorted(str(name) for name in names)
+    return ", ".join(ordered[:most]) + (", ..." if len(ordered) > most else "") if ordered else "nothing"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from linert.exporter.bundle_export import ExportPlan, export_bundle, raster_of
+from linert.exporter.bundle_export import BundleRequest, export_bundle, raster_of
 from linert.exporter.calibration import with_integer_decoder
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
 from linert.exporter.precision import Method, Precision
-from linert.exporter.sources import precision_plan
+from linert.exporter.sources import precision_settings
 from linert.graphs.policies import POLICIES
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.cache_settings import FULL
@@ -61,7 +61,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
         RequestError: a value that its axis does not know.
     """
     manifest = bundle.manifest
-    found = []
+    combinations = []
     for values in itertools.product(*axes.values()):
         labels = dict(zip(axes, values, strict=True))
         policy = labels.get("policy", manifest.cache.policy if manifest.cache else None)
@@ -76,7 +76,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
         numbers = {axis: labels[axis] for axis in ("batch", "grid") if axis in labels}
         if wrong := [f"{axis} {text}" for axis, text in numbers.items() if not text.isdecimal()]:
             raise RequestError(f"{', '.join(wrong)}: not a number")
-        found.append(
+        combinations.append(
             SweepCell(
                 labels,
                 int(labels.get("batch", manifest.images)),
@@ -86,7 +86,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
                 int(labels.get("grid", manifest.raster.line_width)),
             )
         )
-    return found
+    return combinations
 
 
 def export_cells(
@@ -103,14 +103,14 @@ def export_cells(
         loaded: the checkpoints by the cells' grids.
     """
     for number, cell in enumerate(wanted):
-        plan = cell_plan(bundle, cell, *loaded[cell.grid])
-        yield export_bundle(plan, folder / str(number), report=lambda line: None)
+        request = cell_request(bundle, cell, *loaded[cell.grid])
+        yield export_bundle(request, folder / str(number), report=lambda line: None)
 
 
-def cell_plan(
+def cell_request(
     bundle: Bundle, cell: SweepCell, transformer: LoadedTransformer, image_decoder: LoadedImageDecoder
-) -> ExportPlan:
-    """The plan of a cell's bundle. A budget that is not swept is the bundle's share of the lines."""
+) -> BundleRequest:
+    """The request of a cell's bundle. A budget that is not swept is the bundle's share of the lines."""
     manifest, config = bundle.manifest, transformer.config
     raster = raster_of(config)
     cache = None
@@ -121,13 +121,13 @@ def cell_plan(
         cache = CacheRequest(policy=cell.policy, budget_lines=kept).settle(
             raster, (raster.lines,) * config.layers, manifest.cache
         )
-    precision = replace(precision_plan(manifest.precision), method=Method.RTN)
+    precision = replace(precision_settings(manifest.precision), method=Method.RTN)
     if cell.precision is not precision.weights:
         precision = replace(precision, weights=cell.precision, parts={}, image_decoder=None)
     # Any tokens: what the activations span does not change how fast they are.
     tokens = torch.randint(config.vocab_size, (1, config.image_tokens))
     precision = with_integer_decoder(precision, image_decoder, tokens, raster)
-    return ExportPlan(
+    return BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=(cache.policy,) if cache else (),

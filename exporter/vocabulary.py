@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linert.exporter.checkpoint import TOKENIZER_NAME, Checkpoint, snapshot_of
+from linert.runtime.drawing.caption_encoder import t5_tokens
 from linert.runtime.drawing.conditions import USUAL_PROMPTS
-from linert.runtime.drawing.text_encoder import t5_tokens
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import CheckpointError
 
@@ -23,21 +23,21 @@ class TokenizerFile:
     path: Path
 
     @staticmethod
-    def find(checkpoint: Checkpoint, given: Path | None) -> TokenizerFile | None:
-        """The one that a user has ``given`` (a file, or a folder with one), or that of ``checkpoint``.
+    def find(checkpoint: Checkpoint, user_path: Path | None) -> TokenizerFile | None:
+        """The one at a user's ``user_path`` (a file, or a folder with one), or that of ``checkpoint``.
 
         Raises:
-            CheckpointError: the given one is not there.
+            CheckpointError: there is none at ``user_path``.
         """
-        if given is None:
+        if user_path is None:
             listed = [checkpoint.tokenizer] if checkpoint.tokenizer else []
         else:
-            folder = snapshot_of(given)
-            listed = [path for path in (given, *(folder / name for name in NAMES)) if path.is_file()]
-        if listed or given is None:
+            folder = snapshot_of(user_path)
+            listed = [path for path in (user_path, *(folder / name for name in NAMES)) if path.is_file()]
+        if listed or user_path is None:
             return TokenizerFile(listed[0]) if listed else None
         raise CheckpointError(
-            f"there is no tokenizer at {given}, neither a file nor {' or '.join(NAMES)} in a folder"
+            f"there is no tokenizer at {user_path}, neither a file nor {' or '.join(NAMES)} in a folder"
         )
 
     @functools.cached_property

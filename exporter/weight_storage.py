@@ -36,10 +36,10 @@ def lift_weights(
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if name not in parameters:
-            held = value.const_value
-            if not constants or held is None or held.nbytes <= INLINE_BYTES:
+            constant = value.const_value
+            if not constants or constant is None or constant.nbytes <= INLINE_BYTES:
                 continue
-            lifted[name] = torch.from_numpy(held.numpy())
+            lifted[name] = torch.from_numpy(constant.numpy())
         graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
@@ -56,11 +56,11 @@ def store_weights(
     for value in [v for v in graph.inputs if v.name in lifted or v.name in joined]:
         graph.inputs.remove(value)
         name = value.name or ""
-        held = joined.get(name) or [lifted[name]]
+        pieces = joined.get(name) or [lifted[name]]
         users = [usage.node for usage in value.uses()]
         if not users:
             continue
-        parts = [part for part in held if isinstance(part, Weight)]
+        parts = [part for part in pieces if isinstance(part, Weight)]
         if not parts:
             # A constant of this stage; the names of parameters are the same in every stage.
             tensor = lifted[name]
@@ -82,32 +82,32 @@ def _quantize_convolutions(
 ) -> None:
     """Put the convolutions for which there are integers between QuantizeLinear and DequantizeLinear, in and out."""
     for node in list(graph):
-        held = lifted.get(str(node.inputs[1].name)) if node.op_type == "Conv" and node.inputs[1] else None
-        found = held.plan.convolutions.get(held.name) if isinstance(held, Weight) else None
-        if found is None or not isinstance(held, Weight):
+        weight = lifted.get(str(node.inputs[1].name)) if node.op_type == "Conv" and node.inputs[1] else None
+        convolution = weight.settings.convolutions.get(weight.name) if isinstance(weight, Weight) else None
+        if convolution is None or not isinstance(weight, Weight):
             continue
-        name, result = f"image_decoder.{held.name}", node.outputs[0]
+        name, result = f"image_decoder.{weight.name}", node.outputs[0]
         integers = _stored(
             graph,
             f"{name}.int8",
             weights,
-            tuple(held.tensor.shape),
+            tuple(weight.tensor.shape),
             ir.DataType.INT8,
-            lambda found=found: [found.weight.values],
+            lambda convolution=convolution: [convolution.weight.values],
         )
         # ONNX Runtime makes 32-bit integers of it on the CPU; elsewhere nothing widens those.
-        bias = _initializer(graph, weights, f"{name}.bias", found.bias, torch.float32)
-        scales = _initializer(graph, weights, f"{name}.scale", found.weight.scales, torch.float32)
+        bias = _initializer(graph, weights, f"{name}.bias", convolution.bias, torch.float32)
+        scales = _initializer(graph, weights, f"{name}.scale", convolution.weight.scales, torch.float32)
         widened = ir.node("DequantizeLinear", [integers, scales], attributes={"axis": 0})
         graph.insert_before(node, widened)
         source = node.inputs[0]
         if source is None:
             raise RuntimeError(f"{node.name} has no input")
-        rounded = _round_trip(graph, node, source, found.input, f"{name}.in", weights, before=True)
+        rounded = _round_trip(graph, node, source, convolution.input, f"{name}.in", weights, before=True)
         for index, value in enumerate((rounded, widened.outputs[0], bias)):
             node.replace_input_with(index, value)
         readers = [(usage.node, usage.idx) for usage in result.uses()]
-        after = _round_trip(graph, node, result, found.output, f"{name}.out", weights, before=False)
+        after = _round_trip(graph, node, result, convolution.output, f"{name}.out", weights, before=False)
         for reader, index in readers:
             reader.replace_input_with(index, after)
 
@@ -264,8 +264,8 @@ def _stored(
     blocks: Callable[[], Iterable[Tensor]],
 ) -> ir.Value:
     """An initializer in the weights file."""
-    held = weights.store(name, shape, dtype, blocks)
-    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=held)
+    stored = weights.store(name, shape, dtype, blocks)
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=stored)
     graph.register_initializer(value)
     return value
 

@@ -32,7 +32,7 @@ def work_of(model: onnx.ModelProto, state: Collection[str]) -> Work:
     shapes |= {name: list(tensor.dims) for name, tensor in weights.items()}
     read: Counter[str] = Counter()
     macs = 0
-    held = {
+    state_bytes = {
         value.name: math.prod(shapes[value.name])
         * helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
         for value in graph.input
@@ -54,9 +54,9 @@ def work_of(model: onnx.ModelProto, state: Collection[str]) -> Work:
         elif node.op_type == SPATIAL_DECAY_STEP.name:
             size = SPATIAL_DECAY_STEP.sizes([shapes[name] for name in node.input])
             macs += size["R"] * (size["C"] * (size["D"] + size["E"]) + size["D"] * size["E"])
-            held[node.input[list(SPATIAL_DECAY_STEP.inputs).index("above")]] //= size["M"]
+            state_bytes[node.input[list(SPATIAL_DECAY_STEP.inputs).index("above")]] //= size["M"]
     weight_bytes = sum(_bytes(weights[name], elements) for name, elements in read.items())
-    return Work(weight_bytes, sum(held.values()), macs)
+    return Work(weight_bytes, sum(state_bytes.values()), macs)
 
 
 def _bytes(tensor: onnx.TensorProto, elements: int) -> int:

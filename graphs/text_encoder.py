@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linert.graphs.families.given import Layout, count_of, shape_of
 from linert.graphs.families.layers import RMSNorm
+from linert.graphs.families.model_facts import Layout, count_of, shape_of
 from linert.graphs.families.settings import Settings
 from linert.graphs.line_attention import OPSET
 from linert.graphs.stage import Stage
@@ -175,15 +175,15 @@ class TextEncoder(nn.Module):
         """Features ``[I, L, dim]`` of ``tokens [I, L]``; of each the first ``lengths [I]`` count, and zeros follow."""
         config = self.config
         length = tokens.shape[1]
-        held = torch.arange(length) < lengths[:, None]
+        in_text = torch.arange(length) < lengths[:, None]
         buckets = relative_buckets(length, config.buckets, config.max_distance)
         table = self.get_parameter("block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         bias = F.embedding(buckets, table).permute(2, 0, 1)[None]
-        bias = bias.masked_fill(~held[:, None, None], torch.finfo(bias.dtype).min)
+        bias = bias.masked_fill(~in_text[:, None, None], torch.finfo(bias.dtype).min)
         x = F.embedding(tokens, self.embed_tokens.weight)
         for block in self.block:
             x = block(x, bias)
-        return self.final_layer_norm(x) * held[:, :, None]
+        return self.final_layer_norm(x) * in_text[:, :, None]
 
 
 class EncodeText(Stage):

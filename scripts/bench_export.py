@@ -76,12 +76,12 @@ def main(size: str | None, model: str | None, precision: str, folder: Path | Non
         ]
         start = time.perf_counter()
         process = subprocess.Popen([*command, "--precision", precision, "--out", str(Path(name) / "bundle")])
-        held = [0]
+        anonymous = [0]
         done = threading.Event()
 
         def sample() -> None:
             while not done.wait(0.1):
-                held.append(anonymous_bytes(process.pid))
+                anonymous.append(anonymous_bytes(process.pid))
 
         sampler = threading.Thread(target=sample)
         sampler.start()
@@ -98,7 +98,7 @@ def main(size: str | None, model: str | None, precision: str, folder: Path | Non
             "precision": precision,
             "checkpoint_gb": round(bytes_ / 1e9, 2),
             "peak_gb": round(peak / 1e9, 2),
-            "not_mapped_gb": round(max(held) / 1e9, 2),
+            "not_mapped_gb": round(max(anonymous) / 1e9, 2),
             "bound_gb": round(bound / 1e9, 2),
             "within": peak <= bound,
             "seconds": round(seconds, 1),

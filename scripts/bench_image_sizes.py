@@ -51,10 +51,10 @@ def main(
 ) -> None:
     results = []
     for grid in grids:
-        found = measure_grid(size, grid, budget_lines, images, threads, rounds)
-        for result in found:
+        measured = measure_grid(size, grid, budget_lines, images, threads, rounds)
+        for result in measured:
             click.echo(json.dumps(result))
-        results += found
+        results += measured
     if plot is not None:
         draw(results, plot)
 

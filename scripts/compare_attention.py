@@ -29,7 +29,7 @@ from rich.table import Table
 from torch.nn import functional as F
 from train_demo import TASKS, encode, load_vq
 
-from linert.exporter.bundle_export import ExportPlan, export_bundle
+from linert.exporter.bundle_export import BundleRequest, export_bundle
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.intervals import ScoredImages
 from linert.exporter.models import LoadedTransformer, ModelRequest, load_models
@@ -38,7 +38,7 @@ from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.generator import Generator
-from linert.runtime.drawing.samples import ClassLabel, plan_samples
+from linert.runtime.drawing.samples import ClassLabel, list_samples
 from linert.runtime.measuring.bench import Measured, Timings, measure
 from linert.runtime.measuring.metrics import Metric, Rows
 from linert.runtime.text import size_text
@@ -61,12 +61,12 @@ class HeldOutLoss(Metric):
 def held_out_losses(transformer: LoadedTransformer, tokens: torch.Tensor, labels: torch.Tensor) -> Rows:
     """Nats a token of each image ``[n, 1]``."""
     model = transformer.eager()
-    found = []
+    losses = []
     with torch.no_grad():
         for grids, ids in zip(tokens.split(60), labels.split(60), strict=True):
             logits = model(model.condition([ids], guided=False), grids[:, :-1])
-            found.append(F.cross_entropy(logits.mT, grids, reduction="none").mean(1))
-    return torch.cat(found)[:, None].double().numpy()
+            losses.append(F.cross_entropy(logits.mT, grids, reduction="none").mean(1))
+    return torch.cat(losses)[:, None].double().numpy()
 
 
 def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: float) -> LoadedTransformer:
@@ -75,17 +75,17 @@ def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: f
     request = ModelRequest() if model.is_dir() else ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads)
     transformer, decoder = load_models(model, tokenizer, request)
     policies = ("full",) if transformer.family.cached else ()
-    held = CacheWishes(policies, CacheRequest(), None).plan(transformer)
-    plan = ExportPlan(
+    policies, cache, capacity_lines = CacheWishes(policies, CacheRequest(), None).settle(transformer)
+    bundle_request = BundleRequest(
         transformer=transformer,
         image_decoder=decoder,
-        policies=held[0],
-        capacity_lines=held[2],
-        cache=held[1],
+        policies=policies,
+        capacity_lines=capacity_lines,
+        cache=cache,
         images=batch,
         sampling=SamplingSettings(guidance=guidance),
     )
-    export_bundle(plan, folder, report=lambda line: None)
+    export_bundle(bundle_request, folder, report=lambda line: None)
     return transformer
 
 
@@ -130,7 +130,7 @@ def main(
             transformer = exported(path, tokenizer, folder / f"{name}_{batch}", batch, guidance)
             parameters[name] = sum(tensor.numel() for tensor in transformer.tensors.values())
             generator = Generator(folder / f"{name}_{batch}", options)
-            samples = plan_samples([ClassLabel(k) for k in range(10)], images, seed=0)
+            samples = list_samples([ClassLabel(k) for k in range(10)], images, seed=0)
             drawn = np.concatenate([generator.draw(group) for group in generator.batches(samples)])
             rows = measure_rows(measures, generator.decoder, drawn, samples)
             losses = held_out_losses(transformer, tokens, labels)
@@ -152,7 +152,7 @@ def report(
     table = Table(
         "model", "parameters", *(scored.metric.name for scored in first), "state", "step", "line end"
     )
-    found = {}
+    models = {}
     for name, timing in timings.items():
         cells, values = [], {}
         for scored, base in zip(scores[name], first, strict=True):
@@ -170,7 +170,7 @@ def report(
             f"{timing.decode_ms:.3f} ms",
             f"{timing.line_end_ms:.3f} ms",
         )
-        found[name] = {
+        models[name] = {
             "parameters": parameters[name],
             **values,
             "state_bytes": timing.state_bytes,
@@ -178,7 +178,7 @@ def report(
             "line_end_ms": timing.line_end_ms,
         }
     Console(highlight=False, width=140).print(table)
-    click.echo(json.dumps(found))
+    click.echo(json.dumps(models))
 
 
 if __name__ == "__main__":

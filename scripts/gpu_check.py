@@ -107,12 +107,12 @@ def main(
         outcomes[name] = run_phase(name, seconds, place)
         took = time.perf_counter() - started
         console.print(f"{name}: {_count(outcomes[name])}; {took:.1f} of {seconds:.0f} s")
-        told = {phase: [asdict(outcome) for outcome in found] for phase, found in outcomes.items()}
+        told = {phase: [asdict(outcome) for outcome in results] for phase, results in outcomes.items()}
         report = {"packages": _versions(), "rehearsal": rehearse, "phases": told}
         (out / "gpu_check.json").write_text(json.dumps(report, indent=1))
     summary(console, outcomes)
     console.print(f"{time.perf_counter() - begun:.1f} s in all; everything found: {out / 'gpu_check.json'}")
-    if any(outcome.status == "failed" for found in outcomes.values() for outcome in found):
+    if any(outcome.status == "failed" for results in outcomes.values() for outcome in results):
         sys.exit(1)
 
 
@@ -131,8 +131,8 @@ def _listed(phase: Phase, place: Place, recorder: Recorder) -> list[tuple[str, C
 
 def run_phase(name: str, seconds: float, place: Place) -> list[Outcome]:
     """Run one phase in a process of its own, which is ended when its time is over; what it found until then stands."""
-    found, log = place.out / f"{name}.jsonl", place.out / f"{name}.log"
-    found.unlink(missing_ok=True)
+    records, log = place.out / f"{name}.jsonl", place.out / f"{name}.log"
+    records.unlink(missing_ok=True)
     command = [
         *(sys.executable, str(Path(__file__)), "--phase", name, "--inside", "--limit", str(seconds)),
         *("--carried", str(place.carried), "--out", str(place.out)),
@@ -149,7 +149,7 @@ def run_phase(name: str, seconds: float, place: Place) -> list[Outcome]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    outcomes = read_outcomes(found)
+    outcomes = read_outcomes(records)
     if code is None:
         outcomes.append(
             Outcome("the whole phase", "failed", f"was ended after {seconds + GRACE:.0f} seconds")
@@ -179,8 +179,8 @@ def summary(console: Console, outcomes: dict[str, list[Outcome]]) -> None:
     """Everything that ran in a table, and what did not by its reasons."""
     table = Table("check", "", "result", title="GPU check", title_justify="left")
     reasons: dict[str, list[str]] = {}
-    for phase, found in outcomes.items():
-        for outcome in found:
+    for phase, results in outcomes.items():
+        for outcome in results:
             name = f"{phase}: {outcome.name}"
             if outcome.status == "not run":
                 reasons.setdefault(outcome.text, []).append(name)

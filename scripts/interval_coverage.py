@@ -138,13 +138,13 @@ KINDS: dict[str, Callable[[np.random.Generator, int], Experiment]] = {
 
 def coverage(kind: str, images: int, experiments: int) -> float:
     """Share of the intervals that hold the truth; one that claims nothing holds everything."""
-    held = 0
+    covered = 0
     for number in range(experiments):
         rng = np.random.default_rng((zlib.crc32(kind.encode()), images, number))
         interval, truth = KINDS[kind](rng, images)
         claims = interval.low is not None and interval.high is not None
-        held += not claims or interval.low <= truth <= interval.high
-    return held / experiments
+        covered += not claims or interval.low <= truth <= interval.high
+    return covered / experiments
 
 
 def _column(values: np.ndarray) -> Rows:

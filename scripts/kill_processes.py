@@ -153,7 +153,7 @@ def living(root: Path) -> list[str]:
     """Processes at work in a folder that go on after whoever started them."""
     deadline = time.monotonic() + 10
     while True:
-        found = []
+        commands = []
         for file in Path("/proc").glob("[0-9]*/cmdline"):
             try:
                 line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -161,9 +161,9 @@ def living(root: Path) -> list[str]:
                 continue
             # This process was itself given the folder perhaps.
             if str(root) in line and "build_stage" in line:
-                found.append(line)
-        if not found or time.monotonic() > deadline:
-            return found
+                commands.append(line)
+        if not commands or time.monotonic() > deadline:
+            return commands
         time.sleep(0.05)
 
 

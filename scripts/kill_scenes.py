@@ -100,9 +100,9 @@ class Scene(ABC):
 
     def strays(self) -> list[str]:
         """What is there after a start that came to its end and should not be, and what should be and is not."""
-        found = set(everything(self.work))
-        extra = [f"{name} is left over" for name in sorted(found - set(self.wanted))]
-        missing = [f"{name} is missing" for name in sorted(set(self.wanted) - found)]
+        names = set(everything(self.work))
+        extra = [f"{name} is left over" for name in sorted(names - set(self.wanted))]
+        missing = [f"{name} is missing" for name in sorted(set(self.wanted) - names)]
         return [*extra, *missing, *(f"temporary {name}" for name in self.temporary())]
 
     def unfinished(self) -> list[str]:
@@ -117,15 +117,15 @@ class Scene(ABC):
 
     def changes(self) -> list[str]:
         """Files that are not what an undisturbed run wrote."""
-        found = []
+        faults = []
         for name, path in self.files().items():
             try:
                 same = self.read(path) == self.wanted.get(name)
             except Exception as error:
-                found.append(f"{name}: {type(error).__name__}: {error}")
+                faults.append(f"{name}: {type(error).__name__}: {error}")
             else:
-                found += [] if same else [f"{name} differs"]
-        return found
+                faults += [] if same else [f"{name} differs"]
+        return faults
 
 
 def everything(folder: Path) -> list[str]:
@@ -180,8 +180,8 @@ class Export(Scene):
             open_bundle(self.out)
         except LinertError as error:
             yield str(error)
-        found = {name: self.read(path) for name, path in self.files().items()}
-        if found not in self.known.values():
+        contents = {name: self.read(path) for name, path in self.files().items()}
+        if contents not in self.known.values():
             yield "the bundle is neither the old nor the new one"
 
     def strays(self) -> list[str]:
@@ -240,8 +240,8 @@ class Run(Scene):
 
 def arrays_of(path: Path) -> dict[str, Any]:
     """The arrays of an npz file, as lists."""
-    with np.load(path) as held:
-        return {name: held[name].tolist() for name in held}
+    with np.load(path) as arrays:
+        return {name: arrays[name].tolist() for name in arrays}
 
 
 class Build(Scene):

@@ -130,7 +130,9 @@ def campaign(
 @click.option(
     "--command", "commands", multiple=True, type=click.Choice(list(SCENES)), help="Repeatable. Default: all."
 )
-@click.option("--bundle", "given", type=click.Path(path_type=Path), help="Draw, build and export this one.")
+@click.option(
+    "--bundle", "bundle_path", type=click.Path(path_type=Path), help="Draw, build and export this one."
+)
 @click.option(
     "--at",
     "ways",
@@ -140,13 +142,18 @@ def campaign(
 )
 @click.option("--whole", is_flag=True, help="Trace and build every time.")
 def command(
-    kills: int, seed: int, commands: tuple[str, ...], given: Path | None, ways: tuple[str, ...], whole: bool
+    kills: int,
+    seed: int,
+    commands: tuple[str, ...],
+    bundle_path: Path | None,
+    ways: tuple[str, ...],
+    whole: bool,
 ) -> None:
     console = Console(highlight=False)
     tallies = {}
     with tempfile.TemporaryDirectory(prefix="linert-kills") as name:
         folder = Path(name).resolve()
-        bundle = open_bundle(given.resolve()) if given else make_bundle(folder)
+        bundle = open_bundle(bundle_path.resolve()) if bundle_path else make_bundle(folder)
         for chosen in commands or SCENES:
             importlib.import_module(COMMANDS[chosen][0])
             patches: list[Patch] = []

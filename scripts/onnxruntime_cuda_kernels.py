@@ -144,8 +144,8 @@ def kernel_table() -> str:
             }
             kernels[kernel.op_name].append((first, None if last == OPEN_END else last, types))
     operators = []
-    for name, found in sorted(kernels.items()):
-        listed = ",\n    ".join(sorted(map(json.dumps, _merged(found))))
+    for name, versions in sorted(kernels.items()):
+        listed = ",\n    ".join(sorted(map(json.dumps, _merged(versions))))
         operators.append(f'  "{name}": [\n    {listed}\n  ]')
     head = f'{{"onnxruntime": "{onnxruntime.__version__}", "kernels": {{\n'
     return head + ",\n".join(operators) + "\n}}\n"
@@ -189,8 +189,8 @@ def report_of(bundle: Path) -> str:
         logged = log.read_text()
         captured = re.search(r"end capture: (\d+) launches", logged)
         graph = f"a CUDA graph of {captured[1]} kernels" if captured else "loaded, no CUDA graph captured"
-        found = Counter(UNCAPTURABLE.findall(logged))
-        faults = "".join(f"; the capture holds {count} x {what}" for what, count in found.items())
+        uncapturable = Counter(UNCAPTURABLE.findall(logged))
+        faults = "".join(f"; the capture holds {count} x {what}" for what, count in uncapturable.items())
         on_cpu = backend.operators_without_kernel(stage)
         return f"{graph}{faults}{f'; on the CPU: {on_cpu}' if on_cpu else ''}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from linert.exporter.bundle_export import ExportPlan, export_bundle
+from linert.exporter.bundle_export import BundleRequest, export_bundle
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.lasadgen_folder import write_lasadgen
 from linert.exporter.models import ModelRequest, load_models
@@ -87,10 +87,10 @@ def random_bundle(
     # A LASADGen's folder tells its size.
     request = ModelRequest() if variant else ModelRequest(grid=grid)
     transformer, image_decoder = load_models(model, tokenizer, request)
-    policies, cache, capacities = CacheWishes(policies, request or CacheRequest(), capacity_lines).plan(
+    policies, cache, capacities = CacheWishes(policies, request or CacheRequest(), capacity_lines).settle(
         transformer
     )
-    plan = ExportPlan(
+    bundle_request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=policies,
@@ -100,7 +100,7 @@ def random_bundle(
         sampling=SamplingSettings(guidance=4.0, top_k=top_k),
     )
     out = folder / f"bundle_{model.stem}_{grid}_{max(capacities, default=0)}_{images}"
-    export_bundle(plan, out, force=True, report=lambda line: None)
+    export_bundle(bundle_request, out, force=True, report=lambda line: None)
     return open_bundle(out, digests=False)
 
 

@@ -50,10 +50,10 @@ class Decoder:
     def shapes(self, prefix: str) -> Shapes:
         """Its tensors in the names of the transformers library behind ``prefix``, without a head."""
         keys = self.dim // self.heads * self.kv_heads
-        found: Shapes = {f"{prefix}embed_tokens.weight": (self.vocabulary, self.dim)}
+        shapes: Shapes = {f"{prefix}embed_tokens.weight": (self.vocabulary, self.dim)}
         for layer in range(self.layers):
             inner = f"{prefix}layers.{layer}"
-            found |= {
+            shapes |= {
                 f"{inner}.self_attn.q_proj.weight": (self.dim, self.dim),
                 f"{inner}.self_attn.k_proj.weight": (keys, self.dim),
                 f"{inner}.self_attn.v_proj.weight": (keys, self.dim),
@@ -64,7 +64,7 @@ class Decoder:
                 f"{inner}.input_layernorm.weight": (self.dim,),
                 f"{inner}.post_attention_layernorm.weight": (self.dim,),
             }
-        return found | {f"{prefix}norm.weight": (self.dim,)}
+        return shapes | {f"{prefix}norm.weight": (self.dim,)}
 
 
 JANUS = {
@@ -103,12 +103,12 @@ def janus_shapes(decoder: Decoder, tokenizer: vq.VQConfig) -> Shapes:
 def lumina_shapes(decoder: Decoder, parts: int = 1) -> Shapes:
     """Tensors of Alpha-VLLM's files; ``parts`` are rows of the norms of heads."""
     head_dim = decoder.dim // decoder.heads
-    found = {**decoder.shapes("model."), "lm_head.weight": (decoder.vocabulary, decoder.dim)}
+    shapes = {**decoder.shapes("model."), "lm_head.weight": (decoder.vocabulary, decoder.dim)}
     for layer in range(decoder.layers):
         for norm in ("q_norm", "k_norm"):
             for kind in ("weight", "bias"):
-                found[f"model.layers.{layer}.self_attn.{norm}.{kind}"] = (parts, head_dim)
-    return found
+                shapes[f"model.layers.{layer}.self_attn.{norm}.{kind}"] = (parts, head_dim)
+    return shapes
 
 
 def lumina_vocabulary(codes: int, first: int) -> dict[str, int]:
@@ -149,13 +149,13 @@ def write_shards(
     """Write ``count`` shards and their index, as the transformers library names them."""
     stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
     weight_map = {}
-    for number, held in enumerate(shards):
+    for number, shard in enumerate(shards):
         file = f"{stem}-{number + 1:05d}-of-{count:05d}.{suffix}"
         if pickled:
-            torch.save(dict(held), folder / file)
+            torch.save(dict(shard), folder / file)
         else:
-            safetensors.torch.save_file(dict(held), folder / file)
-        weight_map |= dict.fromkeys(held, file)
+            safetensors.torch.save_file(dict(shard), folder / file)
+        weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
     (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
@@ -163,14 +163,14 @@ def write_shards(
 def split_shapes(shapes: Shapes, most: int = SHARD_BYTES) -> list[Shapes]:
     """Groups of tensors of at most so many bytes in bfloat16."""
     groups: list[Shapes] = [{}]
-    held = 0
+    filled = 0
     for name, shape in shapes.items():
         nbytes = 2 * torch.Size(shape).numel()
-        if held + nbytes > most and groups[-1]:
+        if filled + nbytes > most and groups[-1]:
             groups.append({})
-            held = 0
+            filled = 0
         groups[-1][name] = shape
-        held += nbytes
+        filled += nbytes
     return groups
 
 

@@ -213,8 +213,8 @@ def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float, kept: P
     codebook = model.quantize.embedding.weight
     nn.init.normal_(codebook)
     if kept is not None:
-        held = torch.load(kept, weights_only=True)["model"]
-        model.load_state_dict({name: tensor.float() for name, tensor in held.items()}, strict=False)
+        weights = torch.load(kept, weights_only=True)["model"]
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, strict=False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(vq.ENCODER_PREFIXES))
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -376,7 +376,7 @@ def train_ar(
                 slow.lerp_(fast, 1 - decay)
         if step % per_epoch == per_epoch - 1:
             with torch.no_grad():
-                held = np.mean(
+                held_out_loss = np.mean(
                     [
                         loss_of(average, test_labels[i : i + 60], test_tokens[i : i + 60]).item()
                         for i in range(0, 360, 60)
@@ -385,7 +385,7 @@ def train_ar(
             log(
                 epoch=(step + 1) // per_epoch,
                 train_loss=round(float(np.mean(losses[-per_epoch:])), 4),
-                held_out_loss=round(float(held), 4),
+                held_out_loss=round(float(held_out_loss), 4),
             )
             if isinstance(average, lasadgen.LASADGen):
                 name = "lasadgen" if attention == lasadgen.Variant.MANHATTAN else f"lasadgen_{attention}"

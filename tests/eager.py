@@ -15,8 +15,8 @@ from linert.graphs.transformer import FamilyConfig, RasterTransformer
 GUIDANCE = 3.0
 
 
-def usual_inputs(geometry: stages.Geometry, **given: float) -> dict[str, torch.Tensor]:
-    """Inputs of decode and of a line's end that are neither state nor condition; zeros for cache settings unless ``given``."""
+def usual_inputs(geometry: stages.Geometry, **settings: float) -> dict[str, torch.Tensor]:
+    """Inputs of decode and of a line's end that are neither state nor condition; zeros for the settings that are not given."""
     config = geometry.config
     tensors = {
         "uniforms": torch.rand(
@@ -29,15 +29,15 @@ def usual_inputs(geometry: stages.Geometry, **given: float) -> dict[str, torch.T
     integers |= dict.fromkeys((name for name in LineEndParams._fields if name != "capacity"), 0)
     for name, usual in (reals | integers).items():
         kind = torch.float32 if name in reals else torch.int64
-        tensors[name] = torch.tensor(given.get(name, usual), dtype=kind)
+        tensors[name] = torch.tensor(settings.get(name, usual), dtype=kind)
     return tensors
 
 
 def fed_stages(config: FamilyConfig, position: int) -> Iterator[str]:
     """The stages behind a prefill that left the position at ``position``, in order."""
-    for held in range(position, config.prefix_len + config.image_tokens - 1):
+    for current in range(position, config.prefix_len + config.image_tokens - 1):
         yield "decode"
-        index = held + 1 - config.prefix_len
+        index = current + 1 - config.prefix_len
         if index > 0 and index % config.line_width == 0:
             yield "line_end"
 
@@ -48,7 +48,7 @@ class Eager:
     Args:
         policy: empty for a model without a cache.
         condition: the prefill stage's inputs, in order.
-        given: settings that differ from :func:`usual_inputs`.
+        settings: those that differ from :func:`usual_inputs`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Eager:
         memory: Memory,
         policy: str,
         condition: Sequence[torch.Tensor],
-        **given: float,
+        **settings: float,
     ) -> None:
         self.geometry = geometry = memory.geometry
         self.stages: Mapping[str, stages.Stage] = {
@@ -66,7 +66,7 @@ class Eager:
             "line_end": memory.line_ends(net, (policy,))[0],
         }
         window = POLICIES[policy]().score_window(geometry.config.line_width) if policy else 0
-        self.tensors = usual_inputs(geometry, **{"score_window": window, **given})
+        self.tensors = usual_inputs(geometry, **{"score_window": window, **settings})
         for spec, value in zip(self.stages["prefill"].inputs, condition, strict=True):
             assert (tuple(value.shape), value.dtype) == (spec.shape, spec.dtype), spec.name
             self.tensors[spec.name] = value

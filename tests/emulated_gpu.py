@@ -334,9 +334,9 @@ class EmulatedEngine:
         return True
 
     def _run(self, addresses: Mapping[str, int]) -> None:
-        given = {tensor.name: view(addresses[tensor.name], tensor) for tensor in self._spec.inputs}
-        found = self._session.run([tensor.name for tensor in self._spec.outputs], given)
-        for tensor, values in zip(self._spec.outputs, found, strict=True):
+        feed = {tensor.name: view(addresses[tensor.name], tensor) for tensor in self._spec.inputs}
+        results = self._session.run([tensor.name for tensor in self._spec.outputs], feed)
+        for tensor, values in zip(self._spec.outputs, results, strict=True):
             view(addresses[tensor.name], tensor)[...] = values
 
 

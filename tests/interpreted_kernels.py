@@ -13,7 +13,7 @@ from linert.exporter.tensorrt import line_attention_kernels, line_evict_kernels,
 from linert.exporter.tensorrt.compile import ALIGNMENT
 from linert.runtime.plugins.base import Launch, Operation, TensorKind
 from linert.runtime.plugins.contracts import (
-    HELD,
+    FLOAT_TYPE,
     LINE_ATTENTION,
     LINE_EVICT_INPUTS,
     SPATIAL_DECAY_STEP,
@@ -50,10 +50,10 @@ def interpreted_kernels(
     operation: Operation, launch: Launch, kinds: Sequence[TensorKind]
 ) -> dict[str, Kernel]:
     """All kernels of an operation for one launch; ``kinds`` of its inputs."""
-    held = getattr(torch, kinds[0].dtype)
+    float_type = getattr(torch, kinds[0].dtype)
     if isinstance(launch, LineAttentionLaunch):
-        pointers = _types(LINE_ATTENTION, held) | {
-            "attended": held,
+        pointers = _types(LINE_ATTENTION, float_type) | {
+            "attended": float_type,
             "logits": torch.float32,
             "partial": torch.float32,
         }
@@ -62,7 +62,7 @@ def interpreted_kernels(
             for name in ("attend", "combine")
         }
     if isinstance(launch, SpatialDecayStepLaunch):
-        pointers = _types(SPATIAL_DECAY_STEP, held) | {"attended": held}
+        pointers = _types(SPATIAL_DECAY_STEP, float_type) | {"attended": float_type}
         kernel = spatial_decay_step_kernels.spatial_decay_step
         return {"spatial_decay_step": interpreted(kernel, pointers, launch.constants)}
     assert isinstance(launch, LineEvictLaunch)
@@ -71,8 +71,8 @@ def interpreted_kernels(
     return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, launch.constants)}
 
 
-def _types(contract: Contract, held: torch.dtype) -> dict[str, torch.dtype]:
+def _types(contract: Contract, float_type: torch.dtype) -> dict[str, torch.dtype]:
     return {
-        name: held if operand.dtype == HELD else getattr(torch, operand.dtype)
+        name: float_type if operand.dtype == FLOAT_TYPE else getattr(torch, operand.dtype)
         for name, operand in contract.inputs.items()
     }

@@ -55,14 +55,14 @@ def opset(model: onnx.ModelProto) -> int:
 def without_kernel(model: onnx.ModelProto) -> list[str]:
     """Operators, with their versions and types, of a ``model`` without functions that there is no CUDA kernel for."""
     types = types_of(model)
-    found = {
+    operators = {
         describe(node, since, types)
         for node in model.graph.node
         if node.op_type != "Constant"
         for since in [defs.get_schema(node.op_type, opset(model)).since_version]
         if not any(fits(kernel, node, since, types) for kernel in TABLE["kernels"].get(node.op_type, ()))
     }
-    return sorted(found)
+    return sorted(operators)
 
 
 def describe(node: onnx.NodeProto, since: int, types: dict[str, str]) -> str:
@@ -80,8 +80,8 @@ def fits(kernel: list[Any], node: onnx.NodeProto, since: int, types: dict[str, s
         return False
     schema = defs.get_schema(node.op_type, since)
     for parameter, allowed in wanted.items():
-        given = arguments(schema, node, parameter)
-        kind = next((types[name] for name in given if name), None)
+        tensors = arguments(schema, node, parameter)
+        kind = next((types[name] for name in tensors if name), None)
         if kind is not None and kind not in allowed:
             return False
     return True

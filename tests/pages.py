@@ -41,9 +41,9 @@ def commands(script: str) -> Iterator[list[str]]:
 
 def quick_starts() -> dict[str, tuple[Path, list[list[str]]]]:
     """The page and the commands of every block that is marked as a quick start, by its name."""
-    found = {}
+    scripts = {}
     for page in PAGES:
         for name, script in QUICK_START.findall(read_page(page)):
-            assert name not in found, f"two quick starts are called {name}"
-            found[name] = (ROOT / page, list(commands(script)))
-    return found
+            assert name not in scripts, f"two quick starts are called {name}"
+            scripts[name] = (ROOT / page, list(commands(script)))
+    return scripts

@@ -153,12 +153,12 @@ def test_a_phase_that_takes_too_long_keeps_what_it_found(
     )
     monkeypatch.setattr(gpu_check, "__file__", str(script))
     monkeypatch.setattr(gpu_check, "GRACE", 4)
-    found = gpu_check.run_phase("driver", 1, Place(tmp_path, tmp_path))
-    assert [(outcome.name, outcome.status) for outcome in found] == [
+    outcomes = gpu_check.run_phase("driver", 1, Place(tmp_path, tmp_path))
+    assert [(outcome.name, outcome.status) for outcome in outcomes] == [
         ("first", "passed"),
         ("the whole phase", "failed"),
     ]
-    assert "ended after 5 seconds" in found[1].text
+    assert "ended after 5 seconds" in outcomes[1].text
     assert not running(int((tmp_path / "child").read_text()))
 
 

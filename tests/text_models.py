@@ -48,8 +48,8 @@ def write_janus(model: Any, state: Mapping[str, torch.Tensor], folder: Path, *, 
     (folder / "tokenizer_config.json").write_text(json.dumps(named))
     settings = model.config.to_dict()
     if published:
-        held = ("num_hidden_layers", "vocab_size", "num_attention_heads")
-        text = {name: settings["text_config"][name] for name in held}
+        sizes = ("num_hidden_layers", "vocab_size", "num_attention_heads")
+        text = {name: settings["text_config"][name] for name in sizes}
         settings = {"model_type": "multi_modality", "language_config": text}
         processing = {"sft_format": "deepseek", "image_start_tag": janus.BEGIN_OF_IMAGE}
         (folder / "processor_config.json").write_text(json.dumps(processing))

@@ -4,41 +4,41 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.bundle_export import BundleRequest
 from linert.runtime.bundles.cache_settings import cache_text
 from linert.runtime.text import lines_text, size_text
 
 
-def announce(console: Console, plan: ExportPlan) -> None:
+def announce(console: Console, request: BundleRequest) -> None:
     """Say what will be built and exactly how much state memory it takes, before any work."""
-    config, cache, raster = plan.transformer.config, plan.cache, plan.raster
-    patch = plan.image_decoder.config.patch
-    rows = "conditional and unconditional rows" if plan.guided else "conditional rows only"
+    config, cache, raster = request.transformer.config, request.cache, request.raster
+    patch = request.image_decoder.config.patch
+    rows = "conditional and unconditional rows" if request.guided else "conditional rows only"
     console.print(
-        f"{plan.transformer.family.title} in {plan.transformer.layout.who} layout: {config.layers} layers, width {config.dim}, "
-        f"{config.heads} heads of {config.head_dim}, {config.vocab_size} tokens; draws {plan.condition.text}"
+        f"{request.transformer.family.title} in {request.transformer.layout.who} layout: {config.layers} layers, width {config.dim}, "
+        f"{config.heads} heads of {config.head_dim}, {config.vocab_size} tokens; draws {request.condition.text}"
     )
     checkpoints = dict.fromkeys(
         (loaded.checkpoint.text, loaded.checkpoint.remarks)
-        for loaded in (plan.transformer, plan.image_decoder, plan.text_encoder)
+        for loaded in (request.transformer, request.image_decoder, request.text_encoder)
         if loaded is not None
     )
     for text, passed_over in checkpoints:
         console.print(f"read: {text}{''.join(f'; {remark}' for remark in passed_over)}")
-    for remark in plan.transformer.remarks:
+    for remark in request.transformer.remarks:
         console.print(f"note: {remark}")
-    console.print(f"weights: {plan.precision.spec.text}; {size_text(plan.weight_bytes)}")
+    console.print(f"weights: {request.precision.spec.text}; {size_text(request.weight_bytes)}")
     console.print(
         f"image: {raster.lines} x {raster.line_width} tokens, "
-        f"{raster.columns * patch} x {raster.lines * patch} pixels; batch {plan.images}, {rows}"
+        f"{raster.columns * patch} x {raster.lines * patch} pixels; batch {request.images}, {rows}"
     )
     if cache is None:
         console.print(f"cache: {cache_text(None)}")
     else:
         console.print(
-            f"line buffer: {lines_text(plan.capacity_lines)} of {raster.lines} lines = "
-            f"{lines_text(plan.memory.geometry.capacities)} slots a layer; policies: {', '.join(plan.policies)}"
+            f"line buffer: {lines_text(request.capacity_lines)} of {raster.lines} lines = "
+            f"{lines_text(request.memory.geometry.capacities)} slots a layer; policies: {', '.join(request.policies)}"
         )
         console.print(f"by default: {cache.text}")
-    full = f"; the full cache takes {size_text(plan.full_state_bytes)}" if cache else ""
-    console.print(f"state memory: {plan.state_bytes} bytes ({size_text(plan.state_bytes)}){full}")
+    full = f"; the full cache takes {size_text(request.full_state_bytes)}" if cache else ""
+    console.print(f"state memory: {request.state_bytes} bytes ({size_text(request.state_bytes)}){full}")

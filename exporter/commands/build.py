@@ -6,7 +6,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from linert.exporter.tensorrt.build import BuildPlan, build, parse_capabilities
+from linert.exporter.tensorrt.build import BuildRequest, build, parse_capabilities
 from linert.exporter.tensorrt.build_stage import Event
 from linert.runtime.backends.trt_flavour import FLAVOURS
 from linert.runtime.bundles.engines import Engines, engines_folder
@@ -40,9 +40,9 @@ def command(place: BundlePlace, target: str, capabilities: str | None, no_plugin
     opened = place.open()
     usual = RTX_CAPABILITIES if target == "rtx" else "current"
     wanted = usual if capabilities is None else capabilities
-    plan = BuildPlan(opened, FLAVOURS[target], parse_capabilities(wanted), not no_plugin)
+    request = BuildRequest(opened, FLAVOURS[target], parse_capabilities(wanted), not no_plugin)
     folder = engines_folder(opened, target)
-    if not force and (built := plan.built()):
+    if not force and (built := request.built()):
         click.echo(f"nothing changed: {folder} ({summary(built)})")
         return
     console = Console(stderr=True)
@@ -59,7 +59,7 @@ def command(place: BundlePlace, target: str, capabilities: str | None, no_plugin
                     total=event.steps or None,
                 )
 
-        engines = build(plan, progress)
+        engines = build(request, progress)
     click.echo(f"plans: {folder} ({summary(engines)})")
 
 

@@ -30,7 +30,7 @@ from linert.runtime.commands.option_group import Decorator, option_group
 from linert.runtime.commands.output_options import Output, output_options
 from linert.runtime.drawing.cache_request import PYRAMID, UNIFORM
 from linert.runtime.drawing.generator import Generator
-from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.drawing.samples import list_samples
 from linert.runtime.errors import OutputError, RequestError
 from linert.runtime.files.atomic_files import atomic_file
 from linert.runtime.files.records import RecordError, read_record
@@ -149,22 +149,22 @@ def command(
     cells, refused = listed.cells(manifest)
     conditioner = generator.conditioner
     metrics = load_metrics(metric_source) if metric_source is not None else []
-    planned = plan_samples(conditions.settle(conditioner) or conditioner.usual(), samples, seed)
+    sample_list = list_samples(conditions.settle(conditioner) or conditioner.usual(), samples, seed)
     request = CompareRequest(
         bundle_sha256=manifest.sha256,
         caches=tuple(cell.cache for cell in cells),
-        samples=tuple(planned),
+        samples=tuple(sample_list),
         sampling=manifest.sampling,
         metrics=metric_source or "",
         metrics_sha256=source_digest(metric_source.partition(":")[0]) if metric_source else "",
-        forced_images=min(len(planned), manifest.images if forced_images is None else forced_images),
+        forced_images=min(len(sample_list), manifest.images if forced_images is None else forced_images),
     )
     if request.forced_images < 1:
         raise RequestError("--forced-images must be at least 1")
     console = output.notes()
     for line in refused:
         console.print(f"left out: {line}")
-    require_images(metrics, len(planned))
+    require_images(metrics, len(sample_list))
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -196,7 +196,7 @@ def command(
         "bundle": f"{place.path} (sha256 {manifest.sha256[:16]})",
         "model": f"{manifest.model.family}, {manifest.model.parameters:,} parameters, {manifest.raster.lines} x "
         f"{manifest.raster.line_width} tokens",
-        "samples": f"{len(planned)} a cell, seeds from {seed}; logits compared on {request.forced_images}",
+        "samples": f"{len(sample_list)} a cell, seeds from {seed}; logits compared on {request.forced_images}",
         "sampling": ", ".join(
             f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
         ),

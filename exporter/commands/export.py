@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from linert.exporter.bundle_export import ExportPlan, export_bundle
+from linert.exporter.bundle_export import BundleRequest, export_bundle
 from linert.exporter.bundle_folder import BUNDLE
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.calibration import calibrated
@@ -67,8 +67,8 @@ def command(
     # Held from now on, so that nobody else begins to work on it.
     click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     transformer, image_decoder = load_models(checkpoint, model.vq, model.request)
-    policies, settings, capacity_lines = cache.plan(transformer)
-    plan = ExportPlan(
+    policies, settings, capacity_lines = cache.settle(transformer)
+    request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=policies,
@@ -79,9 +79,9 @@ def command(
         precision=precision.settle(transformer.config.layers),
         text_encoder=load_text_encoder(model.request.text_encoder) if model.request.text_encoder else None,
     )
-    if not plan.precision.uncalibrated and not calibration.empty:
+    if not request.precision.uncalibrated and not calibration.empty:
         raise RequestError(
-            f"nothing is calibrated for {plan.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
+            f"nothing is calibrated for {request.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
             "--calibration-captions out"
         )
     others = []
@@ -89,10 +89,10 @@ def command(
         sized = load_transformer(
             transformer.checkpoint, replace(model.request, size=size), patch=image_decoder.config.patch
         )
-        _, settings, capacity_lines = cache.plan(sized)
-        others.append(replace(plan, transformer=sized, cache=settings, capacity_lines=capacity_lines))
-    conditioner = plan.conditioner()
-    for each in (plan, *others):
+        _, settings, capacity_lines = cache.settle(sized)
+        others.append(replace(request, transformer=sized, cache=settings, capacity_lines=capacity_lines))
+    conditioner = request.conditioner()
+    for each in (request, *others):
         announce(console, each)
         if each.transformer.prompts is not None:
             # What stands around prompts must fit at least, and the tokenizer must take usual words as they are.
@@ -103,16 +103,16 @@ def command(
         def report(line: str) -> None:
             status.update(f"{line} ...")
 
-        plan = calibrated(plan, images, report, conditioner)
-        others = [replace(other, precision=plan.precision) for other in others]
-        export_bundle(plan, out, others=others, force=force, report=report)
+        request = calibrated(request, images, report, conditioner)
+        others = [replace(other, precision=request.precision) for other in others]
+        export_bundle(request, out, others=others, force=force, report=report)
     manifest = open_bundle(out, digests=False).manifest
     output.result(
         {
             "bundle": str(out),
             "sha256": manifest.sha256,
             "sizes": sizes_of(out),
-            "state_bytes": plan.state_bytes,
+            "state_bytes": request.state_bytes,
             "file_bytes": sum(record.bytes for record in manifest.files.values()),
         },
         [f"bundle: {out}"],

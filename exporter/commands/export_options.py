@@ -13,8 +13,8 @@ from linert.exporter.cache_wishes import DEFAULT_POLICY, CacheWishes
 from linert.exporter.calibration import Calibration
 from linert.exporter.model_options import help_text
 from linert.exporter.models import ModelRequest
-from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionPlan
-from linert.graphs.families.given import ModelOption
+from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionSettings
+from linert.graphs.families.model_facts import ModelOption
 from linert.graphs.policies import POLICIES
 from linert.runtime.commands.bundle_argument import parse_size
 from linert.runtime.commands.condition_options import ConditionRequest
@@ -172,9 +172,9 @@ class PrecisionRequest:
     block_size: int
     quantization: str | None
 
-    def settle(self, layers: int) -> PrecisionPlan:
-        """The plan for a transformer of so many layers."""
-        return PrecisionPlan(
+    def settle(self, layers: int) -> PrecisionSettings:
+        """The settings for a transformer of so many layers."""
+        return PrecisionSettings(
             weights=Precision(self.precision),
             activations=Precision(self.activations),
             parts=parse_parts(self.kept, layers),
@@ -278,8 +278,8 @@ def calibration_options() -> Decorator:
 
 def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
     """``768x768,512x1024``: widths and heights."""
-    found = [parse_size(part.strip()).split("x") for part in text.split(",")]
-    return tuple(dict.fromkeys((int(width), int(height)) for width, height in found))
+    pairs = [parse_size(part.strip()).split("x") for part in text.split(",")]
+    return tuple(dict.fromkeys((int(width), int(height)) for width, height in pairs))
 
 
 def parse_policies(text: str) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner
 from linert.runtime.drawing.generator import PixelDecoder, make_batch
 from linert.runtime.drawing.loop import Batch
-from linert.runtime.drawing.samples import Sample, plan_samples
+from linert.runtime.drawing.samples import Sample, list_samples
 from linert.runtime.drawing.trace import Trace, read_trace
 from linert.runtime.errors import LinertError, RequestError
 from linert.runtime.measuring.metric_source import load_metrics
@@ -119,7 +119,7 @@ def command(
             raise RequestError("--trace brings its own images and settings: leave the others out")
         batch, recorded, compared = _recorded(read_trace(trace, manifest), opened, conditioner)
     else:
-        compared = plan_samples(asked or conditioner.usual()[: manifest.images], manifest.images, seed)
+        compared = list_samples(asked or conditioner.usual()[: manifest.images], manifest.images, seed)
         settings = cache.settle_for(manifest)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
         batch, recorded = make_batch(manifest, conditioner, compared, sampling, settings), None
@@ -156,7 +156,7 @@ def command(
         bar.update(task, completed=manifest.raster.lines)
         quality = []
         if comparing:
-            drawn = plan_samples(asked or conditioner.usual(), samples, seed)
+            drawn = list_samples(asked or conditioner.usual(), samples, seed)
             quality = comparing.quality_cost(
                 opened,
                 conditioner,
@@ -266,9 +266,9 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
             name = cost.metric
             if cost.distance:
                 name = f"{cost.metric}, without its bias"
-                measured = [f"{found.measured:{sign}.{cost.digits}f}" for found, sign in estimates]
+                measured = [f"{estimate.measured:{sign}.{cost.digits}f}" for estimate, sign in estimates]
                 table.add_row(cost.metric, *measured, "")
-            cells = [found.text(cost.digits, sign) for found, sign in estimates]
+            cells = [estimate.text(cost.digits, sign) for estimate, sign in estimates]
             table.add_row(name, *cells, "worse" if cost.worse else "")
         console.print(table)
     table = Table("check", "measured", "bound", "", title="verdict", title_justify="left")

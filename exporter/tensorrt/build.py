@@ -40,7 +40,7 @@ Progress = Callable[[str, Event], None]
 
 
 @dataclass(frozen=True)
-class BuildPlan:
+class BuildRequest:
     """What to build.
 
     ``capabilities``: GPUs (80 means 8.0), empty for the one at hand. ``plugin``: linert's operations as plugins, not as the
@@ -115,12 +115,12 @@ class BuildPlan:
 
 
 def _kind(value: onnx.ValueInfoProto) -> TensorKind:
-    held = value.type.tensor_type
-    dtype = str(helper.tensor_dtype_to_np_dtype(held.elem_type))
-    return TensorKind(dtype, tuple(side.dim_value for side in held.shape.dim))
+    tensor = value.type.tensor_type
+    dtype = str(helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    return TensorKind(dtype, tuple(side.dim_value for side in tensor.shape.dim))
 
 
-def build(plan: BuildPlan, progress: Progress) -> Engines:
+def build(request: BuildRequest, progress: Progress) -> Engines:
     """Build every stage's plan into the bundle's folder, all or none.
 
     Raises:
@@ -128,24 +128,24 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
         OutputError: the plans cannot be written.
         LinertError: the flavour is not installed.
     """
-    manifest = plan.bundle.manifest
+    manifest = request.bundle.manifest
     plans = {}
-    target = engines_folder(plan.bundle, plan.flavour.name)
-    with new_folder(target, PLANS, force=True) as folder, environment_of(plan.flavour) as environment:
+    target = engines_folder(request.bundle, request.flavour.name)
+    with new_folder(target, PLANS, force=True) as folder, environment_of(request.flavour) as environment:
         # What TensorRT may refuse comes before what takes long.
         for stage, spec in sorted(manifest.stages.items(), key=lambda item: item[0].startswith("decode")):
             file = f"{stage}.plan"
             job = Job(
-                plan.flavour.name,
-                str(plan.bundle.file(spec.file).resolve()),
+                request.flavour.name,
+                str(request.bundle.file(spec.file).resolve()),
                 str((folder / file).resolve()),
-                plan.capabilities,
-                plan.plugin,
+                request.capabilities,
+                request.plugin,
             )
             try:
                 end = run_job(job, environment, lambda event, stage=stage: progress(stage, event))
             except ExportError as error:
-                raise ExportError(f"{error}{_remedy(plan, stage)}") from error
+                raise ExportError(f"{error}{_remedy(request, stage)}") from error
             path = folder / file
             plans[stage] = Plan(
                 file=file,
@@ -159,17 +159,17 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
                 activation_bytes=end.activation_bytes,
                 user_allocation=end.user_allocation,
             )
-            if plan.plugin and plans[stage].plugins != end.operations:
+            if request.plugin and plans[stage].plugins != end.operations:
                 raise ExportError(
                     f"TensorRT made plugins of {plans[stage].plugins} and not of {end.operations} in {stage}"
                 )
         plans = {stage: plans[stage] for stage in manifest.stages}
         engines = Engines(
             SCHEMA,
-            plan.flavour.name,
-            plan.version,
-            plan.capabilities,
-            *plan.plugin_identity,
+            request.flavour.name,
+            request.version,
+            request.capabilities,
+            *request.plugin_identity,
             manifest.sha256,
             plans,
         )
@@ -178,9 +178,9 @@ def build(plan: BuildPlan, progress: Progress) -> Engines:
     return engines
 
 
-def _remedy(plan: BuildPlan, stage: str) -> str:
+def _remedy(request: BuildRequest, stage: str) -> str:
     """What to do where a stage is one that TensorRT is known to refuse."""
-    precision = plan.bundle.manifest.precision
+    precision = request.bundle.manifest.precision
     if stage == "vq_decoder" and precision.image_decoder == "int8":
         return ". Convolutions in int8 are for ONNX Runtime: export with --image-decoder-precision fp16"
     if stage.startswith("decode") and precision.parts.get("embedding", "").startswith("int"):
@@ -231,8 +231,8 @@ def environment_of(flavour: Flavour) -> Iterator[dict[str, str]]:
     with scratch_folder() as folder:
         if file is not None:
             (folder / flavour.soname).symlink_to(file)
-            held = environment.get("LD_LIBRARY_PATH")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), held)))
+            inherited = environment.get("LD_LIBRARY_PATH")
+            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), inherited)))
         yield environment
 
 

@@ -161,11 +161,11 @@ def described(trt: Any, network: Any) -> tuple[tuple[Layer, ...], dict[str, str]
         )
         plugin = ""
         if layer.type == trt.LayerType.PLUGIN_V3:
-            held = layer
-            held.__class__ = trt.IPluginV3Layer
-            plugin = held.plugin.plugin_name
+            plugin_layer = layer
+            plugin_layer.__class__ = trt.IPluginV3Layer
+            plugin = plugin_layer.plugin.plugin_name
             for index in range(layer.num_outputs):
-                source = held.plugin.get_aliased_input(index)
+                source = plugin_layer.plugin.get_aliased_input(index)
                 if source >= 0:
                     aliases[layer.get_output(index).name] = layer.get_input(source).name
         elif layer.type == cache_update:

@@ -15,7 +15,7 @@ from linert.runtime.errors import ExportError
 from linert.runtime.plugins import line_attention, line_evict, spatial_decay_step
 from linert.runtime.plugins.base import Launch
 from linert.runtime.plugins.contracts import (
-    HELD,
+    FLOAT_TYPE,
     LINE_ATTENTION,
     LINE_EVICT_INPUTS,
     SPATIAL_DECAY_STEP,
@@ -110,9 +110,9 @@ def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) ->
 
 
 def _pointers(contract: Contract, dtype: str) -> dict[str, str]:
-    """Triton's types of an operation's inputs, where those of :data:`HELD` are of ``dtype``."""
+    """Triton's types of an operation's inputs, where those of :data:`FLOAT_TYPE` are of ``dtype``."""
     return {
-        name: f"*{TYPES[dtype if operand.dtype == HELD else operand.dtype]}"
+        name: f"*{TYPES[dtype if operand.dtype == FLOAT_TYPE else operand.dtype]}"
         for name, operand in contract.inputs.items()
     }
 
@@ -133,18 +133,18 @@ def compile_kernel(
     Raises:
         ExportError: the kernel needs memory that plans do not give it.
     """
-    found = {}
+    compiled = {}
     with triton.knobs.compilation.scope():
         # Half of the machine code's size.
         triton.knobs.compilation.disable_line_info = True
         for capability in sorted({*capabilities, PTX_CAPABILITY}):
-            found[capability] = triton.compile(
+            compiled[capability] = triton.compile(
                 _source(function, signature, constants),
                 target=GPUTarget("cuda", capability, 32),
                 options={"num_warps": warps, "enable_fp_fusion": True},
             )
-            refuse_hidden_memory(function.__name__, found[capability].metadata)
-    oldest = found[PTX_CAPABILITY]
+            refuse_hidden_memory(function.__name__, compiled[capability].metadata)
+    oldest = compiled[PTX_CAPABILITY]
     ptx = oldest.asm["ptx"].encode()
     parameters = ENTRY.search(ptx)
     if parameters is None:
@@ -152,9 +152,9 @@ def compile_kernel(
     return CompiledKernel(
         name=oldest.metadata.name,
         warps=oldest.metadata.num_warps,
-        shared_bytes=max(kernel.metadata.shared for kernel in found.values()),
+        shared_bytes=max(kernel.metadata.shared for kernel in compiled.values()),
         hidden=parameters.group(1).count(b".param") - len(signature),
-        cubins={capability: found[capability].asm["cubin"] for capability in sorted(set(capabilities))},
+        cubins={capability: compiled[capability].asm["cubin"] for capability in sorted(set(capabilities))},
         ptx=ptx,
     )
 

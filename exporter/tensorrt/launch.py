@@ -14,7 +14,7 @@ from linert.exporter.tensorrt.spatial_decay_step_kernels import (
 )
 from linert.graphs.line_attention import LineAttentionInputs
 from linert.graphs.spatial_decay_step import StepInputs
-from linert.runtime.plugins.contracts import HELD, LINE_ATTENTION
+from linert.runtime.plugins.contracts import FLOAT_TYPE, LINE_ATTENTION
 from linert.runtime.plugins.line_attention import COMBINED, LineAttentionLaunch
 from linert.runtime.plugins.line_evict import WARPS as EVICT_WARPS
 from linert.runtime.plugins.line_evict import LineEvictLaunch
@@ -68,7 +68,7 @@ def check(inputs: LineAttentionInputs, launch: LineAttentionLaunch) -> None:
     sizes = {"R": launch.rows, "G": launch.group, "C": launch.slots, "D": launch.head_dim}
     for (name, operand), tensor in zip(LINE_ATTENTION.inputs.items(), inputs.flat(), strict=True):
         shape = operand.shape(sizes)
-        dtype = getattr(torch, launch.dtype if operand.dtype == HELD else operand.dtype)
+        dtype = getattr(torch, launch.dtype if operand.dtype == FLOAT_TYPE else operand.dtype)
         if tuple(tensor.shape) != shape or tensor.dtype is not dtype:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)}; LineAttention wants {dtype} {shape}"
@@ -108,8 +108,10 @@ def line_evict(
         The stage's outputs.
     """
     write_slots = settings[0].new_empty(launch.layers, launch.rows, launch.line_width)
-    scores_after = [] if launch.carries_scores else [torch.empty_like(held) for held in scores]
-    after = [torch.empty_like(held) for held in slot_pos]
+    scores_after = (
+        [] if launch.carries_scores else [torch.empty_like(layer_scores) for layer_scores in scores]
+    )
+    after = [torch.empty_like(layer_pos) for layer_pos in slot_pos]
     addresses = [
         [tensor.data_ptr() for tensor in tensors]
         for tensors in (scores, slot_pos, scores_after or scores, after)

@@ -26,8 +26,8 @@ def _importance(scores, slot_pos, slot, inside, now, score_max, W: tl.constexpr,
     """Importance of the slots ``slot`` of a row; ``KIND`` as :class:`linert.graphs.line_evict.Importance`, without pooled attention."""
     if KIND == 0:
         score = tl.load(scores + slot, mask=inside, other=0.0)
-        held = tl.load(slot_pos + slot, mask=inside, other=-1)
-        seen_by = tl.minimum(now - held, W).to(tl.float32)
+        pos = tl.load(slot_pos + slot, mask=inside, other=-1)
+        seen_by = tl.minimum(now - pos, W).to(tl.float32)
         return tl.where(score_max, score, tl.div_rn(score, seen_by))
     if KIND == 1:
         return tl.load(scores + slot, mask=inside, other=0.0)
@@ -37,13 +37,13 @@ def _importance(scores, slot_pos, slot, inside, now, score_max, W: tl.constexpr,
 
 
 @triton.jit
-def _first_held(slot_pos, slots, least, BLOCK: tl.constexpr):
+def _first_position(slot_pos, slots, least, BLOCK: tl.constexpr):
     """The first position that a row holds, of ``least`` and those behind it; ``LARGEST`` where there is none."""
     first = tl.full([BLOCK], LARGEST, tl.int32)
     for start in range(0, slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        held = tl.load(slot_pos + slot, mask=slot < slots, other=-1)
-        first = tl.minimum(first, tl.where(held >= least, held, LARGEST))
+        pos = tl.load(slot_pos + slot, mask=slot < slots, other=-1)
+        first = tl.minimum(first, tl.where(pos >= least, pos, LARGEST))
     return tl.min(first)
 
 
@@ -56,7 +56,7 @@ def _pool(scores, slot_pos, pooled, neighbours, slots, adds, NEIGHBOURS: tl.cons
     less, and never more than slots. Nothing is written for empty slots.
     """
     window: tl.constexpr = NEIGHBOURS - 2 * REACH
-    first = _first_held(slot_pos, slots, 0, BLOCK)
+    first = _first_position(slot_pos, slots, 0, BLOCK)
     while first < LARGEST:
         for start in range(0, NEIGHBOURS, BLOCK):
             tl.store(neighbours + start + tl.arange(0, BLOCK), tl.full([BLOCK], 0.0, tl.float32))
@@ -64,16 +64,16 @@ def _pool(scores, slot_pos, pooled, neighbours, slots, adds, NEIGHBOURS: tl.cons
         tl.debug_barrier()
         for start in range(0, slots, BLOCK):
             slot = start + tl.arange(0, BLOCK)
-            held = tl.load(slot_pos + slot, mask=slot < slots, other=-1)
+            pos = tl.load(slot_pos + slot, mask=slot < slots, other=-1)
             score = tl.load(scores + slot, mask=slot < slots, other=0.0)
-            away = tl.where(held >= 0, held - first, LARGEST)
+            away = tl.where(pos >= 0, pos - first, LARGEST)
             near = (away >= -REACH) & (away < window + REACH)
             tl.store(neighbours + REACH + away, score, mask=near)
         tl.debug_barrier()
         for start in range(0, slots, BLOCK):
             slot = start + tl.arange(0, BLOCK)
-            held = tl.load(slot_pos + slot, mask=slot < slots, other=-1)
-            away = tl.where(held >= 0, held - first, LARGEST)
+            pos = tl.load(slot_pos + slot, mask=slot < slots, other=-1)
+            away = tl.where(pos >= 0, pos - first, LARGEST)
             here = (away >= 0) & (away < window)
             total = tl.full([BLOCK], 0.0, tl.float32)
             for step in tl.static_range(2 * REACH + 1):
@@ -83,7 +83,7 @@ def _pool(scores, slot_pos, pooled, neighbours, slots, adds, NEIGHBOURS: tl.cons
                 total += tl.load(pooled + slot, mask=here, other=0.0)
             tl.store(pooled + slot, total, mask=here)
         tl.debug_barrier()
-        first = _first_held(slot_pos, slots, tl.minimum(first, LARGEST - window) + window, BLOCK)
+        first = _first_position(slot_pos, slots, tl.minimum(first, LARGEST - window) + window, BLOCK)
 
 
 @triton.jit
@@ -119,20 +119,20 @@ def _least(
             slot = start + tl.arange(0, BLOCK)
             number = tl.load(keys + slot)
             if BY_POSITION:
-                held = tl.load(slot_pos + slot, mask=slot < slots, other=LARGEST)
+                pos = tl.load(slot_pos + slot, mask=slot < slots, other=LARGEST)
                 there = number == key
-                count += (there & (held <= middle)).to(tl.int32)
-                below = tl.maximum(below, tl.where(there & (held <= middle), held, SMALLEST))
-                above = tl.minimum(above, tl.where(there & (held > middle), held, LARGEST))
+                count += (there & (pos <= middle)).to(tl.int32)
+                below = tl.maximum(below, tl.where(there & (pos <= middle), pos, SMALLEST))
+                above = tl.minimum(above, tl.where(there & (pos > middle), pos, LARGEST))
             else:
                 count += (number <= middle).to(tl.int32)
                 below = tl.maximum(below, tl.where(number <= middle, number, SMALLEST))
                 above = tl.minimum(above, tl.where(number > middle, number, LARGEST))
-        found = tl.sum(count)
-        if found >= wanted:
+        total = tl.sum(count)
+        if total >= wanted:
             # No number lies between the largest of these and the middle.
             high = tl.max(below)
-            low = high if found == wanted else low
+            low = high if total == wanted else low
         else:
             low = tl.min(above)
     return high
@@ -231,11 +231,11 @@ def line_evict(
                         )
                     key += tl.div_rn(sum_of_heads, tl.full([BLOCK], 0.0, tl.float32) + heads)
                 key = tl.div_rn(key, tl.full([BLOCK], 0.0, tl.float32) + branches)
-            held = tl.load(slot_pos + row * slots + slot, mask=inside, other=-1)
-            image = held - PREFIX
+            pos = tl.load(slot_pos + row * slots + slot, mask=inside, other=-1)
+            image = pos - PREFIX
             anchored = (image >= 0) & (image < anchors)
-            protected = (slot < PREFIX) | (slot >= usable) | anchored | (held >= recent_from)
-            key = tl.where(held < 0, float("-inf"), key)
+            protected = (slot < PREFIX) | (slot >= usable) | anchored | (pos >= recent_from)
+            key = tl.where(pos < 0, float("-inf"), key)
             key = tl.where(protected, float("inf"), key)
             # What lies behind the last slot goes behind everything.
             tl.store(keys + slot, tl.where(inside, _ordered(key), LARGEST))
@@ -316,8 +316,8 @@ def _choose(
     earlier = tl.full([BLOCK], 0, tl.int32)
     for start in range(0, slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        held = tl.load(slot_pos + slot, mask=slot < slots, other=LARGEST)
-        earlier += ((tl.load(keys + slot) == key) & (held < position)).to(tl.int32)
+        pos = tl.load(slot_pos + slot, mask=slot < slots, other=LARGEST)
+        earlier += ((tl.load(keys + slot) == key) & (pos < position)).to(tl.int32)
     # Of the slots with that key and position the first ones go.
     wanted -= tl.sum(earlier)
     gone, tied_before = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
@@ -325,11 +325,11 @@ def _choose(
         slot = start + tl.arange(0, BLOCK)
         inside = slot < slots
         other = tl.load(keys + slot)
-        held = tl.load(slot_pos + slot, mask=inside, other=LARGEST)
-        tied = ((other == key) & (held == position)).to(tl.int32)
-        goes = (other < key) | ((other == key) & (held < position))
+        pos = tl.load(slot_pos + slot, mask=inside, other=LARGEST)
+        tied = ((other == key) & (pos == position)).to(tl.int32)
+        goes = (other < key) | ((other == key) & (pos < position))
         goes |= (tied > 0) & (tied_before + tl.cumsum(tied) <= wanted)
-        tl.store(slot_pos_next + slot, tl.where(goes & empties, -1, held), mask=inside)
+        tl.store(slot_pos_next + slot, tl.where(goes & empties, -1, pos), mask=inside)
         if not CARRIES:
             tl.store(scores_next + slot, tl.full([BLOCK], 0.0, tl.float32), mask=inside)
         place = gone + tl.cumsum(goes.to(tl.int32)) - 1
@@ -344,14 +344,14 @@ def _order(write_slots, slot_pos, W: tl.constexpr, W_PAD: tl.constexpr):
     others: tl.constexpr = COMPARED // W_PAD if W_PAD < COMPARED else 1
     number = tl.arange(0, W_PAD)
     mine = tl.load(write_slots + number, mask=number < W, other=0).to(tl.int32)
-    mine_held = tl.load(slot_pos + mine)
+    mine_pos = tl.load(slot_pos + mine)
     place = tl.full([W_PAD], 0, tl.int32)
     for start in range(0, W, others):
         other_number = start + tl.arange(0, others)
         other = tl.load(write_slots + other_number, mask=other_number < W, other=0).to(tl.int32)
-        other_held = tl.load(slot_pos + other)
-        earlier = (other_held[None, :] < mine_held[:, None]) | (
-            (other_held[None, :] == mine_held[:, None]) & (other[None, :] < mine[:, None])
+        other_pos = tl.load(slot_pos + other)
+        earlier = (other_pos[None, :] < mine_pos[:, None]) | (
+            (other_pos[None, :] == mine_pos[:, None]) & (other[None, :] < mine[:, None])
         )
         place += tl.sum((earlier & (other_number < W)[None, :]).to(tl.int32), axis=1)
     tl.debug_barrier()

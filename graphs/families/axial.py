@@ -45,18 +45,18 @@ class AxialSizes(SquareRaster):
 
     def faults(self, optional: Collection[str] = ()) -> list[str]:
         """What is wrong with the sizes; those that are ``optional`` may be 0."""
-        found = [
+        faults = [
             f"{name} is {value}, must be at least 1"
             for name, value in vars(self).items()
             if isinstance(value, int) and value < (name not in optional)
         ]
-        if not found:
-            found = raster_faults(self.grid, self.grid, self.prefix_len)
-        if not found and self.dim % self.heads:
-            found.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        elif not found and self.head_dim % 4:
-            found.append(f"head size {self.head_dim} is not a multiple of 4")
-        return found
+        if not faults:
+            faults = raster_faults(self.grid, self.grid, self.prefix_len)
+        if not faults and self.dim % self.heads:
+            faults.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        elif not faults and self.head_dim % 4:
+            faults.append(f"head size {self.head_dim} is not a multiple of 4")
+        return faults
 
 
 class FeedForward(nn.Module):

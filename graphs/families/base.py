@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from linert.graphs.families.given import Given, Layout, ModelOption
+from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption
 from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import RasterTransformer
 from linert.runtime.bundles.sampling_settings import SamplingSettings
@@ -24,12 +24,12 @@ MOST_PROMPT = 1 << 16
 
 def raster_faults(lines: int, columns: int, prefix_len: int) -> list[str]:
     """What is wrong with an image of so many ``lines`` of so many tokens behind ``prefix_len`` positions."""
-    found = []
+    faults = []
     if not 1 <= min(lines, columns) <= max(lines, columns) <= MOST_LINES:
-        found.append(f"an image of {lines} lines of {columns} tokens; must be 1 to {MOST_LINES} of each")
+        faults.append(f"an image of {lines} lines of {columns} tokens; must be 1 to {MOST_LINES} of each")
     if not 1 <= prefix_len <= MOST_PROMPT:
-        found.append(f"prompts of {prefix_len} tokens; must be 1 to {MOST_PROMPT}")
-    return found
+        faults.append(f"prompts of {prefix_len} tokens; must be 1 to {MOST_PROMPT}")
+    return faults
 
 
 class SquareRaster:
@@ -68,9 +68,11 @@ def prompt_inputs(images: int, prefix_len: int, *, guided: bool) -> list[StageTe
     ]
 
 
-def unless_given(usual: Tensor, usual_starts: Tensor, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The unconditional sequences ``[I, T, ...]`` and their padding ``[I]``: the ``given`` ones where their padding is no -1."""
-    values, starts = given
+def negative_or_usual(
+    usual: Tensor, usual_starts: Tensor, negatives: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The unconditional sequences ``[I, T, ...]`` and their padding ``[I]``: those of ``negatives`` where their padding is no -1."""
+    values, starts = negatives
     taken = starts >= 0
     shaped = taken.reshape(-1, *[1] * (usual.ndim - 1))
     return torch.where(shaped, values, usual), torch.where(taken, starts, usual_starts)
@@ -105,7 +107,7 @@ class Family(ABC):
     config_type: ClassVar[type[Any]]
 
     @abstractmethod
-    def configure(self, given: Given) -> Any:
+    def configure(self, facts: ModelFacts) -> Any:
         """The configuration.
 
         Raises:
@@ -121,15 +123,15 @@ class Family(ABC):
     def usual_sampling(self, config: Any) -> SamplingSettings:
         """How images are drawn unless an export says otherwise: as the model's authors recommend."""
 
-    def module_tensors(self, config: Any, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def module_tensors(self, config: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The module's parameters of those that the checkpoint has, by our names.
 
         Raises:
             KeyError: one is missing; the argument is its name.
         """
-        return dict(found)
+        return dict(parameters)
 
-    def remarks(self, config: Any, given: Given) -> list[str]:
+    def remarks(self, config: Any, facts: ModelFacts) -> list[str]:
         """What a user should know of how the configuration was made."""
         return []
 
@@ -137,11 +139,11 @@ class Family(ABC):
         """Width of the features of captions that the model sees; 0 if it sees none."""
         return 0
 
-    def prompt_format(self, config: Any, given: Given) -> PromptFormat | None:
+    def prompt_format(self, config: Any, facts: ModelFacts) -> PromptFormat | None:
         """How prompts become tokens; None for a model that reads none."""
         return None
 
-    def code_order(self, given: Given) -> list[int] | None:
+    def code_order(self, facts: ModelFacts) -> list[int] | None:
         """The codebook's row of every image token; None where they are numbered alike.
 
         Raises:

@@ -19,10 +19,9 @@ from linert.graphs.families.base import (
     Family,
     PromptFormat,
     SquareRaster,
+    negative_or_usual,
     raster_faults,
-    unless_given,
 )
-from linert.graphs.families.given import Given, Layout, ModelOption, shape_of
 from linert.graphs.families.llama import (
     LlamaBlock,
     PromptedLlama,
@@ -31,12 +30,13 @@ from linert.graphs.families.llama import (
     norm_eps,
     rope_base,
 )
+from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption, shape_of
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.transformer import Condition
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 GRID = 24
-"""Tokens in an image row of every published size (384 px, patch 16)."""
+"""Tokens in a line of every published size (384 px, patch 16)."""
 
 PREFIX_LEN = 128
 """Longest prompt, in tokens, unless another is asked for."""
@@ -156,26 +156,26 @@ def fold_image_embedding(tensors: Mapping[str, Tensor]) -> Tensor:
     return F.linear(F.gelu(x), tensors["gen_aligner.1.weight"].float(), tensors["gen_aligner.1.bias"].float())
 
 
-def told_grids(given: Given) -> dict[str, int]:
-    """Tokens in an image row by where ``config.json`` tells them.
+def told_grids(facts: ModelFacts) -> dict[str, int]:
+    """Tokens in a line by where ``config.json`` tells them.
 
     Raises:
         ValueError: it tells a number of tokens that is no square, or a size that is no whole number of tokens.
     """
-    vision, told = given.config.section("vision_config"), {}
+    vision, told = facts.config.section("vision_config"), {}
     if tokens := vision.integer("num_image_tokens", 1, MOST_LINES**2):
         if math.isqrt(tokens) ** 2 != tokens:
             raise ValueError(vision.fault("num_image_tokens", "the tokens of a square"))
         told["vision_config.num_image_tokens"] = math.isqrt(tokens)
-    if rows := given.config.section("vq_config").integer("num_patches", 1, MOST_LINES):
+    if rows := facts.config.section("vq_config").integer("num_patches", 1, MOST_LINES):
         told["vq_config.num_patches"] = rows
     for where in (vision, vision.section("params")):
         if side := where.integer("image_size"):
-            if side % given.patch:
+            if side % facts.patch:
                 raise ValueError(
-                    where.fault("image_size", f"a multiple of the {given.patch} pixels of a token")
+                    where.fault("image_size", f"a multiple of the {facts.patch} pixels of a token")
                 )
-            told["vision_config.image_size"] = side // given.patch
+            told["vision_config.image_size"] = side // facts.patch
     return told
 
 
@@ -207,7 +207,9 @@ class Janus(PromptedLlama):
         if guided:
             config = self.config
             kept = (tokens == config.begin_of_sentence) | (tokens == config.begin_of_image)
-            other, other_starts = unless_given(torch.where(kept, tokens, config.padding), starts, negative)
+            other, other_starts = negative_or_usual(
+                torch.where(kept, tokens, config.padding), starts, negative
+            )
             tokens, starts = torch.cat([tokens, other]), torch.cat([starts, other_starts])
         return Condition(self.text_embedding(tokens), starts)
 
@@ -228,40 +230,40 @@ class JanusFamily(Family):
     config_type = JanusConfig
     layouts = (ORIGINAL, TRANSFORMERS)
 
-    def configure(self, given: Given) -> JanusConfig:
-        text = given.config.section("language_config", "text_config")
-        sizes = decoder_sizes(given, given.shape("norm.weight", 1)[0], text, PUBLISHED_HEADS, self.title)
-        vocab_size, _ = given.shape("head.vision_head.weight")
-        text_vocab_size, _ = given.shape("text_embedding.weight")
+    def configure(self, facts: ModelFacts) -> JanusConfig:
+        text = facts.config.section("language_config", "text_config")
+        sizes = decoder_sizes(facts, facts.shape("norm.weight", 1)[0], text, PUBLISHED_HEADS, self.title)
+        vocab_size, _ = facts.shape("head.vision_head.weight")
+        text_vocab_size, _ = facts.shape("text_embedding.weight")
         # What config.json leaves out is as in transformers' LlamaConfig.
         config = JanusConfig(
             **sizes._asdict(),
             vocab_size=vocab_size,
             text_vocab_size=text_vocab_size,
-            prefix_len=PREFIX_LEN if given.prefix_len is None else given.prefix_len,
-            begin_of_sentence=given.token(given.named("bos_token"), BEGIN_OF_SENTENCE),
-            begin_of_image=given.token(given.named("image_start_tag"), BEGIN_OF_IMAGE),
-            padding=given.token(given.named("pad_tag"), PADDING, given.named("pad_token")),
-            grid=self._grid(given),
+            prefix_len=PREFIX_LEN if facts.prefix_len is None else facts.prefix_len,
+            begin_of_sentence=facts.token(facts.named("bos_token"), BEGIN_OF_SENTENCE),
+            begin_of_image=facts.token(facts.named("image_start_tag"), BEGIN_OF_IMAGE),
+            padding=facts.token(facts.named("pad_tag"), PADDING, facts.named("pad_token")),
+            grid=self._grid(facts),
             norm_eps=norm_eps(text, 1e-6),
             rope_base=rope_base(text),
         )
         check_positions(config, text, "give less --prompt-tokens")
         return config
 
-    def _grid(self, given: Given) -> int:
-        """Tokens in an image row: as the files say, else as asked for, else as in every published size.
+    def _grid(self, facts: ModelFacts) -> int:
+        """Tokens in a line: as the files say, else as asked for, else as in every published size.
 
         Raises:
             ValueError: the files contradict each other or what is asked for.
         """
-        told = told_grids(given)
-        if given.grid is not None and (not told or given.grid in told.values()):
-            return given.grid
+        told = told_grids(facts)
+        if facts.grid is not None and (not told or facts.grid in told.values()):
+            return facts.grid
         shown = ", ".join(f"{grid} by {where}" for where, grid in told.items())
-        if given.grid is not None:
+        if facts.grid is not None:
             raise ValueError(
-                f"an image row has {shown} tokens, and --grid {given.grid} is asked for: leave it out"
+                f"an image row has {shown} tokens, and --grid {facts.grid} is asked for: leave it out"
             )
         if len(set(told.values())) > 1:
             raise ValueError(f"an image row has {shown} tokens: say which with --grid")
@@ -273,21 +275,21 @@ class JanusFamily(Family):
     def usual_sampling(self, config: JanusConfig) -> SamplingSettings:
         return SamplingSettings(guidance=5.0)
 
-    def module_tensors(self, config: JanusConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        folded = {"image_embedding.weight": fold_image_embedding(found)}
+    def module_tensors(self, config: JanusConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        folded = {"image_embedding.weight": fold_image_embedding(parameters)}
         return folded | {
             name: tensor
-            for name, tensor in found.items()
+            for name, tensor in parameters.items()
             if not name.startswith(("gen_embed.", "gen_aligner."))
         }
 
-    def prompt_format(self, config: JanusConfig, given: Given) -> PromptFormat:
-        old = given.processing.get("sft_format") == "deepseek_old"
+    def prompt_format(self, config: JanusConfig, facts: ModelFacts) -> PromptFormat:
+        old = facts.processing.get("sft_format") == "deepseek_old"
         user, assistant = ("User", "Assistant") if old else ("<|User|>", "<|Assistant|>")
         if not old:
             # A tokenizer without them would read their names as text.
-            given.token(user)
-            given.token(assistant)
+            facts.token(user)
+            facts.token(assistant)
         template = f"{user}: {{prompt}}\n\n{assistant}:"
         return PromptFormat((config.begin_of_sentence,), template, (config.begin_of_image,))
 

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 from linert.graphs.decay_memory import DecayMemory
 from linert.graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
 from linert.graphs.families.base import Family
-from linert.graphs.families.given import Given, Layout, count_of, shape_of
 from linert.graphs.families.layers import RMSNorm, Rope
 from linert.graphs.families.llama import MOST_ROPE_BASE
+from linert.graphs.families.model_facts import Layout, ModelFacts, count_of, shape_of
 from linert.graphs.families.settings import Settings
 from linert.graphs.memory import Memory
 from linert.graphs.rotary import rotate_interleaved
@@ -292,8 +292,8 @@ class LASADGenFamily(Family):
         ),
     )
 
-    def configure(self, given: Given) -> LASADGenConfig:
-        return infer_config(given.shapes, given.settings)
+    def configure(self, facts: ModelFacts) -> LASADGenConfig:
+        return infer_config(facts.shapes, facts.settings)
 
     def build(self, config: LASADGenConfig) -> LASADGen:
         return LASADGen(config)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linert.graphs.families.base import prompt_inputs
-from linert.graphs.families.given import Given
 from linert.graphs.families.layers import RMSNorm, Rope, products, rope_tables, swiglu
+from linert.graphs.families.model_facts import ModelFacts
 from linert.graphs.families.settings import Settings
 from linert.graphs.rotary import rotate_halves, sequence_table
 from linert.graphs.stage_tensor import StageTensor
@@ -49,7 +49,7 @@ class DecoderSizes(NamedTuple):
 
 
 def decoder_sizes(
-    given: Given, dim: int, settings: Settings, published: Mapping[tuple[int, int], int], title: str
+    facts: ModelFacts, dim: int, settings: Settings, published: Mapping[tuple[int, int], int], title: str
 ) -> DecoderSizes:
     """Sizes of a checkpoint's decoder.
 
@@ -63,13 +63,13 @@ def decoder_sizes(
         KeyError: a tensor that tells a size is missing; the argument is its name.
         ValueError: sizes are not known or contradict each other, or the decoder is of another kind than those built here.
     """
-    layers = given.layers()
+    layers = facts.layers()
     told = settings.integer("num_attention_heads")
-    if told is not None and given.heads not in (None, told):
+    if told is not None and facts.heads not in (None, told):
         raise ValueError(
-            f"{settings.where} tells {told} attention heads, and --heads {given.heads}: leave --heads out"
+            f"{settings.where} tells {told} attention heads, and --heads {facts.heads}: leave --heads out"
         )
-    heads = told if given.heads is None else given.heads
+    heads = told if facts.heads is None else facts.heads
     if heads is None:
         heads = published.get((layers, dim))
     if heads is None:
@@ -79,20 +79,20 @@ def decoder_sizes(
         )
     if heads < 1 or dim % heads:
         raise ValueError(f"{heads} attention heads do not divide a width of {dim}")
-    keys, _ = given.shape("layers.0.self_attn.k_proj.weight")
+    keys, _ = facts.shape("layers.0.self_attn.k_proj.weight")
     kv_heads, uneven = divmod(keys * heads, dim)
     if uneven or heads % max(1, kv_heads):
         raise ValueError(
             f"keys of {keys} numbers are no heads of {dim // heads}: is {heads} the number of attention heads?"
         )
-    for key, found in (("num_key_value_heads", kv_heads), ("head_dim", dim // heads), ("hidden_size", dim)):
-        if settings.integer(key) not in (None, found):
+    for key, size in (("num_key_value_heads", kv_heads), ("head_dim", dim // heads), ("hidden_size", dim)):
+        if settings.integer(key) not in (None, size):
             raise ValueError(
-                settings.fault(key, f"{found}, as the tensors are: the file belongs to another model")
+                settings.fault(key, f"{size}, as the tensors are: the file belongs to another model")
             )
     if settings.text("hidden_act") not in USUAL_ACTIVATIONS:
         raise ValueError(settings.fault("hidden_act", "silu: no other activation is built"))
-    ffn_dim, _ = given.shape("layers.0.mlp.gate_proj.weight")
+    ffn_dim, _ = facts.shape("layers.0.mlp.gate_proj.weight")
     return DecoderSizes(layers, dim, heads, kv_heads, ffn_dim)
 
 
@@ -118,8 +118,8 @@ def rope_base(settings: Settings) -> float:
 
 def norm_eps(settings: Settings, usual: float) -> float:
     """What norms add to the mean square: in a ``config.json``, else the ``usual``."""
-    found = settings.number("rms_norm_eps", 0, 1)
-    return usual if found is None else found
+    eps = settings.number("rms_norm_eps", 0, 1)
+    return usual if eps is None else eps
 
 
 def check_positions(config: FamilyConfig, settings: Settings, remedy: str) -> None:

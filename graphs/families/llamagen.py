@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linert.graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
-from linert.graphs.families.base import Family, unless_given
-from linert.graphs.families.given import Given, Layout, ModelOption, count_of, shape_of
+from linert.graphs.families.base import Family, negative_or_usual
 from linert.graphs.families.layers import RMSNorm, Rope
+from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption, count_of, shape_of
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.rotary import rotate_interleaved
 from linert.graphs.stage_tensor import StageTensor
@@ -75,7 +75,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int
 
     Args:
         shapes: name to shape of the checkpoint's tensors.
-        grid: tokens in an image row; no tensor holds it.
+        grid: tokens in a line; no tensor holds it.
         heads: attention heads, or None to look the published sizes up.
 
     Raises:
@@ -216,30 +216,32 @@ class LlamaGen(AxialTransformer):
         captions = captions.type_as(self.norm.weight)
         if guided:
             learned = self.cls_embedding.uncond_embedding.expand_as(captions)
-            other, other_starts = unless_given(learned, starts, [negative[0].type_as(captions), negative[1]])
+            other, other_starts = negative_or_usual(
+                learned, starts, [negative[0].type_as(captions), negative[1]]
+            )
             captions, starts = torch.cat([captions, other]), torch.cat([starts, other_starts])
         # The projection of nothing is nothing, as it has no biases.
         return Condition(self.cls_embedding.cap_proj(captions), starts)
 
 
-def told_grids(given: Given) -> dict[str, int]:
-    """Tokens in an image row by what of a file tells them: the arguments of its training, or a table of rotary angles."""
+def told_grids(facts: ModelFacts) -> dict[str, int]:
+    """Tokens in a line by what of a file tells them: the arguments of its training, or a table of rotary angles."""
     told = {}
-    side, patch = (given.training.get(key) for key in ("image_size", "downsample_size"))
+    side, patch = (facts.training.get(key) for key in ("image_size", "downsample_size"))
     if isinstance(side, int) and isinstance(patch, int | None) and side > 0:
-        told["training arguments"] = side // (patch or given.patch)
-    if shape := given.buffers.get("freqs_cis"):
-        prefix_len = given.shapes.get("cls_embedding.uncond_embedding", (1,))[0]
+        told["training arguments"] = side // (patch or facts.patch)
+    if shape := facts.buffers.get("freqs_cis"):
+        prefix_len = facts.shapes.get("cls_embedding.uncond_embedding", (1,))[0]
         tokens = shape[0] - prefix_len
         if tokens > 0 and math.isqrt(tokens) ** 2 == tokens:
             told["freqs_cis"] = math.isqrt(tokens)
     return told
 
 
-def buffered_heads(given: Given) -> int | None:
+def buffered_heads(facts: ModelFacts) -> int | None:
     """Attention heads by a table of rotary angles ``[positions, head_dim / 2, 2]``, if a file has one."""
-    shape = given.buffers.get("freqs_cis", ())
-    dim = given.shapes.get("tok_embeddings.weight", ())[-1:]
+    shape = facts.buffers.get("freqs_cis", ())
+    dim = facts.shapes.get("tok_embeddings.weight", ())[-1:]
     if len(shape) < 2 or not dim or not shape[1] or dim[0] % (2 * shape[1]):
         return None
     return dim[0] // (2 * shape[1])
@@ -261,29 +263,29 @@ class LlamaGenFamily(Family):
         ),
     )
 
-    def configure(self, given: Given) -> LlamaGenConfig:
-        grid, told = given.grid, told_grids(given)
+    def configure(self, facts: ModelFacts) -> LlamaGenConfig:
+        grid, told = facts.grid, told_grids(facts)
         if grid is None and len(set(told.values())) > 1:
             shown = ", ".join(f"{tokens} by its {where}" for where, tokens in told.items())
             raise ValueError(f"an image row has {shown}: say how many tokens it has with --grid")
         if grid is None:
             grid = next(iter(told.values()), None)
-        if grid is None and given.side is not None:
-            grid = given.side // given.patch
+        if grid is None and facts.side is not None:
+            grid = facts.side // facts.patch
         if grid is None:
             raise ValueError(
                 "the checkpoint does not hold the size of its image, and the file name has no _256, _384 or _512: give the "
                 "tokens in an image row with --grid (16, 24, 32, ...)"
             )
-        heads = given.heads
-        if heads is None and (turned := buffered_heads(given)):
+        heads = facts.heads
+        if heads is None and (turned := buffered_heads(facts)):
             heads = turned
-        return infer_config(given.shapes, grid=grid, heads=heads)
+        return infer_config(facts.shapes, grid=grid, heads=heads)
 
-    def remarks(self, config: LlamaGenConfig, given: Given) -> list[str]:
-        told = told_grids(given)
-        if given.side is not None:
-            told["name"] = given.side // given.patch
+    def remarks(self, config: LlamaGenConfig, facts: ModelFacts) -> list[str]:
+        told = told_grids(facts)
+        if facts.side is not None:
+            told["name"] = facts.side // facts.patch
         return [
             f"an image row is taken to have {config.grid} tokens, and has {grid} by the checkpoint's {where}"
             for where, grid in told.items()

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linert.graphs.families.base import Family, PromptFormat, raster_faults, unless_given
-from linert.graphs.families.given import Given, Layout, ModelOption
+from linert.graphs.families.base import Family, PromptFormat, negative_or_usual, raster_faults
 from linert.graphs.families.layers import Rope
 from linert.graphs.families.llama import (
     DecoderSizes,
@@ -27,6 +26,7 @@ from linert.graphs.families.llama import (
     norm_eps,
     rope_base,
 )
+from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.transformer import Condition
 from linert.runtime.bundles.sampling_settings import SamplingSettings
@@ -192,7 +192,7 @@ class Lumina(PromptedLlama):
         tokens, starts, *negative = inputs
         if guided:
             short = torch.full_like(starts, self.config.prefix_len - UNCONDITIONAL)
-            other, other_starts = unless_given(tokens, short, negative)
+            other, other_starts = negative_or_usual(tokens, short, negative)
             tokens, starts = torch.cat([tokens, other]), torch.cat([starts, other_starts])
         return Condition(self.text_embedding(tokens), starts)
 
@@ -224,12 +224,12 @@ class LuminaFamily(Family):
         ),
     )
 
-    def configure(self, given: Given) -> LuminaConfig:
-        settings = given.config
-        text_vocab_size, dim = given.shape("embed_tokens.weight")
-        sizes = decoder_sizes(given, dim, settings, PUBLISHED_HEADS, self.title)
-        width, height = self._size(given)
-        images = sorted(number for name, number in given.vocabulary.items() if IMAGE_TOKEN.fullmatch(name))
+    def configure(self, facts: ModelFacts) -> LuminaConfig:
+        settings = facts.config
+        text_vocab_size, dim = facts.shape("embed_tokens.weight")
+        sizes = decoder_sizes(facts, dim, settings, PUBLISHED_HEADS, self.title)
+        width, height = self._size(facts)
+        images = sorted(number for name, number in facts.vocabulary.items() if IMAGE_TOKEN.fullmatch(name))
         if not images or images != list(range(images[0], images[0] + len(images))):
             raise ValueError(
                 "there is no vocabulary map that tells which code an image token stands for: neither under vocabulary_map in "
@@ -240,12 +240,12 @@ class LuminaFamily(Family):
             **sizes._asdict(),
             vocab_size=len(images),
             first_image_token=images[0],
-            newline_id=given.token(NEWLINE),
+            newline_id=facts.token(NEWLINE),
             text_vocab_size=text_vocab_size,
-            prefix_len=PREFIX_LEN if given.prefix_len is None else given.prefix_len,
-            rows=height // given.patch,
-            columns=width // given.patch,
-            swin_norm=self._swin_norm(given, sizes),
+            prefix_len=PREFIX_LEN if facts.prefix_len is None else facts.prefix_len,
+            rows=height // facts.patch,
+            columns=width // facts.patch,
+            swin_norm=self._swin_norm(facts, sizes),
             norm_eps=norm_eps(settings, 1e-5),
             rope_base=rope_base(settings),
         )
@@ -253,8 +253,8 @@ class LuminaFamily(Family):
         return config
 
     @staticmethod
-    def _swin_norm(given: Given, sizes: DecoderSizes) -> bool:
-        told = given.config.flag("swin_norm")
+    def _swin_norm(facts: ModelFacts, sizes: DecoderSizes) -> bool:
+        told = facts.config.flag("swin_norm")
         return (sizes.layers, sizes.dim) in PUBLISHED_SWIN_NORM if told is None else told
 
     def build(self, config: LuminaConfig) -> Lumina:
@@ -263,15 +263,15 @@ class LuminaFamily(Family):
     def usual_sampling(self, config: LuminaConfig) -> SamplingSettings:
         return SamplingSettings(guidance=4.0, top_k=2000)
 
-    def module_tensors(self, config: LuminaConfig, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def module_tensors(self, config: LuminaConfig, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         images = slice(config.first_image_token, config.first_image_token + config.vocab_size)
-        table = found["embed_tokens.weight"]
+        table = parameters["embed_tokens.weight"]
         tensors = {
             "text_embedding.weight": table,
             "image_embedding.weight": torch.cat([table[images], table[config.newline_id][None]]),
-            "head.weight": found["lm_head.weight"][images],
+            "head.weight": parameters["lm_head.weight"][images],
         }
-        for name, tensor in found.items():
+        for name, tensor in parameters.items():
             if ".q_norm." in name or ".k_norm." in name:
                 heads = config.heads if ".q_norm." in name else config.kv_heads
                 if tensor.ndim != 2 or not len(tensor) or heads % len(tensor):
@@ -284,41 +284,41 @@ class LuminaFamily(Family):
                 tensors[name] = tensor
         return tensors
 
-    def prompt_format(self, config: LuminaConfig, given: Given) -> PromptFormat:
-        width, height = (side * given.patch for side in (config.columns, config.rows))
+    def prompt_format(self, config: LuminaConfig, facts: ModelFacts) -> PromptFormat:
+        width, height = (side * facts.patch for side in (config.columns, config.rows))
         return PromptFormat(
-            (given.token(BEGIN_OF_SENTENCE),),
+            (facts.token(BEGIN_OF_SENTENCE),),
             f"Generate an image of {width}x{height} according to the following prompt:\n{{prompt}}",
             (
-                given.token(END_OF_TURN),
-                given.token(BEGIN_OF_IMAGE),
-                given.token(size_token(height // SIZE_UNIT)),
-                given.token(size_token(width // SIZE_UNIT)),
+                facts.token(END_OF_TURN),
+                facts.token(BEGIN_OF_IMAGE),
+                facts.token(size_token(height // SIZE_UNIT)),
+                facts.token(size_token(width // SIZE_UNIT)),
             ),
             stripped=False,
         )
 
-    def code_order(self, given: Given) -> list[int]:
+    def code_order(self, facts: ModelFacts) -> list[int]:
         digits = str.maketrans("ABCDEFGHIJ", "0123456789")
         named = {
             number: int(match[1].translate(digits))
-            for name, number in given.vocabulary.items()
+            for name, number in facts.vocabulary.items()
             if (match := IMAGE_TOKEN.fullmatch(name))
         }
         return [named[number] for number in sorted(named)]
 
     @staticmethod
-    def _size(given: Given) -> tuple[int, int]:
-        if given.side is None and given.size is None:
+    def _size(facts: ModelFacts) -> tuple[int, int]:
+        if facts.side is None and facts.size is None:
             raise ValueError(
                 "the checkpoint does not hold the size of its images, and its name has no 512, 768 or 1024: give it with --size, "
                 "as in 768x768"
             )
-        if given.size is None:
-            return given.side or 0, given.side or 0
-        width, height = given.size
+        if facts.size is None:
+            return facts.side or 0, facts.side or 0
+        width, height = facts.size
         uneven = width % SIZE_UNIT or height % SIZE_UNIT or min(width, height) < SIZE_UNIT
-        side = given.side
+        side = facts.side
         fits = side is None or width * height <= side * side
         if fits and not uneven and max(width, height) <= MOST_ASPECT * min(width, height):
             return width, height

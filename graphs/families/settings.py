@@ -98,10 +98,10 @@ class Settings:
         Raises:
             ValueError: there is something else.
         """
-        found = self.section(key)
-        numbers = {name: found.integer(name, 0, most - 1) for name in found.values} if key in self else {}
+        section = self.section(key)
+        numbers = {name: section.integer(name, 0, most - 1) for name in section.values} if key in self else {}
         if nameless := [name for name, number in numbers.items() if number is None]:
-            raise ValueError(found.fault(nameless[0], f"a whole number from 0 to {most - 1}"))
+            raise ValueError(section.fault(nameless[0], f"a whole number from 0 to {most - 1}"))
         return {name: number for name, number in numbers.items() if number is not None}
 
     def fault(self, key: str, wanted: str) -> str:

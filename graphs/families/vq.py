@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linert.graphs.families.given import DERIVED, count_of, shape_of
+from linert.graphs.families.model_facts import DERIVED, count_of, shape_of
 
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
@@ -93,7 +93,7 @@ def naming(names: Iterable[str]) -> Naming | None:
     else:
         return None
     inner = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
-    levels = {int(found[1]) for name in inner if (found := re.match(r"decoder\.up\.([0-9]{1,4})\.", name))}
+    levels = {int(match[1]) for name in inner if (match := re.match(r"decoder\.up\.([0-9]{1,4})\.", name))}
     # The highest resolution is the one that is not enlarged any more; a single one is Chameleon's where it stands by itself.
     reverse = bool(levels) and "decoder.up.0.upsample.conv.weight" not in inner
     reverse = reverse and (len(levels) > 1 or not prefix)
@@ -107,9 +107,9 @@ def naming(names: Iterable[str]) -> Naming | None:
         mine = name
         for theirs, own in MIDDLE.items():
             mine = mine.replace(theirs, own)
-        if found := re.fullmatch(r"decoder\.up\.([0-9]{1,4})\.(.+)", mine):
-            level = max(levels) - int(found[1]) if reverse else int(found[1])
-            mine = f"decoder.conv_blocks.{level}.{found[2].replace('block.', 'res.')}"
+        if match := re.fullmatch(r"decoder\.up\.([0-9]{1,4})\.(.+)", mine):
+            level = max(levels) - int(match[1]) if reverse else int(match[1])
+            mine = f"decoder.conv_blocks.{level}.{match[2].replace('block.', 'res.')}"
         ours[prefix + name] = mine
     return Naming(ours, tuple(unknown), unit_codes=not reverse)
 

@@ -103,11 +103,11 @@ def pool_along_raster(values: Tensor, line: FinishedLine, pool: Callable[[Tensor
     ``pool`` maps ``[R, 1, P + 1]`` to the same shape. The result ``[R, C]`` is meaningless for empty slots.
     """
     positions = line.positions
-    held = torch.where(line.visible, line.slot_pos, positions).long()
+    index = torch.where(line.visible, line.slot_pos, positions).long()
     laid_out = torch.zeros(values.shape[0], positions + 1).scatter(
-        1, held, torch.where(line.visible, values, 0.0)
+        1, index, torch.where(line.visible, values, 0.0)
     )
-    return pool(laid_out[:, None])[:, 0].gather(1, held)
+    return pool(laid_out[:, None])[:, 0].gather(1, index)
 
 
 def shared_importance(importance: Tensor, line: FinishedLine, params: LineEndParams) -> Tensor:
@@ -159,8 +159,10 @@ def _ascending(values: Tensor, count: int) -> Tensor:
 
 def evict(slot_pos: Tensor, chosen: Tensor, strict: Tensor) -> Tensor:
     """``slot_pos [R, C]`` after the slots ``chosen [R, W]`` were given to the next line."""
-    held = slot_pos.gather(1, chosen)
-    return slot_pos.scatter(1, chosen, torch.where(strict != 0, torch.full_like(held, -1), held))
+    evicted_pos = slot_pos.gather(1, chosen)
+    return slot_pos.scatter(
+        1, chosen, torch.where(strict != 0, torch.full_like(evicted_pos, -1), evicted_pos)
+    )
 
 
 def end_line(

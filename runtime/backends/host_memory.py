@@ -48,15 +48,15 @@ def _allocations() -> set[tuple[int, int]]:
     """Private, writable, anonymous memory of this process in pieces of at least ``LEAST_BYTES``."""
     if sys.platform != "linux" or not MAPS.exists():
         return set()
-    found = set()
+    spans = set()
     # Names of mapped files are any bytes, and may hold what ends a line of text.
     for line in MAPS.read_bytes().rstrip(b"\n").split(b"\n"):
         fields = line.split()
         start, end = (int(part, 16) for part in fields[0].split(b"-"))
         anonymous = len(fields) == 5
         if anonymous and fields[1].startswith(b"rw-p") and end - start >= LEAST_BYTES:
-            found.add((start, end))
-    return found
+            spans.add((start, end))
+    return spans
 
 
 def _madvise(start: int, length: int) -> None:

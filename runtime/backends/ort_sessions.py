@@ -169,15 +169,15 @@ def check_contract(stage: str, bundle: Bundle, session: ort.InferenceSession) ->
 
 def check_tensors(stage: str, spec: StageSpec, session: ort.InferenceSession) -> None:
     """Raise :class:`BundleError` where a session has not the tensors that the manifest declares."""
-    for role, wanted, found in (
+    for role, wanted, nodes in (
         ("input", spec.inputs, session.get_inputs()),
         ("output", spec.outputs, session.get_outputs()),
     ):
-        held = {node.name: tuple(node.shape) for node in found}
+        shapes = {node.name: tuple(node.shape) for node in nodes}
         declared = {tensor.name: tensor.shape for tensor in wanted}
-        if held != declared:
+        if shapes != declared:
             names = sorted(
-                name for name in held.keys() | declared.keys() if held.get(name) != declared.get(name)
+                name for name in shapes.keys() | declared.keys() if shapes.get(name) != declared.get(name)
             )
             raise BundleError(
                 f"stage {stage} has not the {role}s that the manifest declares: {', '.join(names)}"

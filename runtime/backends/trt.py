@@ -222,13 +222,13 @@ class TrtBackend(Backend):
     def _check(self, stage: str, spec: StageSpec, engine: Any) -> None:
         types = {getattr(self.trt, name): name for name in TYPES}
         declared = {tensor.name: (tensor.dtype, tensor.shape) for tensor in (*spec.inputs, *spec.outputs)}
-        held = {
+        engine_tensors = {
             name: (types.get(engine.get_tensor_dtype(name), ""), tuple(engine.get_tensor_shape(name)))
             for name in tensor_names(engine)
         }
-        wrong = {name for name, kind in held.items() if declared.get(name) != kind}
+        wrong = {name for name, kind in engine_tensors.items() if declared.get(name) != kind}
         # An input that a stage does not use may be left out.
-        wrong |= {tensor.name for tensor in spec.outputs} - held.keys()
+        wrong |= {tensor.name for tensor in spec.outputs} - engine_tensors.keys()
         if wrong:
             raise BundleError(
                 f"the plan of {stage} has not the tensors that the manifest declares: {', '.join(sorted(wrong))}; "

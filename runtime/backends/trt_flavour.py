@@ -35,10 +35,10 @@ class Flavour:
 
     def shared_object(self) -> Path | None:
         """The file that ``soname`` should be a name of, None where nothing is missing."""
-        found = importlib.util.find_spec(f"{self.module}_libs")
-        if not self.soname or found is None or not found.submodule_search_locations:
+        package = importlib.util.find_spec(f"{self.module}_libs")
+        if not self.soname or package is None or not package.submodule_search_locations:
             return None
-        for folder in found.submodule_search_locations:
+        for folder in package.submodule_search_locations:
             files = sorted(Path(folder).glob(f"{self.soname}.*"))
             if files and not (Path(folder) / self.soname).exists():
                 return files[-1]

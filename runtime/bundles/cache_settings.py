@@ -168,14 +168,14 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         if most > raster.lines:
             return [f"a budget of {most} lines is above the image's {raster.lines} lines"]
         over = [
-            (layer, budget, held)
-            for layer, (budget, held) in enumerate(zip(self.budget_lines, capacity_lines, strict=True))
-            if budget > held
+            (layer, budget, capacity)
+            for layer, (budget, capacity) in enumerate(zip(self.budget_lines, capacity_lines, strict=True))
+            if budget > capacity
         ]
         if over:
-            layer, budget, held = over[0]
+            layer, budget, capacity = over[0]
             return [
-                f"a budget of {budget} lines is above the {held} that the bundle's buffer has in layer {layer}: "
+                f"a budget of {budget} lines is above the {capacity} that the bundle's buffer has in layer {layer}: "
                 f"export with --capacity-lines {budget}"
             ]
         if not self.evicts:

@@ -79,8 +79,8 @@ class Engines(msgspec.Struct, frozen=True):
 def built_flavours(bundle: Bundle) -> list[str]:
     """The flavours that ``bundle`` has plans for, whether they still belong to it or not."""
     records = sorted((bundle.path / ENGINES_FOLDER).glob(f"*/{RECORD_NAME}"))
-    found = [record.parent.name.partition(".") for record in records]
-    return [flavour for flavour, _, size in found if size == bundle.size]
+    folders = [record.parent.name.partition(".") for record in records]
+    return [flavour for flavour, _, size in folders if size == bundle.size]
 
 
 def engines_folder(bundle: Bundle, flavour: str) -> Path:
@@ -136,7 +136,7 @@ def missing_plugins(bundle: Bundle, engines: Engines) -> list[str]:
     faults = []
     for stage, plan in engines.plans.items():
         data = (engines_folder(bundle, engines.flavour) / plan.file).read_bytes()
-        held, wanted = data.count(CONTENTS.encode()), sum(plan.operations.values())
-        if held < wanted or plan.plugins != plan.operations:
-            faults.append(f"{stage}: {min(held, sum(plan.plugins.values()))} of {wanted}")
+        stored, wanted = data.count(CONTENTS.encode()), sum(plan.operations.values())
+        if stored < wanted or plan.plugins != plan.operations:
+            faults.append(f"{stage}: {min(stored, sum(plan.plugins.values()))} of {wanted}")
     return faults

@@ -21,7 +21,7 @@ CONTRACT_KEY = "linert.contract"
 SLOT = "slot"
 """The axis of a state that counts the slots of a layer."""
 
-HELD_POSITIONS = "slot_pos"
+SLOT_POSITIONS = "slot_pos"
 """Kind of the state that says which position every slot holds, -1 where it is empty."""
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
@@ -281,9 +281,9 @@ class Manifest(Record, frozen=True):
             return
         self.require_cache("cache settings")
         if cache.policy not in self.policies and not replayed:
-            held = ", ".join(self.policies)
+            policies = ", ".join(self.policies)
             raise RequestError(
-                f"the bundle holds no policy {cache.policy}, only {held}: export it with --policy "
+                f"the bundle holds no policy {cache.policy}, only {policies}: export it with --policy "
                 f"{','.join([*self.policies, cache.policy])}"
             )
         if cache.share_guidance and not self.guided:

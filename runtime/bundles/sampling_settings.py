@@ -71,20 +71,20 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     def faults(self, *, guided: bool) -> list[str]:
         """What is wrong with these settings for a bundle with (``guided``) or without unconditional rows."""
-        found = []
+        faults = []
         if not math.isfinite(self.guidance) or self.guidance < 0:
-            found.append(f"guidance {self.guidance} must be a finite number of at least 0")
+            faults.append(f"guidance {self.guidance} must be a finite number of at least 0")
         elif not guided and self.guidance > 1:
-            found.append(
+            faults.append(
                 f"guidance {self.guidance} needs unconditional rows and the bundle was exported without: "
                 "export it with --guidance above 1"
             )
         if not -1 <= self.guidance_interval <= MOST_COUNT:
-            found.append(f"guidance_interval {self.guidance_interval} must be -1 or a step number")
+            faults.append(f"guidance_interval {self.guidance_interval} must be -1 or a step number")
         if not math.isfinite(self.temperature) or self.temperature <= 0:
-            found.append(f"temperature {self.temperature} must be a finite number above 0")
+            faults.append(f"temperature {self.temperature} must be a finite number above 0")
         if not 0 <= self.top_k <= MOST_COUNT:
-            found.append(f"top_k {self.top_k} must be at least 0 and at most {MOST_COUNT}")
+            faults.append(f"top_k {self.top_k} must be at least 0 and at most {MOST_COUNT}")
         if not 0 < self.top_p <= 1:
-            found.append(f"top_p {self.top_p} must be above 0 and at most 1")
-        return found
+            faults.append(f"top_p {self.top_p} must be above 0 and at most 1")
+        return faults

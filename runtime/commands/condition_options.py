@@ -35,19 +35,19 @@ class ConditionRequest:
         Raises:
             RequestError: what the bundle cannot draw, a negative prompt without prompts, or a file that cannot be read.
         """
-        found: list[Condition] = [ClassLabel(number) for number in self.classes or ()]
+        conditions: list[Condition] = [ClassLabel(number) for number in self.classes or ()]
         texts = [*self.prompts, *self._lines()]
         if self.negative_prompt is not None and not texts:
             raise RequestError(
                 "--negative-prompt leads away from something: give --prompt or --prompt-file as well"
             )
-        found += [Prompt(text, self.negative_prompt) for text in texts]
+        conditions += [Prompt(text, self.negative_prompt) for text in texts]
         if self.captions is not None:
             if not isinstance(conditioner, CaptionConditioner):
                 raise RequestError("--captions is for models that see features of captions, and this is none")
-            found += conditioner.read(self.captions)
-        conditioner.check(found)
-        return found
+            conditions += conditioner.read(self.captions)
+        conditioner.check(conditions)
+        return conditions
 
     def _lines(self) -> list[str]:
         """The prompts of the file, one a line; blank lines are none."""
@@ -65,10 +65,10 @@ def parse_classes(ctx: click.Context, parameter: click.Parameter, text: str | No
         return None
     classes: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch("([0-9]+)(?:-([0-9]+))?", part.strip())
-        if found is None:
+        match = re.fullmatch("([0-9]+)(?:-([0-9]+))?", part.strip())
+        if match is None:
             raise click.BadParameter(f"{shortened(text, 60)!r} is no list of classes like 3,7 or 0-9")
-        first, last = found[1], found[2] or found[1]
+        first, last = match[1], match[2] or match[1]
         # Numbers with more digits than the bound are not worth reading.
         if max(len(first), len(last)) > len(str(MOST_IMAGES)) or int(last) - int(first) >= MOST_IMAGES:
             raise click.BadParameter(

@@ -243,9 +243,9 @@ def _print_plans(bundle: Bundle, stage: str | None, console: Console) -> None:
             title_justify="left",
         )
         for name, plan in engines.plans.items():
-            held = plan.plugins
+            plugins = plan.plugins
             how = [
-                f"{held.get(operation, 0)}/{count} {operation}"
+                f"{plugins.get(operation, 0)}/{count} {operation}"
                 for operation, count in plan.operations.items()
             ]
             memory = "not told"

@@ -45,7 +45,7 @@ from linert.runtime.drawing.run_folder import (
     RunRequest,
     run_folder,
 )
-from linert.runtime.drawing.samples import Sample, plan_samples
+from linert.runtime.drawing.samples import Sample, list_samples
 from linert.runtime.drawing.trace import Trace, TraceHeader, per_image, read_trace
 from linert.runtime.errors import RequestError
 from linert.runtime.files.array_files import write_arrays
@@ -101,7 +101,7 @@ def command(
         conditioner.check(sample.condition for sample in samples)
         drawn_by, settings = trace.header.sampling, trace.header.cache
     else:
-        samples = plan_samples(asked_conditions, num_images, seed or 0)
+        samples = list_samples(asked_conditions, num_images, seed or 0)
         drawn_by = sampling.settle(manifest.sampling)
         settings = cache.settle_for(manifest)
     if faults := drawn_by.faults(guided=manifest.guided):

@@ -45,10 +45,10 @@ def _set_defaults(ctx: click.Context, parameter: click.Parameter, path: Path | N
     if not isinstance(values, dict):
         raise RequestError(f"{path}: {name} must be a table: [{name}]")
     known = {
-        option.removeprefix("--"): given
-        for given in ctx.command.params
-        if isinstance(given, click.Option) and not given.is_eager
-        for option in given.opts
+        option.removeprefix("--"): parameter
+        for parameter in ctx.command.params
+        if isinstance(parameter, click.Option) and not parameter.is_eager
+        for option in parameter.opts
         if option.startswith("--")
     }
     if strange := sorted(set(values) - set(known)):

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linert.runtime.bundles.manifest import CaptionInput, ClassInput, PromptInput
+from linert.runtime.drawing.caption_encoder import CaptionEncoder
 from linert.runtime.drawing.samples import Caption, ClassLabel, Condition, Prompt, shortened
-from linert.runtime.drawing.text_encoder import TextEncoder
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import RequestError
 from linert.runtime.files.text_files import is_lfs_pointer, lfs_remedy
@@ -147,25 +147,25 @@ class PromptConditioner(Conditioner):
         spec = self.spec
         text = prompt.strip() if spec.stripped else prompt
         names = self._tokenizer.special.values()
-        if held := max((name for name in names if name in text), key=len, default=None):
+        if special := max((name for name in names if name in text), key=len, default=None):
             raise RequestError(
-                f"the prompt {shortened(text)!r} contains {held!r}, which the tokenizer takes for a special token: leave it out"
+                f"the prompt {shortened(text)!r} contains {special!r}, which the tokenizer takes for a special token: leave it out"
             )
-        found = self._encoded(text)
+        ids = self._encoded(text)
         # Letters that the tokenizer takes for others may spell one as well.
-        if len(self._tokenizer.specials_among(found)) != self._template_specials:
+        if len(self._tokenizer.specials_among(ids)) != self._template_specials:
             raise RequestError(
                 f"the tokenizer takes a part of the prompt {shortened(text)!r} for a special token: leave it out"
             )
         if self.vocabulary is not None:
-            check_embedded(found, self.vocabulary, self._tokenizer, text)
+            check_embedded(ids, self.vocabulary, self._tokenizer, text)
         capacity = self.prefix_len
-        if len(found) > capacity:
+        if len(ids) > capacity:
             raise RequestError(
-                f"the prompt {shortened(text)!r} has {len(found)} tokens, {len(spec.first) + len(spec.last)} of them special, and the "
-                f"bundle's prefix has room for {capacity}: shorten it, or export with --prompt-tokens {len(found)} or more"
+                f"the prompt {shortened(text)!r} has {len(ids)} tokens, {len(spec.first) + len(spec.last)} of them special, and the "
+                f"bundle's prefix has room for {capacity}: shorten it, or export with --prompt-tokens {len(ids)} or more"
             )
-        return found
+        return ids
 
     def check(self, conditions: Iterable[Condition]) -> None:
         for prompt in set(self._prompts(list(conditions))):
@@ -184,10 +184,10 @@ class PromptConditioner(Conditioner):
 
     def inputs(self, conditions: Sequence[Condition]) -> Inputs:
         prompts = self._prompts(conditions)
-        found = self._padded("prompt", [prompt.text for prompt in prompts])
+        arrays = self._padded("prompt", [prompt.text for prompt in prompts])
         if self.guided:
-            found |= self._padded("negative", [prompt.negative for prompt in prompts])
-        return found
+            arrays |= self._padded("negative", [prompt.negative for prompt in prompts])
+        return arrays
 
     def _padded(self, kind: str, texts: Sequence[str | None]) -> Inputs:
         """Tokens ``[I, T]``, padded on the left, and the padding ``[I]``: -1 for a text that is None."""
@@ -197,9 +197,9 @@ class PromptConditioner(Conditioner):
         starts = np.full(len(texts), -1, np.int64)
         for row, text in enumerate(texts):
             if text is not None:
-                found = self.tokens(text)
-                starts[row] = capacity - len(found)
-                tokens[row, starts[row] :] = found
+                ids = self.tokens(text)
+                starts[row] = capacity - len(ids)
+                tokens[row, starts[row] :] = ids
         return {f"{kind}_tokens": tokens, f"{kind}_starts": starts}
 
     def usual(self) -> list[Condition]:
@@ -236,7 +236,7 @@ class CaptionConditioner(Conditioner):
     """
 
     def __init__(
-        self, spec: CaptionInput, prefix_len: int, encoder: TextEncoder | None, *, guided: bool
+        self, spec: CaptionInput, prefix_len: int, encoder: CaptionEncoder | None, *, guided: bool
     ) -> None:
         super().__init__(prefix_len, guided=guided)
         self.spec, self.encoder = spec, encoder
@@ -260,15 +260,15 @@ class CaptionConditioner(Conditioner):
             )
         # What is too large for float32 becomes infinite, which is looked for.
         with np.errstate(all="ignore"):
-            [held] = np.nonzero(features.any(axis=1))
-            if not len(held):
+            [nonzero] = np.nonzero(features.any(axis=1))
+            if not len(nonzero):
                 raise RequestError(f"{name}: features that are nothing but zeros")
-            length = int(held[-1] + 1 - held[0])
+            length = int(nonzero[-1] + 1 - nonzero[0])
             if length > capacity:
                 raise RequestError(
                     f"{name}: features of {length} tokens; the bundle's prefix has room for {capacity}"
                 )
-            kept = np.ascontiguousarray(features[held[0] : held[-1] + 1], np.float32)
+            kept = np.ascontiguousarray(features[nonzero[0] : nonzero[-1] + 1], np.float32)
         if not np.isfinite(kept).all():
             raise RequestError(f"{name}: features that are not finite, or not in float32")
         digest = hashlib.sha256(kept.tobytes()).hexdigest()
@@ -312,12 +312,12 @@ class CaptionConditioner(Conditioner):
     def inputs(self, conditions: Sequence[Condition]) -> Inputs:
         listed = list(conditions)
         self.check(listed)
-        found = self._padded("caption", [self._of(condition) for condition in listed])
+        arrays = self._padded("caption", [self._of(condition) for condition in listed])
         if self.guided:
             negative = [label.negative if isinstance(label, Prompt) else None for label in listed]
             rows = [None if text is None else self._encode(text) for text in negative]
-            found |= self._padded("negative", rows)
-        return found
+            arrays |= self._padded("negative", rows)
+        return arrays
 
     def _of(self, condition: Condition) -> NDArray[np.float32]:
         if isinstance(condition, Caption):
@@ -409,7 +409,7 @@ def conditioner_of(
         return PromptConditioner(spec, prefix_len, open_tokenizer, vocabulary, guided=guided)
     encoder = None
     if spec.encoder is not None and open_stage is not None:
-        encoder = TextEncoder(open_stage, open_tokenizer, prefix_len)
+        encoder = CaptionEncoder(open_stage, open_tokenizer, prefix_len)
     return CaptionConditioner(spec, prefix_len, encoder, guided=guided)
 
 

@@ -14,7 +14,7 @@ import PIL.ImageOps
 from numpy.typing import NDArray
 
 from linert.runtime.backends.base import Backend
-from linert.runtime.bundles.manifest import HELD_POSITIONS, Manifest
+from linert.runtime.bundles.manifest import SLOT_POSITIONS, Manifest
 
 Shares = NDArray[np.float32]
 
@@ -38,9 +38,9 @@ class Residency:
 
     def __call__(self, backend: Backend, line: int) -> None:
         """Look at what slots hold after the end of ``line``."""
-        held = [backend.read(spec.name) for spec in self.manifest.states_of(HELD_POSITIONS)]
+        slot_pos = [backend.read(spec.name) for spec in self.manifest.states_of(SLOT_POSITIONS)]
         self.lines.append(
-            np.stack([self._shares(cast("NDArray[np.int32]", slots)) for slots in held], axis=1)
+            np.stack([self._shares(cast("NDArray[np.int32]", slots)) for slots in slot_pos], axis=1)
         )
 
     def _shares(self, slot_pos: NDArray[np.int32]) -> Shares:

@@ -22,7 +22,7 @@ from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner, conditions_of
 from linert.runtime.drawing.loop import Batch, generate, uniform_row
-from linert.runtime.drawing.samples import Condition, Sample, plan_samples
+from linert.runtime.drawing.samples import Condition, Sample, list_samples
 from linert.runtime.drawing.trace import Trace
 from linert.runtime.errors import BundleError, RequestError
 
@@ -133,7 +133,7 @@ class Generator(Closing):
         sampling: SamplingSettings | None = None,
         cache: CacheSettings | None = None,
     ) -> list[Image]:
-        """Draw images; see :func:`linert.runtime.drawing.samples.plan_samples` for the order of conditions and seeds.
+        """Draw images; see :func:`linert.runtime.drawing.samples.list_samples` for the order of conditions and seeds.
 
         Args:
             conditions: classes (numbers), prompts (texts), or conditions of :mod:`linert.runtime.drawing.samples`.
@@ -143,7 +143,7 @@ class Generator(Closing):
         Raises:
             RequestError: the request does not fit the bundle.
         """
-        samples = plan_samples(conditions_of(conditions), num_images, seed)
+        samples = list_samples(conditions_of(conditions), num_images, seed)
         images = []
         for group in self.batches(samples):
             tokens = self.draw(group, sampling, cache)

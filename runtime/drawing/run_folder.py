@@ -84,17 +84,17 @@ def check_run_folder(path: Path, *, resume: bool, force: bool) -> None:
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} is a file, not a folder; give another --out")
     try:
-        found = visible(path) if path.exists() else None
+        names = visible(path) if path.exists() else None
     except OSError as error:
         raise output_error(path, error) from error
     if resume:
-        if found is None:
+        if names is None:
             raise OutputError(f"{path} holds no run to resume: there is no such folder")
-        if found and RUN_NAME not in found:
+        if names and RUN_NAME not in names:
             raise OutputError(f"{path} holds no run to resume: there is no {RUN_NAME}")
-    elif found and RUN_NAME not in found:
+    elif names and RUN_NAME not in names:
         raise OutputError(f"{path} exists and is not the folder of a run; give another --out")
-    elif found and not force:
+    elif names and not force:
         raise OutputError(
             f"{path} exists; give another --out, --resume to continue the run in it, or --force to begin anew in its place"
         )

@@ -99,10 +99,10 @@ def shortened(text: str, letters: int = 24) -> str:
     return line if len(line) <= letters else f"{line[: letters - 1]}…"
 
 
-def plan_samples(conditions: Sequence[Condition], num_images: int | None, seed: int) -> list[Sample]:
+def list_samples(conditions: Sequence[Condition], num_images: int | None, seed: int) -> list[Sample]:
     """Assign a condition and a seed to every image.
 
-    Conditions take turns until ``num_images`` are planned (default: one each). The k-th image of a condition, from 0, has seed
+    Conditions take turns until ``num_images`` are listed (default: one each). The k-th image of a condition, from 0, has seed
     ``seed + k``: the same request with more images begins with the same ones.
 
     Raises:

@@ -72,8 +72,8 @@ class TextTokenizer:
 
     def specials_among(self, ids: Iterable[int]) -> list[str]:
         """Names of the special tokens among ``ids``, in order. What stands for text that there is no other token for is none."""
-        found = [number for number in ids if number in self.special]
-        return [self.special[number] for number in found if number != self._unknown] if found else []
+        specials = [number for number in ids if number in self.special]
+        return [self.special[number] for number in specials if number != self._unknown] if specials else []
 
     @cached_property
     def _unknown(self) -> int | None:

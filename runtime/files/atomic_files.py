@@ -17,8 +17,8 @@ from typing import BinaryIO
 
 from linert.runtime.errors import OutputError
 from linert.runtime.files.locks import (
-    Held,
     Leftover,
+    LockOwner,
     is_at,
     leftovers,
     lock_descriptor,
@@ -131,8 +131,8 @@ def check_writable(out: Path, folder: Path) -> None:
 def remove_unfinished(left: Leftover) -> None:
     """Remove an unfinished file whose owner is dead, if it is."""
     with contextlib.suppress(OSError), left.path.open("r+b") as file:
-        held = lock_descriptor(file.fileno())
-        if held is not Held.ANOTHERS and left.abandoned(sure=held is Held.OURS):
+        owner = lock_descriptor(file.fileno())
+        if owner is not LockOwner.ANOTHERS and left.abandoned(sure=owner is LockOwner.OURS):
             left.path.unlink(missing_ok=True)
 
 

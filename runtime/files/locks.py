@@ -43,7 +43,7 @@ _TAKEN = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)
 _NAME = re.compile(r"\.(?P<stem>.+)\.(?P<token>[0-9a-f]{16})\.(?P<state>partial|replaced)", re.DOTALL)
 
 
-class Held(Enum):
+class LockOwner(Enum):
     """Whose a lock is; UNKNOWN where the file system has no locks."""
 
     OURS = "ours"
@@ -51,7 +51,7 @@ class Held(Enum):
     UNKNOWN = "unknown"
 
 
-def lock_descriptor(descriptor: int) -> Held:
+def lock_descriptor(descriptor: int) -> LockOwner:
     """Lock an open file if nobody else has, without waiting; closing it unlocks it."""
     try:
         if sys.platform == "win32":
@@ -60,11 +60,11 @@ def lock_descriptor(descriptor: int) -> Held:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            return Held.UNKNOWN
+            return LockOwner.UNKNOWN
         if error.errno in _TAKEN:
-            return Held.ANOTHERS
+            return LockOwner.ANOTHERS
         raise
-    return Held.OURS
+    return LockOwner.OURS
 
 
 def is_at(descriptor: int, path: Path) -> bool:
@@ -92,13 +92,13 @@ class Lock:
         """
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-            held = lock_descriptor(descriptor)
-            if held is Held.ANOTHERS:
+            owner = lock_descriptor(descriptor)
+            if owner is LockOwner.ANOTHERS:
                 os.close(descriptor)
                 return None
             # Its last owner may have taken the file away between the two calls.
             if is_at(descriptor, path):
-                return Lock(path, descriptor, held is Held.OURS)
+                return Lock(path, descriptor, owner is LockOwner.OURS)
             os.close(descriptor)
 
     def release(self) -> None:
@@ -153,9 +153,9 @@ def leftovers(folder: Path, name: str | None = None) -> Iterator[Leftover]:
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
-        found = _NAME.fullmatch(entry)
-        if found and (name is None or found["stem"] == _stem(name)):
-            yield Leftover(folder / entry, found["token"], found["state"])
+        match = _NAME.fullmatch(entry)
+        if match and (name is None or match["stem"] == _stem(name)):
+            yield Leftover(folder / entry, match["token"], match["state"])
 
 
 def is_hidden_name(name: str) -> bool:

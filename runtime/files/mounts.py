@@ -53,9 +53,9 @@ def _mounts() -> list[tuple[Path, str]]:
         lines = MOUNTS.read_bytes().splitlines()
     except OSError:
         return []
-    found = []
+    mounts = []
     for line in lines:
         place, _, what = line.partition(b" - ")
         point = re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), place.split()[4])
-        found.append((Path(os.fsdecode(point)), what.split()[0].decode()))
-    return found
+        mounts.append((Path(os.fsdecode(point)), what.split()[0].decode()))
+    return mounts

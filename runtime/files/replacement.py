@@ -29,8 +29,8 @@ from linert.runtime.files.atomic_files import (
     sync_tree,
 )
 from linert.runtime.files.locks import (
-    Held,
     Lock,
+    LockOwner,
     is_at,
     is_hidden_name,
     leftovers,
@@ -85,13 +85,13 @@ def claim_folder(out: Path, kind: FolderKind, *, force: bool) -> Iterator[None]:
     """
     made: list[Path] = []
     try:
-        with contextlib.ExitStack() as held:
+        with contextlib.ExitStack() as claims:
             try:
                 target = _target_of(out)
                 _check_replaceable(out, target, kind, force=force)
                 made += _make_parents(target)
                 check_writable(out, target.parent)
-                held.enter_context(_claimed(out, target))
+                claims.enter_context(_claimed(out, target))
                 _check_replaceable(out, target, kind, force=force)
             except OSError as error:
                 raise output_error(out, error) from error
@@ -173,15 +173,15 @@ def scratch_folder() -> Iterator[Path]:
         return
     wanted = Path(tempfile.gettempdir()) / SCRATCH
     for left in leftovers(wanted.parent, wanted.name):
-        with _locked_folder(left.path) as held:
-            if held is Held.OURS:
+        with _locked_folder(left.path) as owner:
+            if owner is LockOwner.OURS:
                 shutil.rmtree(left.path, ignore_errors=True)
     while True:
         folder = partial_path(wanted, new_token())
         try:
             folder.mkdir(mode=0o700)
-            with _locked_folder(folder) as held:
-                if held is not Held.ANOTHERS:
+            with _locked_folder(folder) as owner:
+                if owner is not LockOwner.ANOTHERS:
                     yield folder
                     return
         finally:
@@ -350,17 +350,17 @@ def _replace_in_two_steps(partial: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked_folder(path: Path) -> Iterator[Held]:
+def _locked_folder(path: Path) -> Iterator[LockOwner]:
     """Lock a folder itself; another's where it is not this user's, or is gone."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
     except OSError:
-        yield Held.ANOTHERS
+        yield LockOwner.ANOTHERS
         return
     try:
         mine = os.fstat(descriptor).st_uid == os.geteuid()
-        held = lock_descriptor(descriptor) if mine else Held.ANOTHERS
-        yield held if is_at(descriptor, path) else Held.ANOTHERS
+        owner = lock_descriptor(descriptor) if mine else LockOwner.ANOTHERS
+        yield owner if is_at(descriptor, path) else LockOwner.ANOTHERS
     finally:
         os.close(descriptor)
 

@@ -30,11 +30,11 @@ def source_digest(place: str) -> str:
         for parts, folder in _imports(here, home):
             # Installed packages lie beside each other and are told by their versions.
             near = folder != home or parts[0] == package or not _is_installed(home)
-            found = list(_files(folder, parts)) if near else []
-            if not found and folder == home:
+            modules = list(_files(folder, parts)) if near else []
+            if not modules and folder == home:
                 elsewhere.add(parts[0])
-            waiting += [file for file in found if file not in files]
-            files.update(found)
+            waiting += [file for file in modules if file not in files]
+            files.update(modules)
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{Path(os.path.relpath(file, home)).as_posix()}\0".encode(errors="surrogateescape"))

@@ -19,12 +19,12 @@ from linert.runtime.backends.base import Backend
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
-from linert.runtime.bundles.manifest import HELD_POSITIONS, Manifest, Work
+from linert.runtime.bundles.manifest import SLOT_POSITIONS, Manifest, Work
 from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import Generator, Pixels, make_batch, picture
 from linert.runtime.drawing.loop import Batch, begin, run_step
 from linert.runtime.drawing.output import write_png
-from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.drawing.samples import list_samples
 from linert.runtime.files.replacement import scratch_folder
 from linert.runtime.machine import ReadBandwidth, peak_macs, resident_bytes
 
@@ -120,7 +120,7 @@ class Measured:
         manifest = bundle.manifest
         self.generator = Generator(bundle, options)
         conditioner = self.generator.conditioner
-        self.samples = plan_samples(conditioner.usual(), manifest.images, seed=0)
+        self.samples = list_samples(conditioner.usual(), manifest.images, seed=0)
         self.batch = make_batch(
             manifest, conditioner, self.samples, manifest.sampling, cache or manifest.cache
         )
@@ -210,7 +210,7 @@ class Measured:
 
 def fill_slots(backend: Backend) -> None:
     """Let every slot of the line buffer hold a position, so that attention reads all of it."""
-    for spec in backend.bundle.manifest.states_of(HELD_POSITIONS):
+    for spec in backend.bundle.manifest.states_of(SLOT_POSITIONS):
         shape = backend.specs[spec.name].shape
         backend.write(spec.name, np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape))
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from linert.runtime.plugins.contracts import HELD_TYPES, Contract
+from linert.runtime.plugins.contracts import FLOAT_TYPES, Contract
 from linert.runtime.plugins.kernels import DeviceKernels
 
 ALIGNED = 256
@@ -23,8 +23,8 @@ def power_of_two(number: int) -> int:
 
 
 def dtype_faults(dtype: str) -> list[str]:
-    """What is wrong with tensors of a type that is no :data:`~linert.runtime.plugins.contracts.HELD_TYPES`."""
-    return [] if dtype in HELD_TYPES else [f"caches of {dtype}; can be {', '.join(HELD_TYPES)}"]
+    """What is wrong with tensors of a type that is no :data:`~linert.runtime.plugins.contracts.FLOAT_TYPES`."""
+    return [] if dtype in FLOAT_TYPES else [f"caches of {dtype}; can be {', '.join(FLOAT_TYPES)}"]
 
 
 def refuse(operation: str, faults: Sequence[str]) -> None:
@@ -67,12 +67,12 @@ class Operation(ABC):
     @property
     @abstractmethod
     def input_types(self) -> tuple[str, ...]:
-        """Type of each input, or :data:`~linert.runtime.plugins.contracts.HELD`."""
+        """Type of each input, or :data:`~linert.runtime.plugins.contracts.FLOAT_TYPE`."""
 
     @property
     @abstractmethod
     def output_types(self) -> tuple[str, ...]:
-        """Type of each output, or :data:`~linert.runtime.plugins.contracts.HELD`."""
+        """Type of each output, or :data:`~linert.runtime.plugins.contracts.FLOAT_TYPE`."""
 
     @abstractmethod
     def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -14,10 +14,10 @@ from typing import NamedTuple
 DOMAIN = "linert"
 VERSION = 1
 
-HELD = "T"
-"""Type of the tensors that have the type of the first input: one of :data:`HELD_TYPES`."""
+FLOAT_TYPE = "T"
+"""Type of the tensors that have the type of the first input: one of :data:`FLOAT_TYPES`."""
 
-HELD_TYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FLOAT_TYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of a number of each."""
 
 
@@ -74,11 +74,11 @@ class Contract:
 LINE_ATTENTION = Contract(
     name="LineAttention",
     inputs={
-        "q": Operand(HELD, "R 1 G D", "queries, rotated and already multiplied by the softmax scale"),
-        "k": Operand(HELD, "R 1 1 D", "rotated key of the new token"),
-        "v": Operand(HELD, "R 1 1 D", "value of the new token"),
-        "k_cache": Operand(HELD, "R 1 C D", "keys of the line buffer"),
-        "v_cache": Operand(HELD, "R 1 C D", "values of the line buffer"),
+        "q": Operand(FLOAT_TYPE, "R 1 G D", "queries, rotated and already multiplied by the softmax scale"),
+        "k": Operand(FLOAT_TYPE, "R 1 1 D", "rotated key of the new token"),
+        "v": Operand(FLOAT_TYPE, "R 1 1 D", "value of the new token"),
+        "k_cache": Operand(FLOAT_TYPE, "R 1 C D", "keys of the line buffer"),
+        "v_cache": Operand(FLOAT_TYPE, "R 1 C D", "values of the line buffer"),
         "scores": Operand(
             "float32", "R C", "attention that the token in each slot received: its sum, or its largest value"
         ),
@@ -102,11 +102,11 @@ LINE_ATTENTION = Contract(
 SPATIAL_DECAY_STEP = Contract(
     name="SpatialDecayStep",
     inputs={
-        "q": Operand(HELD, "R 1 1 D", "queries"),
-        "k": Operand(HELD, "R 1 1 D", "key of the new token"),
-        "v": Operand(HELD, "R 1 1 E", "value of the new token"),
-        "k_line": Operand(HELD, "R 1 C D", "keys of the prefix and of the line in progress"),
-        "v_line": Operand(HELD, "R 1 C E", "values of the same"),
+        "q": Operand(FLOAT_TYPE, "R 1 1 D", "queries"),
+        "k": Operand(FLOAT_TYPE, "R 1 1 D", "key of the new token"),
+        "v": Operand(FLOAT_TYPE, "R 1 1 E", "value of the new token"),
+        "k_line": Operand(FLOAT_TYPE, "R 1 C D", "keys of the prefix and of the line in progress"),
+        "v_line": Operand(FLOAT_TYPE, "R 1 C E", "values of the same"),
         "above": Operand("float32", "R M D E", "what the lines above have left for every column"),
         "write_slot": Operand("int64", "R", "the slot of the new token"),
         "matrix": Operand("int64", "R", "which of the M matrices it reads"),

@@ -21,7 +21,7 @@ from linert.runtime.plugins.base import (
     power_of_two,
     refuse,
 )
-from linert.runtime.plugins.contracts import HELD_TYPES, LINE_ATTENTION, Contract
+from linert.runtime.plugins.contracts import FLOAT_TYPES, LINE_ATTENTION, Contract
 from linert.runtime.plugins.kernels import DeviceKernels
 from linert.runtime.plugins.tuning import tuning_of
 
@@ -229,7 +229,7 @@ def _shape_faults(rows: int, group: int, slots: int, head_dim: int, dtype: str) 
 def _vector(group: int, head_dim: int, dtype: str) -> int:
     """Numbers of a key that a thread reads at once: a divisor of the head size."""
     fewer = max(LEAST_VECTOR, HEADS_OF_THREAD // power_of_two(group))
-    return min(VECTOR_BYTES // HELD_TYPES[dtype], fewer, head_dim & -head_dim)
+    return min(VECTOR_BYTES // FLOAT_TYPES[dtype], fewer, head_dim & -head_dim)
 
 
 def _least_warps(group: int, head_dim: int, dtype: str) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from linert.runtime.plugins import CONTENTS, NAMESPACE, OPERATIONS, VERSION
 from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
-from linert.runtime.plugins.contracts import HELD, HELD_TYPES
+from linert.runtime.plugins.contracts import FLOAT_TYPE, FLOAT_TYPES
 from linert.runtime.plugins.kernels import DeviceKernels, KernelSet, LoadedKernel, checked, current_capability
 
 Compile = Callable[[Operation, Launch], KernelSet]
@@ -85,7 +85,7 @@ def make_creator(
 ) -> Any:
     """A plugin creator for one operation; see :func:`register`."""
     contexts = Contexts()
-    types = {name: getattr(trt, name) for name in (*HELD_TYPES, "int32", "int64", "bool")}
+    types = {name: getattr(trt, name) for name in (*FLOAT_TYPES, "int32", "int64", "bool")}
     names = {kind: name for name, kind in types.items()}
     attributes = [field.name for field in fields(kind)]  # type: ignore[arg-type]
 
@@ -113,7 +113,9 @@ def make_creator(
             return copy
 
         def get_output_data_types(self, input_types: Sequence[Any]) -> list[Any]:
-            return [input_types[0] if name == HELD else types[name] for name in self.operation.output_types]
+            return [
+                input_types[0] if name == FLOAT_TYPE else types[name] for name in self.operation.output_types
+            ]
 
         def get_output_shapes(
             self, inputs: Sequence[Any], shape_inputs: Sequence[Any], builder: Any
@@ -132,14 +134,14 @@ def make_creator(
             if described.format != trt.TensorFormat.LINEAR:
                 return False
             wanted = (*self.operation.input_types, *self.operation.output_types)[pos]
-            if wanted == HELD:
-                return names.get(described.type) in HELD_TYPES and described.type == in_out[0].desc.type
+            if wanted == FLOAT_TYPE:
+                return names.get(described.type) in FLOAT_TYPES and described.type == in_out[0].desc.type
             return bool(described.type == types[wanted])
 
         def configure_plugin(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
             if compile_kernels is None:
                 raise RuntimeError(f"a plan with {kind.name} can only be built by linert build")
-            kinds = [TensorKind(names[held.desc.type], tuple(held.desc.dims)) for held in inputs]
+            kinds = [TensorKind(names[tensor.desc.type], tuple(tensor.desc.dims)) for tensor in inputs]
             self.launch = self.operation.launch(kinds, capabilities)
             self.kernels = compile_kernels(self.operation, self.launch)
 
@@ -164,8 +166,8 @@ def make_creator(
             if self.launch is None or self.kernels is None:
                 return b""
             launch = msgspec.to_builtins(self.launch)
-            held = Contents(asdict(self.operation), launch, self.kernels)  # type: ignore[call-overload]
-            return zlib.compress(msgspec.msgpack.encode(held))
+            contents = Contents(asdict(self.operation), launch, self.kernels)  # type: ignore[call-overload]
+            return zlib.compress(msgspec.msgpack.encode(contents))
 
         def attach_to_context(self, context: Any) -> Any:
             copy = self.clone()
@@ -203,13 +205,13 @@ def make_creator(
             stored = trt.PluginField(CONTENTS, np.array([], np.int8), trt.PluginFieldType.INT8)
             self.field_names = trt.PluginFieldCollection([*numbers, stored])
 
-        def create_plugin(self, name: str, given: Any, phase: Any) -> Any:
-            found = {field.name: field.data for field in given}
-            stored = bytes(found.pop(CONTENTS, b""))
+        def create_plugin(self, name: str, plugin_fields: Any, phase: Any) -> Any:
+            data = {field.name: field.data for field in plugin_fields}
+            stored = bytes(data.pop(CONTENTS, b""))
             if not stored:
-                return Plugin(kind(**{name: int(found[name][0]) for name in attributes}))
-            held = msgspec.msgpack.decode(zlib.decompress(stored), type=Contents)
-            launch = msgspec.convert(held.launch, kind.launch_type)
-            return Plugin(kind(**held.attributes), launch, held.kernels)
+                return Plugin(kind(**{name: int(data[name][0]) for name in attributes}))
+            contents = msgspec.msgpack.decode(zlib.decompress(stored), type=Contents)
+            launch = msgspec.convert(contents.launch, kind.launch_type)
+            return Plugin(kind(**contents.attributes), launch, contents.kernels)
 
     return Creator()

@@ -14,7 +14,7 @@ import msgspec
 from linert.runtime.errors import ExportError
 from linert.runtime.files.atomic_files import atomic_file
 from linert.runtime.files.records import RecordError, read_record
-from linert.runtime.plugins.contracts import HELD_TYPES
+from linert.runtime.plugins.contracts import FLOAT_TYPES
 
 FILE = Path(__file__).with_name("tuning.json")
 
@@ -52,7 +52,7 @@ def read_tunings(path: Path = FILE) -> tuple[Tuning, ...]:
         ) from error
 
 
-def write_tunings(found: Iterable[Tuning], path: Path = FILE) -> None:
+def write_tunings(tunings: Iterable[Tuning], path: Path = FILE) -> None:
     """Put what was measured into the file, over what it says of the same GPUs, head sizes and types.
 
     Raises:
@@ -60,7 +60,7 @@ def write_tunings(found: Iterable[Tuning], path: Path = FILE) -> None:
         OutputError: the file cannot be written; what is there is left.
     """
     known = read_tunings(path) if path.exists() else ()
-    entries = {(entry.capability, entry.head_pad, entry.dtype): entry for entry in (*known, *found)}
+    entries = {(entry.capability, entry.head_pad, entry.dtype): entry for entry in (*known, *tunings)}
     data = msgspec.json.format(msgspec.json.encode(sorted(entries.values())), indent=1)
     with atomic_file(path) as file:
         file.write(data + b"\n")
@@ -80,4 +80,4 @@ def tuning_of(capabilities: Sequence[int], head_pad: int, dtype: str, path: Path
         for entry in read_tunings(path)
         if entry.capability in capabilities and (entry.head_pad, entry.dtype) == (head_pad, dtype)
     ]
-    return max(known, default=Tuning(0, head_pad, dtype, 1, WARP * BYTES_OF_THREAD // HELD_TYPES[dtype]))
+    return max(known, default=Tuning(0, head_pad, dtype, 1, WARP * BYTES_OF_THREAD // FLOAT_TYPES[dtype]))

@@ -75,14 +75,14 @@ def mutate_bytes(data: bytes, rng: random.Random) -> Mutated:
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The paths of everything in a JSON value."""
-    found = [path]
+    paths = [path]
     if isinstance(value, dict):
         for key in value:
-            found += places(value[key], (*path, key))
+            paths += places(value[key], (*path, key))
     elif isinstance(value, list):
         for number in range(len(value)):
-            found += places(value[number], (*path, number))
-    return found
+            paths += places(value[number], (*path, number))
+    return paths
 
 
 def mutate_json(value: Any, rng: random.Random) -> tuple[Any, tuple[Any, ...], str]:
@@ -94,14 +94,14 @@ def mutate_json(value: Any, rng: random.Random) -> tuple[Any, tuple[Any, ...], s
     parent = copy
     for part in path[:-1]:
         parent = parent[part]
-    last, held = path[-1], parent[path[-1]]
+    last, old = path[-1], parent[path[-1]]
     kind = rng.choice(("nasty", "nasty", "nasty", "delete", "nudge", "swap", "rename", "copy", "type"))
     if kind == "delete":
         del parent[last]
-    elif kind == "nudge" and isinstance(held, int | float):
-        parent[last] = held + rng.choice((1, -1, 2, -2, 16, 1000, 10**6))
-    elif kind == "nudge" and isinstance(held, str) and held:
-        parent[last] = held[:-1] + chr((ord(held[-1]) + 1) % 127)
+    elif kind == "nudge" and isinstance(old, int | float):
+        parent[last] = old + rng.choice((1, -1, 2, -2, 16, 1000, 10**6))
+    elif kind == "nudge" and isinstance(old, str) and old:
+        parent[last] = old[:-1] + chr((ord(old[-1]) + 1) % 127)
     elif kind == "swap":
         other = rng.choice(places(copy)[1:])
         source = copy
@@ -112,9 +112,9 @@ def mutate_json(value: Any, rng: random.Random) -> tuple[Any, tuple[Any, ...], s
     elif kind == "rename" and isinstance(parent, dict):
         parent[f"{last}x"] = parent.pop(last)
     elif kind == "copy" and isinstance(parent, list):
-        parent.append(json.loads(json.dumps(held)))
+        parent.append(json.loads(json.dumps(old)))
     elif kind == "type":
-        parent[last] = rng.choice((str(held), [held], {"value": held}, None))
+        parent[last] = rng.choice((str(old), [old], {"value": old}, None))
     else:
         parent[last] = rng.choice(NASTY)
         kind = f"{str(parent[last])[:30]!r}"
@@ -253,6 +253,6 @@ def mutate_zip(data: bytes, rng: random.Random) -> Mutated:
     buffer = io.BytesIO()
     with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w", compression) as archive:
         warnings.filterwarnings("ignore", message="Duplicate name")
-        for entry, held in entries:
-            archive.writestr(entry, held)
+        for entry, entry_data in entries:
+            archive.writestr(entry, entry_data)
     return buffer.getvalue(), f"{kind} {name}"

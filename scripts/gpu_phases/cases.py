@@ -97,14 +97,14 @@ class Case(msgspec.Struct, frozen=True):
     def wanted(self) -> list[Values]:
         """What must come out."""
         operation, _ = self.made()
-        found = []
+        outputs = []
         for number, output in enumerate(self.outputs):
             source = operation.aliased_input(number)
             data = output.data
             if source >= 0:
                 data = _xor(zlib.decompress(data), self.inputs[source].data)
-            found.append(Values(output.dtype, output.shape, data))
-        return found
+            outputs.append(Values(output.dtype, output.shape, data))
+        return outputs
 
     def made(self) -> tuple[Operation, Launch]:
         """The operation and its launch."""

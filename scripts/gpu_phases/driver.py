@@ -52,12 +52,12 @@ def round_trip(device: Device, sizes: tuple[int, ...]) -> Outcome:
 def memory(device: Device, size: int) -> Outcome:
     before, _ = device._call("cuMemGetInfo")
     address = device.allocate(size)
-    found = np.full(1 << 16, 7, np.uint8)
-    device.download(address + size - len(found), found)
+    contents = np.full(1 << 16, 7, np.uint8)
+    device.download(address + size - len(contents), contents)
     device.free(address)
     after, _ = device._call("cuMemGetInfo")
-    if found.any() or before - after > size // 2:
-        raise AssertionError(f"{before - after} bytes were not given back; memory holds {found[:4]}")
+    if contents.any() or before - after > size // 2:
+        raise AssertionError(f"{before - after} bytes were not given back; memory holds {contents[:4]}")
     return Outcome("", "passed", f"{size} bytes")
 
 
@@ -66,21 +66,21 @@ def capture(device: Device) -> Outcome:
     one, two, host = (device.allocate(16) for _ in range(3))
     device.upload(one, np.arange(4, dtype=np.int32))
     device.synchronize()
-    found = np.zeros(4, np.int32)
+    numbers = np.zeros(4, np.int32)
     with device.capturing() as captured:
         device.copy(two, one, 16)
         device.copy(host, two, 16)
     [graph] = captured
-    device.download(two, found)
-    if found.any():
-        raise AssertionError(f"what was only captured has run: {found}")
+    device.download(two, numbers)
+    if numbers.any():
+        raise AssertionError(f"what was only captured has run: {numbers}")
     for launch in range(2):
         sent = np.arange(4, dtype=np.int32) + 10 * launch
         device.upload(one, sent)
         graph.launch(device.stream)
-        device.download(host, found)
-        if not np.array_equal(found, sent):
-            raise AssertionError(f"launch {launch}: {found} instead of {sent}")
+        device.download(host, numbers)
+        if not np.array_equal(numbers, sent):
+            raise AssertionError(f"launch {launch}: {numbers} instead of {sent}")
     nodes, copies = dict(graph.nodes), list(graph.copies)
     graph.close()
     if [copy[:2] for copy in copies] != [(two, one), (host, two)]:
@@ -97,10 +97,10 @@ def refused(device: Device) -> Outcome:
     except KeyError:
         pass
     device.upload(address, np.array([5], np.int32))
-    found = np.zeros(1, np.int32)
-    device.download(address, found)
-    if found[0] != 5:
-        raise AssertionError(f"{found} instead of 5")
+    number = np.zeros(1, np.int32)
+    device.download(address, number)
+    if number[0] != 5:
+        raise AssertionError(f"{number} instead of 5")
     return Outcome("", "passed", "the stream goes on after a capture that failed")
 
 

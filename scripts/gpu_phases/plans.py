@@ -64,8 +64,8 @@ def parity(place: Place, backend: BackendName, precision: str, options: Sequence
         f"logits {report['logits']['max_abs']:.1e}, pixels {report['pixels_psnr'] or float('inf'):.0f} dB; "
         f"{figures['decode_ms']:.3f} ms a step; {unasked} copies by TensorRT itself"
     )
-    found = {"checks": report["checks"], "bench": figures, "graphs": graphs}
-    return Outcome("", "failed" if failed else "passed", "; ".join([text, *failed]), found)
+    results = {"checks": report["checks"], "bench": figures, "graphs": graphs}
+    return Outcome("", "failed" if failed else "passed", "; ".join([text, *failed]), results)
 
 
 def linert(*arguments: object, may_fail: bool = False) -> str:

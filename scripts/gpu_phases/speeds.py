@@ -237,12 +237,12 @@ def write_table(path: Path, capability: int, times: Mapping[str, Mapping[Layout,
     Of a layout counts the mean over shapes of how much longer than each shape's best it takes (geometric, so that no shape
     counts for more); shapes that a layout was not measured on leave it out.
     """
-    shapes = [found for found in times.values() if found]
+    shapes = [layouts for layouts in times.values() if layouts]
     if not shapes:
         raise NotRunError("nothing was measured")
-    everywhere = set.intersection(*(set(found) for found in shapes))
+    everywhere = set.intersection(*(set(layouts) for layouts in shapes))
     over_best = {
-        layout: math.prod(found[layout] / min(found.values()) for found in shapes) ** (1 / len(shapes))
+        layout: math.prod(layouts[layout] / min(layouts.values()) for layouts in shapes) ** (1 / len(shapes))
         for layout in everywhere
     }
     chosen: dict[tuple[int, str], Layout] = {}

@@ -20,7 +20,7 @@ pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("triton")
 
 from linert.exporter.bundle_folder import PLANS
-from linert.exporter.tensorrt.build import BuildPlan, environment_of, parse_capabilities
+from linert.exporter.tensorrt.build import BuildRequest, environment_of, parse_capabilities
 from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.backends.trt_flavour import FLAVOURS
 from linert.runtime.bundles.bundle import open_bundle
@@ -135,8 +135,8 @@ def test_plans_that_do_not_belong_are_refused(damage: str, built: Path, tmp_path
     elif damage == "missing":
         plan.unlink()
     elif damage == "another export":
-        held = json.loads(record.read_text())
-        record.write_text(json.dumps(held | {"bundle": "0" * 64}))
+        content = json.loads(record.read_text())
+        record.write_text(json.dumps(content | {"bundle": "0" * 64}))
     else:
         record.unlink()
     with pytest.raises(BundleError, match=r"linert build .* --target rtx"):
@@ -239,10 +239,10 @@ def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> 
 
 
 def test_launches_follow_the_state(half: Path) -> None:
-    plan = BuildPlan(open_bundle(half), FLAVOURS["rtx"], (80,), True)
+    request = BuildRequest(open_bundle(half), FLAVOURS["rtx"], (80,), True)
     rows, head = 4 * TINY.heads, TINY.head_dim
     assert (
-        plan.launches()
+        request.launches()
         == [LineAttentionLaunch.tuned(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
     )
 

@@ -25,7 +25,7 @@ from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import conditions_of
 from linert.runtime.drawing.generator import make_batch
 from linert.runtime.drawing.loop import generate
-from linert.runtime.drawing.samples import plan_samples
+from linert.runtime.drawing.samples import list_samples
 from tests.conftest import ROOT, Result, random_state
 from tests.runtime.test_backends import emulated
 from tests.text_models import write_lumina
@@ -129,11 +129,11 @@ def test_spatial_decay_on_an_emulated_gpu(
                 f"{kind}.{n}.next": f"{kind}.{n}" for n in (0, 1) for kind in ("k_line", "v_line")
             }
         stages = list(bundle.manifest.stages)
-        samples = plan_samples(conditions_of([1, 4]), 2, seed=4)
+        samples = list_samples(conditions_of([1, 4]), 2, seed=4)
         batch = make_batch(bundle.manifest, open_conditioner(bundle), samples, bundle.manifest.sampling, None)
         here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
-        found, wanted = generate(here, batch), generate(reference, batch)
-        assert (found == wanted).all()
+        drawn, wanted = generate(here, batch), generate(reference, batch)
+        assert (drawn == wanted).all()
         np.testing.assert_allclose(here.read("logits"), reference.read("logits"), atol=2e-4)
     assert (generate(OrtCudaBackend(bundle, stages, device="cpu"), batch) == wanted).all()
 
@@ -149,11 +149,11 @@ def test_prompts_newlines_and_grouped_queries_on_an_emulated_gpu(
     assert missing_plugins(bundle, engines) == []
     manifest = bundle.manifest
     stages = [name for name in manifest.stages if name != "decode"]
-    samples = plan_samples(conditions_of(["a red fox", "snow"]), 2, seed=4)
+    samples = list_samples(conditions_of(["a red fox", "snow"]), 2, seed=4)
     batch = make_batch(manifest, open_conditioner(bundle), samples, manifest.sampling, manifest.cache)
     here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
-    found, wanted = generate(here, batch), generate(reference, batch)
-    assert (found == wanted).all()
+    drawn, wanted = generate(here, batch), generate(reference, batch)
+    assert (drawn == wanted).all()
     assert (generate(OrtCudaBackend(bundle, stages, device="cpu"), batch) == wanted).all()
-    assert (found.reshape(2, 4, 7)[:, :, -1] == manifest.model.vocab_size).all()
+    assert (drawn.reshape(2, 4, 7)[:, :, -1] == manifest.model.vocab_size).all()
     np.testing.assert_allclose(here.read("logits"), reference.read("logits"), atol=2e-4)

@@ -17,7 +17,7 @@ from linert.graphs.families import vq
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.manifest_file import check
-from linert.runtime.drawing.text_encoder import TextEncoder
+from linert.runtime.drawing.caption_encoder import CaptionEncoder
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import BundleError
 from tests.conftest import Result, random_state
@@ -56,8 +56,8 @@ def features(path: Path) -> Path:
     golden = golden_outputs("t2i_greedy_cfg7.5")
     rows = np.zeros_like(golden["caption_emb"])
     for row, (values, mask) in enumerate(zip(golden["caption_emb"], golden["emb_mask"], strict=True)):
-        held = values[mask != 0]
-        rows[row, : len(held)] = held
+        seen = values[mask != 0]
+        rows[row, : len(seen)] = seen
     np.save(path, rows)
     return path
 
@@ -132,8 +132,8 @@ def test_integers_are_calibrated_on_captions(
     assert result.code == 2
     assert "--calibration-captions FILE.npy" in result.err
     captions = features(tmp_path / "captions.npy")
-    given = ("--calibration-captions", captions, "--calibration-images", 2)
-    result = linert(*export, *given, "--out", tmp_path / "bundle")
+    calibration = ("--calibration-captions", captions, "--calibration-images", 2)
+    result = linert(*export, *calibration, "--out", tmp_path / "bundle")
     assert result.code == 0, result.err
 
 
@@ -193,7 +193,7 @@ def test_prompts_pass_the_text_encoder(
     extended.add_tokens([f"word{number}" for number in range(100)])
     extended.save(str(tmp_path / "tokenizer.json"))
     opened = open_bundle(bundle)
-    encode = TextEncoder(
+    encode = CaptionEncoder(
         lambda: BackendOptions().open(opened, ["text_encoder"]),
         lambda: TextTokenizer(tmp_path / "tokenizer.json"),
         120,

@@ -204,11 +204,11 @@ def test_an_interrupted_comparison_goes_on(
     assert result.code == 0, result.err
     assert {path: os.stat(path).st_mtime_ns for path in before} == before
     timed = ("decode_ms", "line_end_ms")
-    found, wanted = (
+    resumed, wanted = (
         [{name: value for name, value in cell.items() if name not in timed} for cell in cells_of(folder)]
         for folder in (out, compared[0])
     )
-    assert found == wanted
+    assert resumed == wanted
 
 
 def test_metrics_whose_code_changed_are_measured_again(
@@ -278,11 +278,11 @@ def test_damaged_measurements_are_made_again(
     result = linert("compare", many_bundle, "--out", out, *request_options, "--resume", "--no-timing")
     assert result.code == 0, result.err
     timed = ("decode_ms", "line_end_ms")
-    found, wanted = (
+    repaired, wanted = (
         [{name: value for name, value in cell.items() if name not in timed} for cell in cells_of(folder)]
         for folder in (out, compared[0])
     )
-    assert found == wanted
+    assert repaired == wanted
 
 
 def test_a_comparison_begins_in_an_empty_folder_and_in_no_other(
@@ -363,8 +363,8 @@ def test_bad_grids_are_refused_and_write_nothing(
     metric_file: Path,
     tmp_path: Path,
 ) -> None:
-    given = [str(option).format(metrics=metric_file) for option in options]
-    result = linert("compare", many_bundle, "--out", tmp_path / "out", *given)
+    arguments = [str(option).format(metrics=metric_file) for option in options]
+    result = linert("compare", many_bundle, "--out", tmp_path / "out", *arguments)
     assert result.code == 2
     assert message in " ".join(result.err.split())
     assert not (tmp_path / "out").exists()

@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from linert.exporter import bundle_export
 from linert.exporter.bundle_folder import foreign_to_bundle
-from linert.exporter.cache_wishes import cache_plan
+from linert.exporter.cache_wishes import settle_cache
 from linert.exporter.models import ModelRequest, load_models
-from linert.exporter.sources import family_config, precision_plan
+from linert.exporter.sources import family_config, precision_settings
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs.families import llamagen
 from linert.runtime.bundles.bundle import open_bundle
@@ -181,13 +181,13 @@ def test_bad_files_are_refused_and_write_nothing(linert: Linert, tiny_files: Fil
 
 def test_a_tokenizer_of_another_codebook_is_refused(tiny_files: Files, golden_files: Files) -> None:
     with pytest.raises(ExportError, match="do not belong together"):
-        plan_of(tiny_files[0], golden_files[1])
+        request_of(tiny_files[0], golden_files[1])
 
 
-def plan_of(model: Path, vq_file: Path) -> bundle_export.ExportPlan:
+def request_of(model: Path, vq_file: Path) -> bundle_export.BundleRequest:
     transformer, decoder = load_models(model, vq_file, ModelRequest(grid=6, heads=4))
     cache = cache_settings()
-    return bundle_export.ExportPlan(
+    return bundle_export.BundleRequest(
         transformer=transformer,
         image_decoder=decoder,
         policies=("linear",),
@@ -252,9 +252,9 @@ def test_what_belongs_to_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
         (out / name).touch()
     (out / "engines" / ".rtx.0123456789abcdef.partial").mkdir()
     (out / "engines" / ".rtx.0123456789abcdef.partial" / "decode.plan").touch()
-    held = json.loads((out / "manifest.json").read_text())
-    held |= {"schema": 3, "files": {**held["files"], "older.onnx": {}}, "of_another_version": 1}
-    (out / "manifest.64x32.json").write_text(json.dumps(held))
+    content = json.loads((out / "manifest.json").read_text())
+    content |= {"schema": 3, "files": {**content["files"], "older.onnx": {}}, "of_another_version": 1}
+    (out / "manifest.64x32.json").write_text(json.dumps(content))
     (out / "older.onnx").touch()
     assert foreign_to_bundle(out) == []
     foreign = ["engines/rtx/notes", "engines/tensorrt", "link", "notes", "tokenizer/words"]
@@ -293,10 +293,10 @@ def test_a_full_disk_is_an_error_and_leaves_the_old_bundle(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     out = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
-    plan = plan_of(*tiny_files)
+    request = request_of(*tiny_files)
     monkeypatch.setattr(WeightsFile, "_write", full)
     with pytest.raises(OutputError, match="disk is full"):
-        bundle_export.export_bundle(plan, out, force=True)
+        bundle_export.export_bundle(request, out, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert open_bundle(out).manifest == open_bundle(tiny_bundle).manifest
 
@@ -361,10 +361,10 @@ def test_default_protection_always_fits_the_budget(lines: int, width: int, prefi
     raster = Raster(prefix, width, lines)
     for shape in (None, "pyramid"):
         request = CacheRequest(budget_lines=min(budget, lines), layer_budgets=shape)
-        cache, capacity_lines = cache_plan(raster, 5, ["linear"], request, None)
+        cache, capacity_lines = settle_cache(raster, 5, ["linear"], request, None)
         cache.check(raster, capacity_lines)
         assert sum(cache.budget_lines) == 5 * min(budget, lines)
-    cache, capacity_lines = cache_plan(raster, 5, ["full"], CacheRequest(), None)
+    cache, capacity_lines = settle_cache(raster, 5, ["full"], CacheRequest(), None)
     cache.check(raster, capacity_lines)
 
 
@@ -424,4 +424,4 @@ def test_a_manifest_of_no_precision_is_refused(tiny_bundle: Path) -> None:
     spec = open_bundle(tiny_bundle).manifest.precision
     for change in ({"weights": "fp8"}, {"activations": ""}, {"method": "magic"}, {"parts": {"0": "int3"}}):
         with pytest.raises(BundleError, match="a precision that there is not"):
-            precision_plan(msgspec.structs.replace(spec, **change))
+            precision_settings(msgspec.structs.replace(spec, **change))

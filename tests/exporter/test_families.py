@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from linert.exporter.onnx_export import export_stage
-from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs import stages
 from linert.graphs.families import FAMILIES, janus, llamagen, lumina
@@ -66,9 +66,9 @@ class Sessions:
     """Traced stages over named arrays, without a bundle."""
 
     def __init__(self, parts: list[stages.Stage], net: RasterTransformer, folder: Path) -> None:
-        plan = PrecisionPlan()
+        settings = PrecisionSettings()
         tensors = {
-            f"model.{name}": Weight(name, tensor, Precision.FP32, plan)
+            f"model.{name}": Weight(name, tensor, Precision.FP32, settings)
             for name, tensor in net.named_parameters()
         }
         self.stages = {part.name: part for part in parts}
@@ -84,10 +84,10 @@ class Sessions:
     def run(self, name: str) -> None:
         stage = self.stages[name]
         outputs = [spec.name for spec in stage.outputs]
-        given = {spec.name: self.arrays[spec.name] for spec in stage.inputs}
-        found = self.sessions[name].run(outputs, given)
+        feed = {spec.name: self.arrays[spec.name] for spec in stage.inputs}
+        results = self.sessions[name].run(outputs, feed)
         self.arrays |= {
-            output.removesuffix(NEXT): array for output, array in zip(outputs, found, strict=True)
+            output.removesuffix(NEXT): array for output, array in zip(outputs, results, strict=True)
         }
 
 
@@ -110,8 +110,8 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
     def both(stage: str) -> None:
         ours.run(stage)
         part = ours.stages[stage]
-        found = part(*(tensors[spec.name] for spec in part.inputs))
-        for spec, value in zip(part.outputs, found, strict=True):
+        results = part(*(tensors[spec.name] for spec in part.inputs))
+        for spec, value in zip(part.outputs, results, strict=True):
             key = spec.name.removesuffix(NEXT)
             tensors[key] = value
             # Rounding of one step goes on to the next through the caches.
@@ -124,6 +124,6 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
         both({"decode": "decode.unfiltered", "line_end": "line_end.linear"}[stage])
     assert (ours.arrays["tokens"] == tensors["tokens"].numpy()).all()
     # All positions of the shorter condition's padding were overwritten or left empty.
-    held = ours.arrays["slot_pos.0"].reshape(memory.geometry.sequences, -1, slots[0])
-    assert (held[1, :, :2] == -1).all()
-    assert (held[0, :, : config.prefix_len] == [-1, *range(1, config.prefix_len)]).all()
+    slot_pos = ours.arrays["slot_pos.0"].reshape(memory.geometry.sequences, -1, slots[0])
+    assert (slot_pos[1, :, :2] == -1).all()
+    assert (slot_pos[0, :, : config.prefix_len] == [-1, *range(1, config.prefix_len)]).all()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linert.exporter.bundle_export import ExportPlan
+from linert.exporter.bundle_export import BundleRequest
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.calibration import Calibration, calibrated, with_integer_decoder
 from linert.exporter.models import (
@@ -21,7 +21,7 @@ from linert.exporter.models import (
     load_image_decoder,
     load_models,
 )
-from linert.exporter.precision import Method, Precision, PrecisionPlan, largest_of, round_to_nearest
+from linert.exporter.precision import Method, Precision, PrecisionSettings, largest_of, round_to_nearest
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
@@ -34,22 +34,24 @@ Linert = Callable[..., Result]
 WIDE, TABLE, VECTOR = "layers.0.attention.wqkv.weight", "tok_embeddings.weight", "norm.weight"
 
 
-def planned(folder: Path, decoder: Path, name: str, value: float, precision: PrecisionPlan) -> ExportPlan:
-    """A plan of weights one of which has a number of ``value``."""
+def request_with(
+    folder: Path, decoder: Path, name: str, value: float, precision: PrecisionSettings
+) -> BundleRequest:
+    """A bundle of weights one of which has a number of ``value``."""
     state = weights()
     state[name] = state[name].double()
     state[name].view(-1)[7] = value
     torch.save({"model": state}, folder / "model.pt")
     loaded = load_models(folder / "model.pt", decoder, ModelRequest(grid=TINY.grid, heads=TINY.heads))
-    return plan_of(*loaded, precision)
+    return request_of(*loaded, precision)
 
 
-def plan_of(
-    transformer: LoadedTransformer, image_decoder: LoadedImageDecoder, precision: PrecisionPlan
-) -> ExportPlan:
+def request_of(
+    transformer: LoadedTransformer, image_decoder: LoadedImageDecoder, precision: PrecisionSettings
+) -> BundleRequest:
     """The export of one image at a time with the full cache."""
-    policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).plan(transformer)
-    return ExportPlan(
+    policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).settle(transformer)
+    return BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=policies,
@@ -66,9 +68,9 @@ def plan_of(
 def test_a_number_that_is_not_finite_names_its_tensor(
     name: str, value: float, tiny_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    plan = planned(tmp_path, tiny_files[1], name, value, PrecisionPlan())
+    request = request_with(tmp_path, tiny_files[1], name, value, PrecisionSettings())
     with pytest.raises(CheckpointError, match=rf"model\.pt: {name} holds numbers that are not finite"):
-        plan.check_numbers()
+        request.check_numbers()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
@@ -86,10 +88,10 @@ def test_nothing_is_written_of_it(
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
-FP16 = PrecisionPlan(weights=Precision.FP16)
-HALVES = PrecisionPlan(weights=Precision.FP32, activations=Precision.FP16)
-INT8 = PrecisionPlan(weights=Precision.INT8, image_decoder=Precision.FP16)
-INT4 = PrecisionPlan(weights=Precision.INT4, method=Method.RTN, image_decoder=Precision.FP16)
+FP16 = PrecisionSettings(weights=Precision.FP16)
+HALVES = PrecisionSettings(weights=Precision.FP32, activations=Precision.FP16)
+INT8 = PrecisionSettings(weights=Precision.INT8, image_decoder=Precision.FP16)
+INT4 = PrecisionSettings(weights=Precision.INT4, method=Method.RTN, image_decoder=Precision.FP16)
 
 
 @pytest.mark.parametrize(
@@ -108,25 +110,25 @@ INT4 = PrecisionPlan(weights=Precision.INT4, method=Method.RTN, image_decoder=Pr
         (replace(INT4, activations=Precision.FP16), WIDE, 70000.0, "is to be stored in fp16"),
         (replace(INT8, parts={"embedding": Precision.INT8}), TABLE, 70000.0, None),
         (INT8, TABLE, 70000.0, "is to be stored in fp16"),
-        (PrecisionPlan(weights=Precision.BF16), WIDE, 3.4e38, "is to be stored in bf16"),
-        (PrecisionPlan(weights=Precision.BF16), WIDE, 1e38, None),
-        (PrecisionPlan(), WIDE, 1e300, "is to be stored in fp32, .*no precision here holds them"),
+        (PrecisionSettings(weights=Precision.BF16), WIDE, 3.4e38, "is to be stored in bf16"),
+        (PrecisionSettings(weights=Precision.BF16), WIDE, 1e38, None),
+        (PrecisionSettings(), WIDE, 1e300, "is to be stored in fp32, .*no precision here holds them"),
     ],
 )
 def test_numbers_beyond_what_they_are_stored_in_are_refused(
-    precision: PrecisionPlan,
+    precision: PrecisionSettings,
     name: str,
     value: float,
     message: str | None,
     tiny_files: tuple[Path, Path],
     tmp_path: Path,
 ) -> None:
-    plan = planned(tmp_path, tiny_files[1], name, value, precision)
+    request = request_with(tmp_path, tiny_files[1], name, value, precision)
     if message is None:
-        plan.check_numbers()
+        request.check_numbers()
         return
     with pytest.raises(ExportError, match=f"{name} holds numbers up to .*{message}"):
-        plan.check_numbers()
+        request.check_numbers()
 
 
 @pytest.mark.parametrize(
@@ -134,16 +136,16 @@ def test_numbers_beyond_what_they_are_stored_in_are_refused(
     [
         (
             float("nan"),
-            PrecisionPlan(),
+            PrecisionSettings(),
             r"vq\.pt: decoder\.conv_out\.weight holds numbers that are not finite",
         ),
         (70000.0, FP16, "give --image-decoder-precision fp32"),
-        (70000.0, PrecisionPlan(), None),
+        (70000.0, PrecisionSettings(), None),
     ],
 )
 def test_the_image_decoder_is_looked_at_too(
     value: float,
-    precision: PrecisionPlan,
+    precision: PrecisionSettings,
     message: str | None,
     tiny_files: tuple[Path, Path],
     tmp_path: Path,
@@ -151,12 +153,12 @@ def test_the_image_decoder_is_looked_at_too(
     state = torch.load(tiny_files[1])["model"]
     state["decoder.conv_out.weight"].view(-1)[0] = value
     torch.save({"model": state}, tmp_path / "vq.pt")
-    plan = planned(tmp_path, tmp_path / "vq.pt", WIDE, 1.0, precision)
+    request = request_with(tmp_path, tmp_path / "vq.pt", WIDE, 1.0, precision)
     if message is None:
-        plan.check_numbers()
+        request.check_numbers()
         return
     with pytest.raises((CheckpointError, ExportError), match=message):
-        plan.check_numbers()
+        request.check_numbers()
 
 
 def test_a_tensor_that_is_folded_is_called_by_the_file_s_name(tmp_path: Path) -> None:
@@ -165,9 +167,9 @@ def test_a_tensor_that_is_folded_is_called_by_the_file_s_name(tmp_path: Path) ->
     state["gen_embed.weight"][5, 1] = float("inf")
     save_file(state, folder / "model.safetensors")
     loaded = load_models(folder, None, ModelRequest())
-    plan = plan_of(*loaded, PrecisionPlan())
+    request = request_of(*loaded, PrecisionSettings())
     with pytest.raises(CheckpointError, match=r": gen_embed\.weight holds numbers that are not finite"):
-        plan.check_numbers()
+        request.check_numbers()
 
 
 @pytest.mark.parametrize(
@@ -182,10 +184,10 @@ def test_a_calibration_of_what_cannot_be_computed_is_refused(
     tiny_files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Finite weights whose products are not."""
-    precision = PrecisionPlan(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16)
-    plan = planned(tmp_path, tiny_files[1], "output.weight", 3e38, precision)
+    precision = PrecisionSettings(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16)
+    request = request_with(tmp_path, tiny_files[1], "output.weight", 3e38, precision)
     with pytest.raises(ExportError, match="computes numbers that are not finite"):
-        calibrated(plan, Calibration(images=1), report=lambda line: None)
+        calibrated(request, Calibration(images=1), report=lambda line: None)
 
 
 def test_a_bias_fits_its_integer_where_a_channel_s_weights_are_nothing(
@@ -198,8 +200,10 @@ def test_a_bias_fits_its_integer_where_a_channel_s_weights_are_nothing(
     torch.save({"model": state}, tmp_path / "vq.pt")
     decoder: Any = load_image_decoder(tmp_path / "vq.pt")
     tokens = torch.randint(64, (2, 36), generator=torch.Generator().manual_seed(0))
-    plan = with_integer_decoder(PrecisionPlan(weights=Precision.INT8), decoder, tokens, Raster(1, 6, 6))
-    quantized = plan.convolutions[f"{name}.weight"]
+    settings = with_integer_decoder(
+        PrecisionSettings(weights=Precision.INT8), decoder, tokens, Raster(1, 6, 6)
+    )
+    quantized = settings.convolutions[f"{name}.weight"]
     # ONNX Runtime makes an integer of it, of the scale of what is added up, where it multiplies integers.
     scales = quantized.input.scale * quantized.weight.scales.flatten()
     assert (quantized.bias / scales).abs().max() < 2**31 - 1

@@ -137,8 +137,8 @@ def test_the_index_says_whose_tensor_counts(sharded: Path) -> None:
     wanted = open_checkpoint(sharded).tensors
     first, last = (sharded / f"model-0000{number}-of-00003.safetensors" for number in (1, 3))
     name = next(name for name, file in index.items() if file == first.name)
-    held = safetensors.torch.load_file(last)
-    safetensors.torch.save_file({**held, name: wanted[name] + 1}, last)
+    shard = safetensors.torch.load_file(last)
+    safetensors.torch.save_file({**shard, name: wanted[name] + 1}, last)
     assert torch.equal(open_checkpoint(sharded).tensors[name], wanted[name])
 
 

@@ -76,9 +76,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str, C
     run_compiler(COMPILE, folder / "launches.json", folder / "kernels")
     sets = msgspec.msgpack.decode((folder / "kernels").read_bytes(), type=list[KernelSet])
     return [
-        (name, kernel, found.kernels[kernel])
-        for name, found in zip(LAUNCHES, sets, strict=True)
-        for kernel in found.kernels
+        (name, kernel, kernel_set.kernels[kernel])
+        for name, kernel_set in zip(LAUNCHES, sets, strict=True)
+        for kernel in kernel_set.kernels
     ]
 
 
@@ -92,8 +92,8 @@ def machine_code(cubin: bytes, folder: Path, tool: str, *options: str) -> str:
 def test_registers_are_few_and_none_is_spilled(
     compiled: list[tuple[str, str, CompiledKernel]], tmp_path: Path
 ) -> None:
-    for name, kernel, found in compiled:
-        for capability, cubin in found.cubins.items():
+    for name, kernel, binary in compiled:
+        for capability, cubin in binary.cubins.items():
             told = machine_code(cubin, tmp_path, "cuobjdump", "-res-usage")
             numbers = re.search(r"REG:(\d+) STACK:(\d+)", told)
             assert numbers is not None
@@ -106,13 +106,13 @@ def test_registers_are_few_and_none_is_spilled(
 def test_keys_and_values_are_read_by_whole_vectors(
     compiled: list[tuple[str, str, CompiledKernel]], tmp_path: Path
 ) -> None:
-    for name, kernel, found in compiled:
+    for name, kernel, binary in compiled:
         if kernel != "attend":
             continue
         launch = LAUNCHES[name]
         # As many bytes as a thread reads at once.
         bits = 8 * launch.vector * (4 if launch.dtype == "float32" else 2)
-        code = machine_code(found.cubins[90], tmp_path, "nvdisasm", "-c")
+        code = machine_code(binary.cubins[90], tmp_path, "nvdisasm", "-c")
         wide = re.findall(r"LDG\.E" + (rf"\.{bits}" if bits > 32 else r"(?![.\w])"), code)
         # Before the loop and in it, keys and values of every repetition.
         assert len(wide) >= 4 * launch.repeats, name

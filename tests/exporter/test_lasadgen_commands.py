@@ -149,8 +149,8 @@ def test_an_export_with_a_budget_is_refused(
     files: tuple[dict[Variant, Path], Path], linert: Linert, tmp_path: Path
 ) -> None:
     for options in (("--policy", "full"), ("--budget-lines", 2), ("--capacity-lines", 3)):
-        given = ("--vq", files[1], "--out", tmp_path / "bundle", *options)
-        result = linert("export", files[0][Variant.MANHATTAN], *given)
+        arguments = ("--vq", files[1], "--out", tmp_path / "bundle", *options)
+        result = linert("export", files[0][Variant.MANHATTAN], *arguments)
         assert result.code == 2
         assert "is a LASADGen, which has no KV cache" in shown(result)
 
@@ -219,10 +219,12 @@ def test_the_pytorch_peer_is_recurrent_and_right(bundle: Path) -> None:
         2, 1
     )
     wanted = net(net.condition([ids], guided=True), tokens)
-    found = [peer._prefill()]
+    logits = [peer._prefill()]
     for index in range(14):
-        found.append(peer._forward(peer.model.embed(tokens[:, index : index + 1]), torch.tensor([1 + index])))
+        logits.append(
+            peer._forward(peer.model.embed(tokens[:, index : index + 1]), torch.tensor([1 + index]))
+        )
         if index % 6 == 5:
             peer._end_line()
-    torch.testing.assert_close(torch.stack(found, dim=1), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.stack(logits, dim=1), wanted, atol=1e-4, rtol=1e-4)
     assert peer.image() > 0

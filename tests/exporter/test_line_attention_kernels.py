@@ -62,10 +62,10 @@ def check(inputs: Inputs, launch: LineAttentionLaunch | None = None) -> None:
     dtype = inputs["q"].dtype
     wide = {name: t.float() if t.dtype is dtype else t for name, t in inputs.items()}
     attended, after = reference(bundled(wide))
-    given = bundled({name: tensor.to(DEVICE) for name, tensor in poisoned(inputs).items()})
-    state = given.state
-    found = line_attention(given, launch)
-    torch.testing.assert_close(found.cpu().float(), attended, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    device_inputs = bundled({name: tensor.to(DEVICE) for name, tensor in poisoned(inputs).items()})
+    state = device_inputs.state
+    result = line_attention(device_inputs, launch)
+    torch.testing.assert_close(result.cpu().float(), attended, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(state.scores.cpu(), after.scores, atol=3e-6, rtol=1e-6)
     assert torch.equal(state.slot_pos.cpu(), after.slot_pos)
     written = after.slot_pos >= 0

@@ -76,13 +76,13 @@ def tensors_of(
         if case.lost:
             received[torch.rand(rows, capacity, generator=generator) < case.lost] = float("nan")
         scores.append(received)
-        held = torch.full((rows, capacity), -1, dtype=torch.int32)
+        positions = torch.full((rows, capacity), -1, dtype=torch.int32)
         for row in range(rows):
             some = torch.randperm(now - 1, generator=generator)[: capacity - 1] + 1
-            held[row, 1 : 1 + len(some)] = some.to(torch.int32)
-        held[:, 0] = 0
-        held[torch.rand(rows, capacity, generator=generator) < 0.1] = -1
-        slot_pos.append(held[:1].expand(rows, -1).contiguous() if shared else held)
+            positions[row, 1 : 1 + len(some)] = some.to(torch.int32)
+        positions[:, 0] = 0
+        positions[torch.rand(rows, capacity, generator=generator) < 0.1] = -1
+        slot_pos.append(positions[:1].expand(rows, -1).contiguous() if shared else positions)
     return settings, scores, slot_pos
 
 
@@ -94,10 +94,10 @@ def check(case: Case) -> None:
     wanted = stage(*settings, *scores, *slot_pos)
     capacities = stage.geometry.capacities
     launch = LineEvictLaunch(capacities, stage.geometry.rows, *list(attributes.values())[1:])
-    found = line_evict(
+    results = line_evict(
         launch, *([tensor.to(DEVICE) for tensor in part] for part in (settings, scores, slot_pos))
     )
-    for spec, ours, theirs in zip(stage.outputs, found, wanted, strict=True):
+    for spec, ours, theirs in zip(stage.outputs, results, wanted, strict=True):
         # Of scores that are not a number the same ones are carried on.
         assert torch.equal(ours.cpu().nan_to_num(-1), theirs.nan_to_num(-1)), spec.name
 

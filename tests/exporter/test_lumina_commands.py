@@ -138,10 +138,10 @@ def test_lumina_draws_what_transformers_chameleon_draws(
             ids += [names[lumina.END_OF_TURN], names[lumina.BEGIN_OF_IMAGE]]
             ids += [names[lumina.size_token(2)], names[lumina.size_token(3)]]
             wanted = chameleons_tokens(model, ids, 4, 6, 4.0)
-            found = [
+            drawn = [
                 names[lumina.NEWLINE] if token == LUMINA_CODES else token + LUMINA_FIRST for token in row
             ]
-            assert found == wanted
+            assert drawn == wanted
 
 
 def test_one_bundle_draws_many_sizes(linert: Linert, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from linert.exporter.lasadgen_folder import write_lasadgen
 from linert.exporter.model_options import FLAGS, takers
 from linert.exporter.models import LoadedTransformer, ModelRequest, load_models, load_text_encoder
 from linert.graphs.families import FAMILIES
-from linert.graphs.families.given import ModelOption
 from linert.graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
+from linert.graphs.families.model_facts import ModelOption
 from linert.runtime.errors import CheckpointError
 from tests.conftest import ROOT, TINY_VQ, Result, random_state
 from tests.text_models import write_lumina, write_tiny_janus, write_tiny_t5
@@ -274,9 +274,9 @@ def test_options_that_cannot_be_meant_are_refused_in_a_sentence(
     options: tuple[object, ...], message: str, tiny_files: tuple[Path, Path], linert: Linert, tmp_path: Path
 ) -> None:
     sizes = {"--grid": 6, "--heads": 4}
-    given = [part for flag, value in sizes.items() if flag not in options for part in (flag, value)]
+    usual = [part for flag, value in sizes.items() if flag not in options for part in (flag, value)]
     files = (tiny_files[0], "--vq", tiny_files[1])
-    result = linert("export", *files, *given, *options, "--out", tmp_path / "bundle")
+    result = linert("export", *files, *usual, *options, "--out", tmp_path / "bundle")
     assert result.code == 2
     told = " ".join(result.err.split())
     assert message in told

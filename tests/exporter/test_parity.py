@@ -191,7 +191,7 @@ def test_another_model_fails_validation(
 
     patch = pytest.MonkeyPatch()
     with patch.context() as patched:
-        patched.setattr(sources, "find_source", lambda bundle, source, given, option: given)
+        patched.setattr(sources, "find_source", lambda bundle, source, user_path, option: user_path)
         arguments = [str(lazy_bundle), "--checkpoint", str(changed), "--vq", str(golden_files[1]), "--json"]
         outcome = CliRunner().invoke(command.command, arguments)
     assert outcome.exit_code == 1

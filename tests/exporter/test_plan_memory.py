@@ -11,7 +11,7 @@ pytest.importorskip("tensorrt_rtx")
 pytest.importorskip("triton")
 
 from linert.exporter.onnx_export import export_stage
-from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.tensorrt.build import environment_of, run_job
 from linert.exporter.tensorrt.build_stage import Job
 from linert.exporter.weights_file import WeightsFile
@@ -27,9 +27,9 @@ def activation_bytes(onnx_file: Path, *, plugin: bool) -> int:
     plan = onnx_file.with_suffix(".plan")
     with environment_of(FLAVOURS["rtx"]) as environment:
         job = Job("rtx", str(onnx_file), str(plan), (89,), plugin)
-        found = run_job(job, environment, lambda event: None).activation_bytes
-    assert found is not None
-    return found
+        size = run_job(job, environment, lambda event: None).activation_bytes
+    assert size is not None
+    return size
 
 
 def test_activations_of_a_decode_step_are_smaller_than_the_keys_of_a_layer(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_activations_of_a_decode_step_are_smaller_than_the_keys_of_a_layer(tmp_p
     config = LlamaGenConfig(layers=1, dim=256, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=16)
     model = LlamaGen(config)
     stage = Decode(model, memory_of(config, images=32, guided=True, capacities=[257]), filtered=False)
-    precision = PrecisionPlan()
+    precision = PrecisionSettings()
     tensors = {
         f"model.{name}": Weight(name, tensor, Precision.FP32, precision)
         for name, tensor in random_state(model).items()

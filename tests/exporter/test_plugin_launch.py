@@ -17,7 +17,7 @@ from linert.graphs.line_attention import reference
 from linert.graphs.spatial_decay_step import reference as decay_reference
 from linert.runtime.backends.cuda import Device
 from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
-from linert.runtime.plugins.contracts import HELD
+from linert.runtime.plugins.contracts import FLOAT_TYPE
 from linert.runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
 from linert.runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from linert.runtime.plugins.line_evict import LineEvict
@@ -53,7 +53,7 @@ def enqueue(operation: Operation, inputs: Sequence[torch.Tensor]) -> tuple[list[
     for address, tensor in zip(addresses, inputs, strict=True):
         device.upload(address, tensor.numpy())
     shapes = operation.output_shapes([kind.shape for kind in kinds])
-    types = [kinds[0].dtype if name == HELD else name for name in operation.output_types]
+    types = [kinds[0].dtype if name == FLOAT_TYPE else name for name in operation.output_types]
     outputs = [torch.zeros(shape, dtype=TORCH_TYPES[kind]) for shape, kind in zip(shapes, types, strict=True)]
     sources = [operation.aliased_input(number) for number in range(len(outputs))]
     places = [
@@ -164,7 +164,7 @@ def test_a_spatial_decay_step_of_no_slot_and_no_matrix(beyond: int) -> None:
     inputs = decay_inputs_of(2, 9, 5, 20, 36, torch.float32)
     inputs = inputs._replace(state=type(inputs.state)(*(part.nan_to_num() for part in inputs.state)))
     slot, matrix = (
-        torch.stack([torch.tensor(beyond), held[1]]) for held in (inputs.write_slot, inputs.matrix)
+        torch.stack([torch.tensor(beyond), indices[1]]) for indices in (inputs.write_slot, inputs.matrix)
     )
     (attended, *line), _ = enqueue(SpatialDecayStep(), inputs._replace(write_slot=slot, matrix=matrix).flat())
     # A row that writes nothing is one that writes what is there; one that reads no matrix, one that gives it no weight.
@@ -189,10 +189,10 @@ def test_a_line_end_on_memory_that_holds_anything(policy: str, valid_settings: b
     operation = LineEvict(**attributes)
     like = [tensor for part in tensors_of(case, stage) for tensor in part]
     for seed in range(4):
-        given = garbage_like(like, seed)
+        garbage = garbage_like(like, seed)
         if valid_settings:
-            given[:8] = like[:8]
-        (write_slots, *_), _ = enqueue(operation, given)
+            garbage[:8] = like[:8]
+        (write_slots, *_), _ = enqueue(operation, garbage)
         for layer, slots in zip(write_slots, stage.geometry.capacities, strict=True):
             for row in layer.tolist():
                 assert len(set(row)) == len(row)
@@ -208,8 +208,8 @@ def test_line_evict(policy: str) -> None:
     assert attributes is not None
     operation = LineEvict(**attributes)
     inputs = [tensor for part in tensors_of(case, stage) for tensor in part]
-    found, _ = enqueue(operation, inputs)
-    for spec, ours, theirs in zip(stage.outputs, found, stage(*inputs), strict=True):
+    results, _ = enqueue(operation, inputs)
+    for spec, ours, theirs in zip(stage.outputs, results, stage(*inputs), strict=True):
         assert torch.equal(ours, theirs), spec.name
 
 
@@ -218,14 +218,14 @@ def test_a_table_is_not_written_again_where_a_captured_graph_may_read_it() -> No
     device = Device(driver)
     kernels = DeviceKernels({}, driver)
     target = device.allocate(16)
-    found = torch.zeros(2, dtype=torch.int64)
+    numbers = torch.zeros(2, dtype=torch.int64)
     kernels.table([1, 2], target, device.stream)
     device.synchronize()
     with device.capturing() as captured:
         kernels.table([1, 2], target, device.stream)
     kernels.table([3, 4], target, device.stream)
-    device.download(target, found.numpy())
-    assert found.tolist() == [3, 4]
+    device.download(target, numbers.numpy())
+    assert numbers.tolist() == [3, 4]
     captured[0].launch(device.stream)
-    device.download(target, found.numpy())
-    assert found.tolist() == [1, 2]
+    device.download(target, numbers.numpy())
+    assert numbers.tolist() == [1, 2]

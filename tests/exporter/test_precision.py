@@ -23,13 +23,13 @@ from linert.exporter.parity_report import Bounds, cost_of
 from linert.exporter.precision import (
     Method,
     Precision,
-    PrecisionPlan,
+    PrecisionSettings,
     Range,
     best_scales,
     pack_int4,
     round_to_nearest,
 )
-from linert.exporter.sources import Checkpoints, plan_like
+from linert.exporter.sources import Checkpoints, request_like
 from linert.runtime.backends.ort import DISABLED_OPTIMIZERS, INTEGER_PRODUCTS
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.manifest import PrecisionSpec
@@ -63,14 +63,14 @@ def test_rounding_moves_no_unclipped_weight_by_more_than_half_a_step(
     seed: int, block: int, bits: int
 ) -> None:
     weight = weights(5, 64, seed)
-    found = round_to_nearest(weight, bits, block)
+    rounded = round_to_nearest(weight, bits, block)
     size = block or 64
-    steps = found.scales.reshape(5, -1).repeat_interleave(size, 1)
+    steps = rounded.scales.reshape(5, -1).repeat_interleave(size, 1)
     limit = 127 if bits == 8 else 7
     inside = weight.abs() <= limit * steps
-    error = (found.dequantized() - weight).abs()
+    error = (rounded.dequantized() - weight).abs()
     assert (error <= 0.5001 * steps)[inside].all()
-    assert found.values.abs().max() <= limit
+    assert rounded.values.abs().max() <= limit
     # Clipping is chosen only where it lowers the squared error.
     largest = weight.reshape(5, -1, size).abs().amax(-1) / limit
     plain = (weight.reshape(5, -1, size) / largest[..., None]).round() * largest[..., None]
@@ -80,9 +80,9 @@ def test_rounding_moves_no_unclipped_weight_by_more_than_half_a_step(
 def test_weights_on_the_grid_are_exact() -> None:
     values = torch.randint(-7, 8, (3, 32), generator=torch.Generator().manual_seed(1))
     values[:, ::16] = 7
-    found = round_to_nearest(values * 0.25, 4, 16)
-    assert torch.equal(found.values, values.to(torch.int8))
-    assert torch.equal(found.dequantized(), values * 0.25)
+    rounded = round_to_nearest(values * 0.25, 4, 16)
+    assert torch.equal(rounded.values, values.to(torch.int8))
+    assert torch.equal(rounded.dequantized(), values * 0.25)
 
 
 def test_scales_do_not_depend_on_what_is_searched_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,20 +113,20 @@ def test_gptq_changes_outputs_less_than_rounding(bits: int, block: int) -> None:
     weight = weights(48, 64)
     # Inputs that go together, as those of a real layer do.
     samples = weights(2000, 12, 1) @ weights(12, 64, 2) + 0.3 * weights(2000, 64, 3)
-    found = gptq(weight, samples.T @ samples, bits, block)
+    compensated = gptq(weight, samples.T @ samples, bits, block)
     rounded = round_to_nearest(weight, bits, block)
 
     def error(dequantized: torch.Tensor) -> float:
         return float((samples @ (dequantized - weight).T).square().mean())
 
-    assert error(found.dequantized()) < 0.6 * error(rounded.dequantized())
-    assert found.values.abs().max() <= (7 if bits == 4 else 127)
+    assert error(compensated.dequantized()) < 0.6 * error(rounded.dequantized())
+    assert compensated.values.abs().max() <= (7 if bits == 4 else 127)
 
 
 def test_gptq_of_independent_inputs_is_rounding() -> None:
     weight = weights(8, 32)
-    found, rounded = gptq(weight, torch.eye(32), 4, 16), round_to_nearest(weight, 4, 16)
-    assert torch.equal(found.values, rounded.values)
+    compensated, rounded = gptq(weight, torch.eye(32), 4, 16), round_to_nearest(weight, 4, 16)
+    assert torch.equal(compensated.values, rounded.values)
 
 
 def test_gptq_survives_inputs_that_are_always_zero() -> None:
@@ -199,17 +199,20 @@ def test_a_mixture_may_cost_what_its_coarsest_part_may() -> None:
 @pytest.mark.parametrize(
     ("precision", "words"),
     [
-        (PrecisionPlan(weights=Precision.INT8), "an image decoder in int8"),
-        (PrecisionPlan(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16), "by gptq"),
+        (PrecisionSettings(weights=Precision.INT8), "an image decoder in int8"),
+        (
+            PrecisionSettings(weights=Precision.INT4, method=Method.GPTQ, image_decoder=Precision.FP16),
+            "by gptq",
+        ),
     ],
 )
-def test_a_plan_that_was_not_calibrated_is_refused(
-    precision: PrecisionPlan, words: str, precise: Callable[..., Path], tmp_path: Path
+def test_a_bundle_that_was_not_calibrated_is_refused(
+    precision: PrecisionSettings, words: str, precise: Callable[..., Path], tmp_path: Path
 ) -> None:
     bundle = open_bundle(precise("--precision", "fp16"))
-    plan = plan_like(bundle, *Checkpoints.find(bundle).load(), precision)
+    request = request_like(bundle, *Checkpoints.find(bundle).load(), precision)
     with pytest.raises(ExportError, match=words):
-        export_bundle(plan, tmp_path / "bundle")
+        export_bundle(request, tmp_path / "bundle")
     assert not list(tmp_path.iterdir())
 
 
@@ -219,11 +222,11 @@ def initializers(bundle: Path, stage: str = "decode") -> dict[str, onnx.TensorPr
 
 
 def test_integers_lie_in_the_file_as_they_were_found(precise: Callable[..., Path], tiny_files: Files) -> None:
-    held = initializers(precise("--precision", "int4", "--quantization", "rtn"))
+    tensors = initializers(precise("--precision", "int4", "--quantization", "rtn"))
     state = torch.load(tiny_files[0], weights_only=True)["model"]
     name = "layers.1.feed_forward.w2.weight"
     wanted = round_to_nearest(state[name], 4, TINY.ffn_dim)
-    values, scales = held[f"model.{name}.T.int4"], held[f"model.{name}.scale"]
+    values, scales = tensors[f"model.{name}.T.int4"], tensors[f"model.{name}.scale"]
     assert np.array_equal(numpy_helper.to_array(values).astype(np.int8), wanted.values.T.numpy())
     np.testing.assert_allclose(numpy_helper.to_array(scales), wanted.scales.T.numpy(), rtol=1e-6)
 
@@ -259,7 +262,7 @@ def test_parts_can_be_kept(precise: Callable[..., Path]) -> None:
     ("inputs", "format"), [(256, (4, 128)), (192, (4, 64)), (112, (4, 16)), (8, (8, 0)), (100, (8, 0))]
 )
 def test_blocks_shrink_until_they_divide_the_inputs(inputs: int, format: tuple[int, int]) -> None:
-    assert PrecisionPlan(weights=Precision.INT4).integer_format(inputs, Precision.INT4) == format
+    assert PrecisionSettings(weights=Precision.INT4).integer_format(inputs, Precision.INT4) == format
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -390,8 +393,8 @@ def test_the_image_decoders_precision_is_a_choice(precise: Callable[..., Path]) 
     bundle = precise("--precision", "int4", "--quantization", "rtn", "--image-decoder-precision", "fp16")
     manifest = open_bundle(bundle).manifest
     assert manifest.precision.image_decoder == "fp16"
-    held = initializers(bundle, "vq_decoder")
-    kinds = {t.data_type for name, t in held.items() if name.endswith("conv1.weight")}
+    tensors = initializers(bundle, "vq_decoder")
+    kinds = {t.data_type for name, t in tensors.items() if name.endswith("conv1.weight")}
     assert kinds == {TensorProto.FLOAT16}
     assert open_bundle(precise("--precision", "int4")).manifest.precision.image_decoder == "int8"
 

@@ -58,15 +58,15 @@ def check(inputs: StepInputs, launch: SpatialDecayStepLaunch | None = None) -> N
     clean = DecayState(*(part.nan_to_num() for part in inputs.state))
     wanted, k_line, v_line = reference(inputs._replace(state=clean))
     on_device = [tensor.to(DEVICE).clone() for tensor in inputs.flat()]
-    given = StepInputs(*on_device[:3], DecayState(*on_device[3:6]), *on_device[6:])
-    found = spatial_decay_step(given, launch).cpu()
+    device_inputs = StepInputs(*on_device[:3], DecayState(*on_device[3:6]), *on_device[6:])
+    result = spatial_decay_step(device_inputs, launch).cpu()
     bound = TOLERANCE[inputs.q.dtype] * max(1.0, wanted.abs().max().item())
-    torch.testing.assert_close(found, wanted, atol=bound, rtol=0)
+    torch.testing.assert_close(result, wanted, atol=bound, rtol=0)
     hidden = inputs.weighed[:, 0, 0] == 0
-    for ours, theirs in ((given.state.k_line, k_line), (given.state.v_line, v_line)):
+    for ours, theirs in ((device_inputs.state.k_line, k_line), (device_inputs.state.v_line, v_line)):
         assert torch.equal(ours.cpu()[:, 0][~hidden], theirs[:, 0][~hidden])
         assert ours.cpu()[:, 0][hidden].isnan().all()
-    assert torch.equal(given.state.above.cpu(), inputs.state.above)
+    assert torch.equal(device_inputs.state.above.cpu(), inputs.state.above)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -32,13 +32,13 @@ def test_all_stages_agree(planned_bundle: Path) -> None:
         OrtBackend(bundle, bundle.manifest.stages),
         emulated(bundle, list(bundle.manifest.stages)),
     )
-    found = compare_stages(reference, other, tiny_batch(reference))
-    assert {far.stage for far in found} == set(bundle.manifest.stages)
-    outputs = {(far.stage, far.output) for far in found}
+    differences = compare_stages(reference, other, tiny_batch(reference))
+    assert {far.stage for far in differences} == set(bundle.manifest.stages)
+    outputs = {(far.stage, far.output) for far in differences}
     assert outputs == {
         (name, tensor.name) for name, spec in bundle.manifest.stages.items() for tensor in spec.outputs
     }
-    assert all(far.judged and far.passed for far in found)
+    assert all(far.judged and far.passed for far in differences)
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_a_stage_that_is_off_is_found(
             flat[0] += np.asarray(error).astype(flat.dtype)
 
     monkeypatch.setattr(other, "_run", wrong)
-    found = compare_stages(reference, other, tiny_batch(reference))
-    off = [(far.stage, far.output.removesuffix(".next")) for far in found if not far.passed]
+    differences = compare_stages(reference, other, tiny_batch(reference))
+    off = [(far.stage, far.output.removesuffix(".next")) for far in differences if not far.passed]
     assert off == [(stage, output)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from linert.exporter import onnx_export
-from linert.exporter.precision import Precision, PrecisionPlan, Weight
+from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs.families import llamagen
 from linert.graphs.line_buffer import LineEnd
@@ -45,9 +45,9 @@ def stages() -> dict[str, Stage]:
 
 
 def test_stages_that_differ_have_fingerprints_that_differ() -> None:
-    found = {name: fingerprint(stage) for name, stage in stages().items()}
-    assert len(set(found.values())) == len(found)
-    assert {name: fingerprint(stage) for name, stage in stages().items()} == found
+    fingerprints = {name: fingerprint(stage) for name, stage in stages().items()}
+    assert len(set(fingerprints.values())) == len(fingerprints)
+    assert {name: fingerprint(stage) for name, stage in stages().items()} == fingerprints
 
 
 def test_weights_are_no_part_of_it() -> None:
@@ -69,8 +69,10 @@ def test_a_stored_graph_is_what_tracing_gives(
 ) -> None:
     stage = stages()[name]
     tensors = random_state(llamagen.LlamaGen(TINY))
-    plan = PrecisionPlan()
-    weights = {f"model.{key}": Weight(key, tensor, Precision.FP32, plan) for key, tensor in tensors.items()}
+    settings = PrecisionSettings()
+    weights = {
+        f"model.{key}": Weight(key, tensor, Precision.FP32, settings) for key, tensor in tensors.items()
+    }
     store = onnx_export.trace
     assert isinstance(store, TraceStore)
     made = []

@@ -20,7 +20,7 @@ class Row:
     line_width: int
     score_max: bool
 
-    def held(self) -> dict[int, int]:
+    def slots(self) -> dict[int, int]:
         """Position to slot."""
         return {int(position): slot for slot, position in enumerate(self.slot_pos) if position >= 0}
 
@@ -45,36 +45,43 @@ def h2o(row: Row) -> np.ndarray:
 
 
 def _neighbours(row: Row, position: int, reach: int) -> list[float]:
-    held = row.held()
+    slots = row.slots()
     near = range(position - reach, position + reach + 1)
-    return [float(row.scores[held[p]]) if p in held else 0.0 for p in near]
+    return [float(row.scores[slots[p]]) if p in slots else 0.0 for p in near]
 
 
 def snapkv(row: Row) -> np.ndarray:
     values = np.zeros(len(row.scores))
-    for position, slot in row.held().items():
+    for position, slot in row.slots().items():
         values[slot] = sum(_neighbours(row, position, 2)) / 5
     return values
 
 
+def similarities(row: Row) -> np.ndarray:
+    """Cosines ``[n, n]`` of the keys in the slots that hold one."""
+    keys = row.keys[list(row.slots().values())]
+    directions = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    return directions @ directions.T
+
+
 def rkv(row: Row) -> np.ndarray:
-    held = row.held()
+    slots = row.slots()
     similarity: dict[tuple[int, int], float] = {}
-    for one, slot in held.items():
-        for other, other_slot in held.items():
+    for one, slot in slots.items():
+        for other, other_slot in slots.items():
             if one != other:
                 a, b = row.keys[slot], row.keys[other_slot]
                 similarity[one, other] = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
-        duplicates = [p for p in held if p != one and similarity[one, p] > 0.5]
+        duplicates = [p for p in slots if p != one and similarity[one, p] > 0.5]
         if duplicates:
             similarity[one, max(duplicates)] = 0.0
     redundancy = {
-        p: np.exp(sum(similarity[other, p] for other in held if other != p) / len(held)) for p in held
+        p: np.exp(sum(similarity[other, p] for other in slots if other != p) / len(slots)) for p in slots
     }
     total = sum(redundancy.values())
     queries = 1 if row.score_max else min(8, row.line_width)
     values = np.zeros(len(row.scores))
-    for position, slot in held.items():
+    for position, slot in slots.items():
         importance = max(_neighbours(row, position, 3)) / queries
         values[slot] = 0.1 * importance - 0.9 * redundancy[position] / total
     return values

@@ -94,11 +94,11 @@ def test_teacher_forced_logits(kv_heads: int) -> None:
     model = published(kv_heads)
     net = ours(model, kv_heads)
     tokens = torch.randint(CODES, (2, 8), generator=torch.Generator().manual_seed(1))
-    found = net(net.condition(padded(), guided=True), tokens.repeat(2, 1))
+    logits = net(net.condition(padded(), guided=True), tokens.repeat(2, 1))
     for row in range(4):
         image = row % 2
         wanted = their_logits(model, PROMPTS[image], tokens[image], unconditional=row >= 2)
-        torch.testing.assert_close(found[row], wanted, atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[row], wanted, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

@@ -45,12 +45,12 @@ def test_lines_at_once_are_the_parallel_form(variant: Variant) -> None:
     memory = memory_of(net.config, images=2, guided=True)
     history, ids = full_history(net, memory), torch.tensor([0, 4])
     tokens = torch.randint(40, (2, 36), generator=torch.Generator().manual_seed(1))
-    found = [history.begin([ids])[:, None]]
+    logits = [history.begin([ids])[:, None]]
     for line in range(6):
-        found.append(history.feed(tokens[:, 6 * line : 6 * line + 6 - (line == 5)]))
+        logits.append(history.feed(tokens[:, 6 * line : 6 * line + 6 - (line == 5)]))
         history.end_line()
     wanted = net(net.condition([ids], guided=True), tokens.repeat(2, 1)[:, :-1])
-    torch.testing.assert_close(torch.cat(found, dim=1), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(logits, dim=1), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_a_full_size_grid_agrees() -> None:
@@ -67,13 +67,13 @@ def test_a_full_size_grid_agrees() -> None:
 def test_the_state_is_one_line_whatever_the_image() -> None:
     """Manhattan decay keeps a matrix a column; signed decay one."""
 
-    def held(variant: Variant, grid: int) -> int:
+    def state_bytes(variant: Variant, grid: int) -> int:
         memory = memory_of(model(variant, grid).config, images=1, guided=True)
         return sum(s.nbytes for s in memory.state() if s.name.startswith("above."))
 
     matrix = 2 * 2 * 4 * 8 * 8 * 4  # layers, branches, heads, a head's matrix, float32
-    assert [held(Variant.MANHATTAN, grid) for grid in (6, 12)] == [6 * matrix, 12 * matrix]
-    assert [held(Variant.SIGNED, grid) for grid in (6, 12)] == [matrix, matrix]
+    assert [state_bytes(Variant.MANHATTAN, grid) for grid in (6, 12)] == [6 * matrix, 12 * matrix]
+    assert [state_bytes(Variant.SIGNED, grid) for grid in (6, 12)] == [matrix, matrix]
 
 
 @pytest.mark.parametrize("size", SIZES)

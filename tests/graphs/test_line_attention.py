@@ -97,8 +97,8 @@ def test_function_body_equals_the_reference(
     model = function_model(inputs)
     onnx.checker.check_model(model)
     session = ort.InferenceSession(model.SerializeToString())
-    found = session.run(OUTPUTS, {name: tensor.numpy() for name, tensor in inputs.items()})
-    for (name, wanted), array in zip(run_reference(inputs).items(), found, strict=True):
+    results = session.run(OUTPUTS, {name: tensor.numpy() for name, tensor in inputs.items()})
+    for (name, wanted), array in zip(run_reference(inputs).items(), results, strict=True):
         exact = name not in ("attended", "scores_next")
         np.testing.assert_allclose(array, wanted.numpy(), atol=0 if exact else 2e-6, rtol=0, err_msg=name)
 

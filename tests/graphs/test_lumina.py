@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from random_folder import chameleon_names
 
 from linert.graphs.families import lumina, vq
-from linert.graphs.families.given import Given
+from linert.graphs.families.model_facts import ModelFacts
 from linert.graphs.memory import memory_of
 from tests.conftest import random_state
 from tests.eager import Eager
@@ -26,8 +26,8 @@ def module(state: dict[str, torch.Tensor], config: lumina.LuminaConfig) -> lumin
     names, unknown = lumina.FAMILY.layouts[0].rename(state)
     assert not unknown
     net = lumina.Lumina(config)
-    found = {ours: state[name] for name, ours in names.items()}
-    net.load_state_dict(lumina.FAMILY.module_tensors(config, found))
+    parameters = {ours: state[name] for name, ours in names.items()}
+    net.load_state_dict(lumina.FAMILY.module_tensors(config, parameters))
     return net.requires_grad_(False)
 
 
@@ -116,14 +116,14 @@ def test_logits_equal_transformers(kv_heads: int, swin_norm: bool) -> None:
     prompt = [0, 30, 31, 32, 55, 56, 57]
     tokens = torch.tensor([[3, 9, 40, 39, 0]])
     ids = torch.where(tokens == 40, 50, tokens + 4)
-    found = net(net.condition(conditions(prompt, 9), guided=True), tokens.repeat(2, 1))
+    logits = net(net.condition(conditions(prompt, 9), guided=True), tokens.repeat(2, 1))
     for row, prefix in enumerate((prompt, prompt[-3:])):
         # The library's own forward masks image tokens' logits.
         whole = torch.cat([torch.tensor([prefix]), ids], dim=1)
         with torch.no_grad():
             hidden = model.model(input_ids=whole).last_hidden_state
             wanted = model.lm_head(hidden)[0, len(prefix) - 1 :, 4:44].float()
-        torch.testing.assert_close(found[row], wanted, atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[row], wanted, atol=2e-5, rtol=0)
 
 
 def test_norms_of_a_split_model_are_shared_by_its_parts() -> None:
@@ -174,16 +174,16 @@ def test_lines_end_in_newlines_and_nowhere_else(rows: int, columns: int, seed: i
 
 @given(side=st.sampled_from([256, 512, 768, 1024]))
 def test_sizes_on_offer(side: int) -> None:
-    found = lumina.sizes(side)
-    assert (side, side) in found
-    assert len(set(found)) == len(found)
-    for width, height in found:
+    sizes = lumina.sizes(side)
+    assert (side, side) in sizes
+    assert len(set(sizes)) == len(sizes)
+    for width, height in sizes:
         assert width % 32 == height % 32 == 0
         assert width * height <= side * side
         assert max(width, height) <= 4 * min(width, height)
-        assert (height, width) in found
+        assert (height, width) in sizes
         # The larger of two images of the same width that fit is on offer as well.
-        assert any(w == width and w * (h + 32) > side * side for w, h in found)
+        assert any(w == width and w * (h + 32) > side * side for w, h in sizes)
 
 
 VOCABULARY = {
@@ -200,7 +200,7 @@ def configured(**changed: Any) -> lumina.LuminaConfig:
         "layers.0.mlp.gate_proj.weight": (48, 32),
         "layers.1.mlp.gate_proj.weight": (48, 32),
     }
-    usual = Given(
+    usual = ModelFacts(
         shapes=shapes, settings={"num_attention_heads": 4}, processing={}, vocabulary=VOCABULARY, side=512
     )
     return lumina.FAMILY.configure(replace(usual, **changed))
@@ -212,7 +212,7 @@ def test_the_configuration_is_read() -> None:
     assert (config.rows, config.columns, config.line_width) == (20, 48, 49)
     assert (config.kv_heads, config.vocab_size, config.first_image_token, config.newline_id) == (2, 3, 8, 7)
     assert configured(settings={"num_attention_heads": 8, "swin_norm": True}).swin_norm
-    known = Given(shapes={}, vocabulary=VOCABULARY)
+    known = ModelFacts(shapes={}, vocabulary=VOCABULARY)
     assert lumina.FAMILY.code_order(known) == [10, 0, 2]
     prompts = lumina.FAMILY.prompt_format(config, known)
     assert prompts.first == (0,)

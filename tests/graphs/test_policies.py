@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, base, choose_slots, end_line
 from linert.graphs.policies.base import shared_importance
+from linert.graphs.policies.rkv import NEAR_DUPLICATE
 from linert.runtime.plugins.contracts import LINE_EVICT_INPUTS
 from tests.graphs import policy_reference as reference
 
@@ -138,10 +139,14 @@ def test_a_whole_image_against_the_reference(setting: Setting, name: str) -> Non
     for _ in range(LINES - 1):
         buffer.write_line()
         line = buffer.line()
+        if name == "rkv":
+            # Whether a key is another's near-duplicate is a matter of rounding there.
+            cosines = [reference.similarities(buffer.row(row)) for row in range(setting.rows)]
+            assume(min(abs(each - NEAR_DUPLICATE).min() for each in cosines) > 1e-5)
         importance = shared_importance(policy.importance(line, params), line, params).numpy()
         wanted_importance = buffer.reference_importance(name)
-        held = buffer.slot_pos >= 0
-        np.testing.assert_allclose(importance[held], wanted_importance[held], atol=1e-6, rtol=1e-5)
+        occupied = buffer.slot_pos >= 0
+        np.testing.assert_allclose(importance[occupied], wanted_importance[occupied], atol=1e-6, rtol=1e-5)
         chosen, left, scores = (t.numpy() for t in end_line(policy, line, params.capacity[0], params))
 
         for row in range(setting.rows):

@@ -64,12 +64,12 @@ def test_bisection_finds_what_sorting_finds(
     # Distinct logits on a lattice far coarser than the bisection's last step, so that no cut is a matter of rounding.
     lattice = torch.stack([torch.randperm(64, generator=generator) for _ in range(3)])
     logits = lattice.float() * spread / 64
-    found = probabilities(logits, params(temperature=temperature, top_k=top_k, top_p=top_p))
+    probs = probabilities(logits, params(temperature=temperature, top_k=top_k, top_p=top_p))
     wanted = by_sorting(logits, temperature, top_k, top_p)
     cut = wanted.sort(-1, descending=True).values.cumsum(-1)
     if (abs(cut - top_p) < 1e-5).any():
         return  # the bound falls on an entry's edge: which side is rounding
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(probs, wanted, atol=1e-5, rtol=0)
 
 
 def test_top_k_keeps_every_tie() -> None:
@@ -90,9 +90,9 @@ def test_stored_noise_reproduces_the_published_draws() -> None:
     settings_ = params(guidance=4.0, top_k=50)
     for index, logits in enumerate(torch.from_numpy(golden["logits"])):
         guided = guide(logits, settings_, torch.full((classes,), index))
-        found = probabilities(guided, settings_)
-        np.testing.assert_allclose(found, golden["probs"][index], atol=1e-5)
-        drawn = (found / torch.from_numpy(golden["noise"][index])).argmax(-1)
+        probs = probabilities(guided, settings_)
+        np.testing.assert_allclose(probs, golden["probs"][index], atol=1e-5)
+        drawn = (probs / torch.from_numpy(golden["noise"][index])).argmax(-1)
         assert (drawn.numpy() == golden["tokens"][:, index]).all()
 
 

@@ -23,9 +23,9 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, width: int, a: Tensor, b: Tenso
         for s in range(t + 1):
             weight = torch.ones_like(a)
             if s >= PREFIX:
-                at, held = divmod(t - PREFIX, width), divmod(s - PREFIX, width)
-                across = at[1] - held[1]
-                weight = a ** (at[0] - held[0]) * b ** (across if signed else abs(across))
+                at, source = divmod(t - PREFIX, width), divmod(s - PREFIX, width)
+                across = at[1] - source[1]
+                weight = a ** (at[0] - source[0]) * b ** (across if signed else abs(across))
             product = (q[:, :, t] * k[:, :, s]).sum(-1)
             out[:, :, t] += (weight * product)[..., None] * v[:, :, s]
     return out
@@ -51,7 +51,7 @@ def row_by_row(
     for t in range(positions):
         column = (t - PREFIX) % width if t >= PREFIX else 0
         index = step_index(none + t, none, PREFIX, width, signed=decay.signed)
-        found = F.embedding(index, table).permute(0, 2, 1).reshape(rows, 1, 1, -1)
+        weighed = F.embedding(index, table).permute(0, 2, 1).reshape(rows, 1, 1, -1)
         slot = t if t < PREFIX else PREFIX + column
         attended, *line = reference(
             StepInputs(
@@ -59,7 +59,7 @@ def row_by_row(
                 state,
                 torch.full((rows,), slot),
                 torch.full((rows,), column if matrices > 1 else 0),
-                *found.split([slots, 1], dim=-1),
+                *weighed.split([slots, 1], dim=-1),
             )
         )
         out.append(attended.reshape(sequences, heads, -1))
@@ -132,9 +132,9 @@ def test_halves_lose_no_more_than_their_own_rounding(
     q, k, v = numbers(width * width, 1, 8)
     decay = decay_of([a], [b], signed=signed)
     wanted = all_pairs(*(part.double() for part in (q, k, v)), width, decay)
-    found = row_by_row(*(part.to(halves) for part in (q, k, v)), width, decay)
-    assert found.dtype is halves
-    assert (found.double() - wanted).abs().max() <= ROUNDING[halves] * wanted.abs().max()
+    rounded = row_by_row(*(part.to(halves) for part in (q, k, v)), width, decay)
+    assert rounded.dtype is halves
+    assert (rounded.double() - wanted).abs().max() <= ROUNDING[halves] * wanted.abs().max()
 
 
 @pytest.mark.parametrize("halves", [torch.float16, torch.bfloat16])
@@ -155,7 +155,7 @@ def test_padding_before_the_prefix_is_not_seen() -> None:
     """Sequences of unequal prefixes, in one batch, as each by itself."""
     width, starts = 4, torch.tensor([0, 2])
     table = factors(width, decay_of([0.9], [0.8], signed=False))
-    for held in (2, 3, 8):
-        index = step_index(torch.full((2,), held), starts, PREFIX, width, signed=False)
+    for position in (2, 3, 8):
+        index = step_index(torch.full((2,), position), starts, PREFIX, width, signed=False)
         prefix = F.embedding(index, table)[:, :PREFIX, 0]
         assert prefix.tolist() == [[1.0, 1.0, 1.0], [0.0, 0.0, 1.0]]

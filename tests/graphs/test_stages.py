@@ -124,8 +124,8 @@ def test_state_bytes_are_the_sum_of_what_is_allocated() -> None:
         model(), sizes, "linear", [CLASSES], recent_tokens=TINY.line_width, anchor_tokens=0, strict=1
     )
     eager.begin()
-    held = sum(eager.tensors[spec.name].nbytes for spec in sizes.state())
-    assert held == sum(spec.nbytes for spec in sizes.state())
+    allocated = sum(eager.tensors[spec.name].nbytes for spec in sizes.state())
+    assert allocated == sum(spec.nbytes for spec in sizes.state())
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))

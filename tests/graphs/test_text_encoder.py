@@ -35,10 +35,10 @@ def ours(model: Any) -> text_encoder.TextEncoder:
     state = model.state_dict()
     names, unknown = text_encoder.LAYOUT.rename(state)
     assert not unknown
-    found = {mine: state[name] for name, mine in names.items()}
-    shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    parameters = {mine: state[name] for name, mine in names.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
     net = text_encoder.TextEncoder(text_encoder.infer_config(shapes, model.config.to_dict()))
-    net.load_state_dict(found)
+    net.load_state_dict(parameters)
     return net.requires_grad_(False)
 
 
@@ -47,11 +47,11 @@ def test_features_equal_transformers() -> None:
     model = published()
     tokens = torch.randint(300, (3, 60), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([60, 41, 1])
-    found = ours(model)(tokens, lengths)
+    features = ours(model)(tokens, lengths)
     mask = torch.arange(60) < lengths[:, None]
     wanted = model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
-    torch.testing.assert_close(found[mask], wanted[mask], atol=2e-5, rtol=0)
-    assert not found[~mask].any()
+    torch.testing.assert_close(features[mask], wanted[mask], atol=2e-5, rtol=0)
+    assert not features[~mask].any()
 
 
 @pytest.mark.parametrize(("length", "buckets", "most"), [(120, 32, 128), (50, 8, 20), (300, 32, 128)])

@@ -25,17 +25,17 @@ def test_parts_make_the_array_that_they_are(parts: list[tuple[int, ...]], tmp_pa
 
 
 def test_one_part_is_held_at_a_time(tmp_path: Path) -> None:
-    held: list[weakref.ref[np.ndarray]] = []
+    references: list[weakref.ref[np.ndarray]] = []
 
     def parts() -> Iterator[np.ndarray]:
         for _ in range(5):
-            assert [one() for one in held[:-1]] == [None] * len(held[:-1])
+            assert [one() for one in references[:-1]] == [None] * len(references[:-1])
             part = np.ones((2, 3), np.float32)
-            held.append(weakref.ref(part))
+            references.append(weakref.ref(part))
             yield part
 
     write_parts(tmp_path / "a.npz", "pixels", 10, parts())
-    assert len(held) == 5
+    assert len(references) == 5
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,9 @@ def test_it_draws_what_the_cpu_draws(opened: Open, planned_bundle: Path) -> None
     bundle = open_bundle(planned_bundle)
     here, reference = opened(bundle, STAGES), OrtBackend(bundle, STAGES)
     for seed in (0, 9):
-        found = generate(here, tiny_batch(here, seed))
+        drawn = generate(here, tiny_batch(here, seed))
         wanted = generate(reference, tiny_batch(reference, seed))
-        assert (found == wanted).all()
+        assert (drawn == wanted).all()
         for name in ("position", "write_slots", "slot_pos.1"):
             assert (here.read(name) == reference.read(name)).all()
         for name in ("logits", "scores.0", "k_cache.1"):

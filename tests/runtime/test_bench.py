@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from linert.exporter.sources import Checkpoints
-from linert.exporter.sweep import cell_plan, cells, parse_axes
+from linert.exporter.sweep import cell_request, cells, parse_axes
 from linert.runtime.backends import host_memory as memory
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import open_bundle
@@ -147,42 +147,42 @@ def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, t
         *("--rounds", 1, "--plot", plot, "--json"),
     )
     assert result.code == 0, result.err
-    found = json.loads(result.out)["cells"]
-    assert [tuple(cell["labels"].values()) for cell in found] == [
+    measured = json.loads(result.out)["cells"]
+    assert [tuple(cell["labels"].values()) for cell in measured] == [
         ("fp32", "linear"),
         ("fp32", "full"),
         ("int8", "linear"),
         ("int8", "full"),
     ]
-    assert found[1]["state_bytes"] > found[0]["state_bytes"]
-    assert found[2]["limit"]["weight_bytes"] < found[0]["limit"]["weight_bytes"]
+    assert measured[1]["state_bytes"] > measured[0]["state_bytes"]
+    assert measured[2]["limit"]["weight_bytes"] < measured[0]["limit"]["weight_bytes"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 def test_pytorch_draws_what_each_cell_draws(tiny_bundle: Path, linert: Linert) -> None:
     result = linert("sweep", tiny_bundle, "--axis", "grid=4,6", "--rounds", 1, "--compare-pytorch", "--json")
     assert result.code == 0, result.err
-    found = json.loads(result.out)["pytorch"]
-    assert {name for name in found if name.startswith("eager")} == {
+    peers = json.loads(result.out)["pytorch"]
+    assert {name for name in peers if name.startswith("eager")} == {
         "eager, batch 2, grid 4",
         "eager, batch 2, grid 6",
     }
-    assert all(peer["seconds_per_image"] > 0 for peer in found.values())
+    assert all(peer["seconds_per_image"] > 0 for peer in peers.values())
 
 
 def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     axes = parse_axes(["batch=3", "grid=4", "policy=streaming", "budget=1/2", "precision=int4"])
     [cell] = cells(bundle, axes)
-    plan = cell_plan(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
-    assert (plan.images, plan.raster.lines, plan.policies) == (3, 4, ("streaming",))
-    assert plan.capacity_lines == plan.cache.budget_lines == (2,) * TINY.layers
-    assert plan.precision.weights == "int4"
-    assert plan.precision.convolutions
+    request = cell_request(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
+    assert (request.images, request.raster.lines, request.policies) == (3, 4, ("streaming",))
+    assert request.capacity_lines == request.cache.budget_lines == (2,) * TINY.layers
+    assert request.precision.weights == "int4"
+    assert request.precision.convolutions
     # What is not swept is the bundle's: half of the lines.
     [cell] = cells(bundle, parse_axes(["grid=4"]))
-    plan = cell_plan(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
-    assert (plan.capacity_lines, plan.policies, plan.images) == ((2,) * TINY.layers, ("linear",), 2)
+    request = cell_request(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
+    assert (request.capacity_lines, request.policies, request.images) == ((2,) * TINY.layers, ("linear",), 2)
 
 
 def test_a_sweep_of_nothing_measures_the_bundle_beside_pytorch(

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from linert import Generator
-from linert.exporter.cache_wishes import cache_plan
+from linert.exporter.cache_wishes import settle_cache
 from linert.graphs.policies import POLICIES as REGISTERED
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.cache_settings import FULL, CacheSettings, pyramid
@@ -95,8 +95,8 @@ def test_with_all_lines_every_policy_is_the_full_cache_bit_for_bit(
     tokens, logits = run(policy, mode=mode, budget_lines=6)
     full_tokens, full_logits = run("full")
     assert (tokens == full_tokens).all()
-    for found, wanted in zip(logits, full_logits, strict=True):
-        assert (found == wanted).all()
+    for step_logits, wanted in zip(logits, full_logits, strict=True):
+        assert (step_logits == wanted).all()
 
 
 @pytest.mark.parametrize("policy", EVICTING)
@@ -339,7 +339,7 @@ def test_a_pyramid_keeps_the_sum_and_falls() -> None:
 def test_small_budgets_share_what_is_protected(budget: int, recent: float, anchors: int) -> None:
     """The best measured shares on the demo model: a few anchors before the last recent tokens."""
     raster = Raster(1, 16, 16)
-    cache, _ = cache_plan(raster, 6, ["linear"], CacheRequest(budget_lines=budget), None)
+    cache, _ = settle_cache(raster, 6, ["linear"], CacheRequest(budget_lines=budget), None)
     assert (cache.recent_lines, cache.anchor_tokens) == (recent, anchors)
 
 
@@ -382,8 +382,8 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
         run_step(backend, batch, step)
         if step.stage == "line_end":
             for spec, value in zip(stage.outputs, wanted, strict=True):
-                found = backend.read(spec.name.removesuffix(".next"))
-                assert (found == value.numpy()).all(), spec.name
+                result = backend.read(spec.name.removesuffix(".next"))
+                assert (result == value.numpy()).all(), spec.name
 
 
 def test_every_declared_setting_can_be_asked_for_and_reaches_a_stage(tiny_bundle: Path) -> None:

@@ -15,9 +15,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from linert.runtime.bundles.manifest import CaptionInput, PromptInput
 from linert.runtime.commands.condition_options import parse_classes
+from linert.runtime.drawing.caption_encoder import CaptionEncoder, t5_tokens
 from linert.runtime.drawing.conditions import CaptionConditioner, PromptConditioner, conditions_of
-from linert.runtime.drawing.samples import MOST_IMAGES, Caption, ClassLabel, Prompt, plan_samples
-from linert.runtime.drawing.text_encoder import TextEncoder, t5_tokens
+from linert.runtime.drawing.samples import MOST_IMAGES, Caption, ClassLabel, Prompt, list_samples
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import BundleError, RequestError
 from tests.text_models import JANUS_VOCABULARY, write_tiny_janus, write_tiny_t5
@@ -220,7 +220,7 @@ def test_conditions_come_in_a_list() -> None:
 )
 def test_counts_and_seeds_are_bounded(images: Any, seed: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        plan_samples([ClassLabel(0)], images, seed)
+        list_samples([ClassLabel(0)], images, seed)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_a_text_encoder_that_was_closed_before_it_was_needed_opens_nothing(files
     def opened() -> Any:
         raise AssertionError("a stage was loaded")
 
-    encoder = TextEncoder(opened, lambda: TextTokenizer(files["t5"]), 8)
+    encoder = CaptionEncoder(opened, lambda: TextTokenizer(files["t5"]), 8)
     encoder.close()
     with pytest.raises(RequestError, match="is closed"):
         encoder("a fox")

@@ -57,7 +57,7 @@ def test_the_saving_is_what_linear_published(
     slots = config.prefix_len + kept
     capacities = [slots] * config.layers
     memory = memory_of(config, images=images, guided=True, capacities=capacities, cache_dtype=torch.bfloat16)
-    held = sum(s.nbytes for s in memory.layer_state() if s.name.startswith(("k_cache", "v_cache")))
-    assert held == token_bytes * slots * 2 * images
+    cache_bytes = sum(s.nbytes for s in memory.layer_state() if s.name.startswith(("k_cache", "v_cache")))
+    assert cache_bytes == token_bytes * slots * 2 * images
     saving = CacheSaving(token_bytes, 2 * images, kept, config.image_tokens)
     assert saving.saved / 1e9 == pytest.approx(full - compressed, rel=0.05)

@@ -87,19 +87,21 @@ def runtime_only_site(folder: Path) -> Path:
         if requirement.name in seen:
             continue
         seen.add(requirement.name)
-        found = metadata.distribution(requirement.name)
+        distribution = metadata.distribution(requirement.name)
         extras = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
-        for text in found.requires or []:
+        for text in distribution.requires or []:
             needed = Requirement(text)
             if needed.marker is None or any(needed.marker.evaluate(extra) for extra in extras):
                 wanted.append(text)
         if requirement.name != "linert":
             for part in {
-                file.parts[0] for file in found.files or [] if file.parts[0] not in ("..", "__pycache__")
+                file.parts[0]
+                for file in distribution.files or []
+                if file.parts[0] not in ("..", "__pycache__")
             }:
                 target = site / part
                 if not target.exists():
-                    target.symlink_to(Path(str(found.locate_file(part))))
+                    target.symlink_to(Path(str(distribution.locate_file(part))))
     assert not (site / "torch").exists()
     assert not (site / "onnx").exists()
     return site

@@ -165,9 +165,9 @@ def test_a_stage_that_cannot_be_captured_says_which_operators_are_to_blame(
     backend = OrtCudaBackend(open_bundle(planned_bundle), ["line_end.rkv"], device="cpu")
     make = ort.InferenceSession
 
-    def refuse(path: str, options: ort.SessionOptions, **given: object) -> ort.InferenceSession:
+    def refuse(path: str, options: ort.SessionOptions, **arguments: object) -> ort.InferenceSession:
         """As the CUDA provider would: with a graph not at all, and without one as here, on the CPU."""
-        [(_, settings), *_] = given["providers"]  # type: ignore[misc]
+        [(_, settings), *_] = arguments["providers"]  # type: ignore[misc]
         if settings["enable_cuda_graph"] == "1":
             raise RuntimeError(
                 "all compute graph nodes have not been partitioned to the CUDAExecutionProvider"

@@ -35,9 +35,9 @@ DAMAGED = {
 def test_damaged_records_are_one_line(kind: str, tmp_path: Path, tiny_bundle: Path) -> None:
     path = tmp_path / "record.json"
     path.write_bytes(DAMAGED[kind])
-    with pytest.raises(RecordError) as found:
+    with pytest.raises(RecordError) as error:
         read_record(path, dict[str, int])
-    assert len(str(found.value)) < 400
+    assert len(str(error.value)) < 400
     assert tuning.FILE.exists()
     bundle = open_bundle(tiny_bundle)
     folder = engines_folder(bundle, "rtx")
@@ -106,8 +106,8 @@ def test_a_trace_with_numbers_that_no_run_has_is_refused(
     many_bundle: Path,
     tmp_path: Path,
 ) -> None:
-    with np.load(trace) as held:
-        arrays = dict(held)
+    with np.load(trace) as stored:
+        arrays = dict(stored)
     header = msgspec.json.decode(arrays["header"].tobytes())
     at = header
     for part in place[:-1]:
@@ -127,8 +127,8 @@ def test_nothing_larger_than_the_headers_images_is_read(
 ) -> None:
     manifest = open_bundle(many_bundle).manifest
     assert len(read_trace(trace, manifest).tokens) == 2
-    with np.load(trace) as held:
-        arrays = dict(held)
+    with np.load(trace) as stored:
+        arrays = dict(stored)
     arrays["write_slots"] = np.zeros((2000, *arrays["write_slots"].shape[1:]), np.int32)
     np.savez_compressed(tmp_path / "trace.npz", **arrays)
     with pytest.raises(RequestError, match="far more than what it should hold"):

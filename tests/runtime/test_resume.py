@@ -98,8 +98,10 @@ def damaged_tokens(path: Path) -> None:
 
 
 def others_tokens(path: Path) -> None:
-    with np.load(path) as held:
-        np.savez(path, **{name: held[name] for name in held if name != "seeds"}, seeds=held["seeds"] + 1)
+    with np.load(path) as stored:
+        np.savez(
+            path, **{name: stored[name] for name in stored if name != "seeds"}, seeds=stored["seeds"] + 1
+        )
 
 
 @pytest.mark.parametrize("damage", [damaged_tokens, others_tokens, empty, Path.unlink])
@@ -109,8 +111,8 @@ def test_without_its_tokens_a_run_draws_the_same_again(
     damage(out / "tokens.npz")
     result = linert("run", tiny_bundle, *REQUEST, "--out", out, "--resume")
     assert result.code == 0, result.err
-    with np.load(out / "tokens.npz") as found, np.load(drawn / "tokens.npz") as wanted:
-        assert {name: found[name].tolist() for name in found} == {
+    with np.load(out / "tokens.npz") as resumed, np.load(drawn / "tokens.npz") as wanted:
+        assert {name: resumed[name].tolist() for name in resumed} == {
             name: wanted[name].tolist() for name in wanted
         }
     assert {name: data for name, data in files(out).items() if name.endswith(".png")} == {
@@ -336,10 +338,10 @@ def test_every_request_to_end_interrupts_once_and_what_is_ignored_stays_ignored(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("arguments", [("inspect", "BUNDLE"), ("inspect", "BUNDLE", "--json"), ("--help",)])
 def test_output_that_cannot_be_written_is_one_sentence(arguments: tuple[str, ...], tiny_bundle: Path) -> None:
-    given = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
+    filled = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*COMMAND, *given], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+            [*COMMAND, *filled], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
         )
     assert done.returncode == 2
     assert (

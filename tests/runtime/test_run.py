@@ -21,7 +21,7 @@ from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.commands import render
 from linert.runtime.drawing.conditions import conditions_of
 from linert.runtime.drawing.output import read_recipe
-from linert.runtime.drawing.samples import ClassLabel, Sample, plan_samples
+from linert.runtime.drawing.samples import ClassLabel, Sample, list_samples
 from linert.runtime.errors import LinertError
 from tests.conftest import ROOT, TINY, Result
 
@@ -125,8 +125,8 @@ def test_an_image_does_not_depend_on_its_company(tiny_bundle: Path) -> None:
 
 def test_more_images_begin_with_the_same_ones() -> None:
     pair, double = conditions_of([1, 2]), conditions_of([1, 1, 2])
-    assert plan_samples(pair, 7, 5)[:3] == plan_samples(pair, 3, 5)
-    assert len(set(plan_samples(double, 9, 0))) == 9
+    assert list_samples(pair, 7, 5)[:3] == list_samples(pair, 3, 5)
+    assert len(set(list_samples(double, 9, 0))) == 9
 
 
 def test_greedy_ignores_the_seed(tiny_bundle: Path) -> None:

@@ -91,8 +91,8 @@ def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
     conditioner = PromptConditioner(spec, 64, lambda: TextTokenizer(tokenizer), None, guided=True)
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red fox\u2028in snow\r\n\n  \nan owl\x85at night".encode())
-    found = ConditionRequest(prompt_file=path).settle(conditioner)
-    assert found == [Prompt("a red fox\u2028in snow"), Prompt("an owl\x85at night")]
+    conditions = ConditionRequest(prompt_file=path).settle(conditioner)
+    assert conditions == [Prompt("a red fox\u2028in snow"), Prompt("an owl\x85at night")]
     path.write_bytes(b"\xef\xbb\xbf\n \n")
     with pytest.raises(RequestError, match="holds no prompts"):
         ConditionRequest(prompt_file=path).settle(conditioner)

@@ -9,7 +9,7 @@ import pytest
 from linert.runtime.errors import ExportError
 from linert.runtime.plugins import tuning
 from linert.runtime.plugins.base import TensorKind
-from linert.runtime.plugins.contracts import HELD, LINE_ATTENTION
+from linert.runtime.plugins.contracts import FLOAT_TYPE, LINE_ATTENTION
 from linert.runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from linert.runtime.plugins.tuning import Tuning, read_tunings, tuning_of, write_tunings
 
@@ -52,7 +52,7 @@ def test_launches_are_laid_out_by_the_table(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tuning, "read_tunings", lambda path: (HALVES,))
     sizes = {"R": 8, "G": 1, "C": 97, "D": 64}
     kinds = [
-        TensorKind("float16" if operand.dtype == HELD else operand.dtype, operand.shape(sizes))
+        TensorKind("float16" if operand.dtype == FLOAT_TYPE else operand.dtype, operand.shape(sizes))
         for operand in LINE_ATTENTION.inputs.values()
     ]
     measured = LineAttentionLaunch(8, 1, 97, 64, "float16", HALVES.warps, HALVES.tile)

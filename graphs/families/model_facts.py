@@ -45,18 +45,18 @@ class Layout:
 
     def rename(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         """Names of a checkpoint to our own, and those that belong to nothing that is known."""
-        found, unknown = {}, []
+        known, unknown = {}, []
         for name in names:
             for pattern, ours in self.names.items():
                 if not DERIVED.fullmatch(name) and (match := re.fullmatch(pattern, name)):
-                    found[name] = match.expand(ours)
+                    known[name] = match.expand(ours)
                     break
             else:
                 if not (
                     DERIVED.fullmatch(name) or any(re.fullmatch(pattern, name) for pattern in self.ignored)
                 ):
                     unknown.append(name)
-        return found, unknown
+        return known, unknown
 
 
 def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str, rank: int) -> tuple[int, ...]:
@@ -66,10 +66,10 @@ def shape_of(shapes: Mapping[str, tuple[int, ...]], name: str, rank: int) -> tup
         KeyError: there is none of that ``name``, which is the argument.
         ValueError: it has another number of axes, or one of size 0.
     """
-    found = shapes[name]
-    if len(found) != rank or 0 in found:
-        raise ValueError(f"{name} has shape {list(found)}; it must have {rank} axes, none of size 0")
-    return found
+    shape = shapes[name]
+    if len(shape) != rank or 0 in shape:
+        raise ValueError(f"{name} has shape {list(shape)}; it must have {rank} axes, none of size 0")
+    return shape
 
 
 def count_of(shapes: Iterable[str], list_name: str) -> int:
@@ -79,23 +79,23 @@ def count_of(shapes: Iterable[str], list_name: str) -> int:
         KeyError: there are none.
         ValueError: one is missing, or their numbers are no numbers.
     """
-    found = {
+    numbers = {
         name.removeprefix(f"{list_name}.").split(".")[0]
         for name in shapes
         if name.startswith(f"{list_name}.")
     }
-    if not found:
+    if not numbers:
         raise KeyError(f"{list_name}.0")
-    if missing := [str(number) for number in range(len(found)) if str(number) not in found]:
-        others = sorted(found - {str(number) for number in range(len(found))})
+    if missing := [str(number) for number in range(len(numbers)) if str(number) not in numbers]:
+        others = sorted(numbers - {str(number) for number in range(len(numbers))})
         raise ValueError(
             f"there is no {list_name}.{missing[0]} although there is {list_name}.{others[0][:40]}: tensors are missing, or not this model's"
         )
-    return len(found)
+    return len(numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class ModelFacts:
     """What is known of a checkpoint when its configuration is made.
 
     Args:
@@ -143,11 +143,11 @@ class Given:
         Raises:
             ValueError: they have something else.
         """
-        found = self.processing.get(key)
-        name = found.get("content") if isinstance(found, Mapping) else found
+        token = self.processing.get(key)
+        name = token.get("content") if isinstance(token, Mapping) else token
         if name is not None and not isinstance(name, str):
             raise ValueError(
-                f"the tokenizer's settings: {key} is {reprlib.repr(found)}, must be a token's name"
+                f"the tokenizer's settings: {key} is {reprlib.repr(token)}, must be a token's name"
             )
         return name or ""
 

@@ -23,7 +23,7 @@ END_OF_TEXT = "</s>"
 """The token that T5 has behind every text."""
 
 
-class TextEncoder:
+class CaptionEncoder:
     """The bundle's stage that makes features of captions.
 
     Args:
@@ -61,34 +61,34 @@ class TextEncoder:
             RequestError: there are too many, it contains the text of a special token, or what the tokenizer leaves out.
             BundleError: the tokenizer is not T5's.
         """
-        found = t5_tokens(self._tokenizer, text)
-        if len(found) > self._length:
+        ids = t5_tokens(self._tokenizer, text)
+        if len(ids) > self._length:
             raise RequestError(
-                f"the prompt {shortened(text)!r} has {len(found)} tokens; the model was trained with at most {self._length}: shorten it"
+                f"the prompt {shortened(text)!r} has {len(ids)} tokens; the model was trained with at most {self._length}: shorten it"
             )
-        return found
+        return ids
 
     def __call__(self, text: str) -> NDArray[np.float32]:
         """Features ``[length of the text in tokens, feature_dim]`` float32."""
-        found = self.tokens(text)
+        ids = self.tokens(text)
         tokens = np.zeros((1, self._length), np.int64)
-        tokens[0, : len(found)] = found
+        tokens[0, : len(ids)] = ids
         with self._lock:
             if self._closed:
                 raise RequestError("the text encoder is closed: open the bundle again")
-            return self._run(tokens, found, text)[: len(found)]
+            return self._run(tokens, ids, text)[: len(ids)]
 
-    def _run(self, tokens: NDArray[np.int64], found: Sequence[int], text: str) -> NDArray[np.float32]:
+    def _run(self, tokens: NDArray[np.int64], ids: Sequence[int], text: str) -> NDArray[np.float32]:
         backend = self._backend
         backend.load("text_encoder")
         backend.write("text_tokens", tokens)
-        backend.write("text_lengths", np.array([len(found)]))
+        backend.write("text_lengths", np.array([len(ids)]))
         try:
             backend.run("text_encoder")
         except Exception as error:
             # Runtimes have exceptions of their own. Bundles whose tokenizer was not held to the table may make such tokens.
             raise BundleError(
-                f"the text encoder has no embedding for a token of {shortened(text)!r}, the largest of which is {max(found)}: export the "
+                f"the text encoder has no embedding for a token of {shortened(text)!r}, the largest of which is {max(ids)}: export the "
                 f"bundle again with the tokenizer that belongs to the encoder ({str(error).strip().splitlines()[0][:200]})"
             ) from error
         features = cast("NDArray[np.float32]", backend.read("text_features"))
@@ -96,16 +96,16 @@ class TextEncoder:
 
 
 def t5_tokens(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """Token ids of a cleaned caption, of whatever length; see :meth:`TextEncoder.tokens` for the errors."""
+    """Token ids of a cleaned caption, of whatever length; see :meth:`CaptionEncoder.tokens` for the errors."""
     end = tokenizer.vocabulary.get(END_OF_TEXT)
     if end is None:
         raise BundleError(f"the tokenizer {tokenizer.path} has no {END_OF_TEXT}: it is not T5's")
-    found = tokenizer.ids(clean_caption(text))
-    if special := tokenizer.specials_among(found):
+    ids = tokenizer.ids(clean_caption(text))
+    if special := tokenizer.specials_among(ids):
         raise RequestError(
             f"the prompt {shortened(text)!r} contains {special[0]!r}, which the tokenizer takes for a special token: leave it out"
         )
-    return [*found, end]
+    return [*ids, end]
 
 
 def clean_caption(text: str) -> str:
