@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,13 +32,14 @@ from linert.exporter.reference_loop import draw_tokens, sampler
 from linert.exporter.sampling_params import sampling_params
 from linert.graphs.history import full_history
 from linert.graphs.memory import memory_of
+from linert.graphs.sampling import noise_size
 from linert.graphs.transformer import Condition, RasterTransformer, part_of
 from linert.runtime.bundles.manifest import CaptionInput
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing import samples
 from linert.runtime.drawing.conditions import Conditioner
-from linert.runtime.drawing.loop import uniform_row
+from linert.runtime.drawing.noise import noise_table
 from linert.runtime.errors import ExportError
 from linert.runtime.machine import available_bytes
 from linert.runtime.text import size_text
@@ -235,8 +235,9 @@ def draw_images(
     slots = (config.prefix_len + config.image_tokens,) * config.layers
     memory = memory_of(config, images=images, guided=sampling.guidance > 1, capacities=slots)
     history = full_history(model, memory)
-    uniforms = torch.from_numpy(np.stack([uniform_row(seed + k, config.image_tokens) for k in range(images)]))
-    draw = sampler(sampling_params(sampling), uniforms, guided=memory.geometry.guided)
+    seeds = range(seed, seed + images)
+    noise = torch.from_numpy(noise_table(seeds, config.image_tokens, noise_size(config.vocab_size)))
+    draw = sampler(sampling_params(sampling), noise, guided=memory.geometry.guided)
 
     def choose(logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
         if not logits.isfinite().all():

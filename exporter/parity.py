@@ -26,12 +26,11 @@ from linert.exporter.parity_report import (
     cost_of,
     parity_checks,
 )
-from linert.exporter.reference_loop import draw_tokens, sampler
+from linert.exporter.reference_loop import draw_tokens, sampler, undecidedness
 from linert.exporter.sampling_params import sampling_params
 from linert.graphs.history import History, HistoryModel, full_history
 from linert.graphs.memory import memory_of
 from linert.graphs.policies import POLICIES, LineEndParams
-from linert.graphs.sampling import SamplingParams, filtered_mass
 from linert.graphs.stage import Geometry
 from linert.graphs.transformer import Condition, RasterTransformer
 from linert.runtime.backends.base import Backend
@@ -248,7 +247,7 @@ def _free_running(both: BothSides, tokens: Tensor, evicted: list[np.ndarray]) ->
     reference, report = both.reference, both.report
     geometry = reference.geometry
     params = sampling_params(both.batch.sampling)
-    uniforms = torch.from_numpy(both.batch.uniforms)
+    noise = torch.from_numpy(both.batch.noise)
     images = geometry.images
     diverged: list[int | None] = [None] * images
     evicts_alike = np.ones(images, bool)
@@ -268,7 +267,7 @@ def _free_running(both: BothSides, tokens: Tensor, evicted: list[np.ndarray]) ->
         both.report_line("PyTorch draws", line + 1)
 
     drawn = torch.zeros_like(tokens)
-    choose = sampler(params, uniforms, guided=geometry.guided)
+    choose = sampler(params, noise, guided=geometry.guided)
     for index, logits, token in draw_tokens(reference, both.condition, choose, end_line):
         drawn[:, index] = token
         for image in range(images):
@@ -276,7 +275,7 @@ def _free_running(both: BothSides, tokens: Tensor, evicted: list[np.ndarray]) ->
                 diverged[image] = index
                 if evicts_alike[image]:
                     other = int(tokens[image, index])
-                    margin = _undecided(logits[image], params, uniforms[image, index].item(), other)
+                    margin = undecidedness(logits[image], params, noise[image, index], other)
                     report.divergence_margin = max(report.divergence_margin, margin)
     report.evictions_agreement = float(np.mean(shares)) if shares else 1.0
     report.tokens_agreement = (drawn == tokens).float().mean().item()
@@ -291,17 +290,6 @@ def _by_image(same: Tensor, geometry: Geometry) -> np.ndarray:
     """Share of true entries of ``same [L, R, W]`` an image: ``[I]`` float64."""
     split = same.reshape(len(same), geometry.branches, geometry.images, -1)
     return split.double().mean((0, 1, 3)).numpy()
-
-
-def _undecided(guided: Tensor, params: SamplingParams, uniform: float, other: int) -> float:
-    """How far guided logits ``[V]`` are from drawing ``other``: a logit gap when greedy, else a probability."""
-    if params.greedy:
-        return (guided.max() - guided[other]).item()
-    mass = filtered_mass(guided[None], params)[0]
-    cumulative = (mass / mass.sum()).cumsum(-1)
-    above = cumulative[other].item()
-    below = cumulative[other - 1].item() if other else 0.0
-    return max(below - uniform, uniform - above, 0.0)
 
 
 def _pixels(decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Tensor, report: Report) -> None:

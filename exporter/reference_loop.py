@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from linert.graphs.sampling import SamplingParams, draw, filtered_mass, guide
+from linert.graphs.sampling import SamplingParams, draw, draw_margin, filtered_mass, guide, tempered
 from linert.graphs.stages import with_newlines
 from linert.graphs.transformer import FamilyConfig
 
@@ -63,14 +63,32 @@ def draw_tokens(
                 end_line(line)
 
 
-def sampler(params: SamplingParams, uniforms: Tensor, *, guided: bool) -> Choose:
-    """The draw that the stages make, with ``uniforms [I, N]``; ``guided`` where logits have unconditional rows."""
+def sampler(params: SamplingParams, noise: Tensor, *, guided: bool) -> Choose:
+    """The draw that the stages make, with ``noise [I, N, S]``; ``guided`` where logits have unconditional rows."""
 
     def choose(logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
         if guided:
-            logits = guide(logits, params, torch.full((len(uniforms),), index))
+            logits = guide(logits, params, torch.full((len(noise),), index))
         if params.greedy:
             return logits, logits.argmax(-1)
-        return logits, draw(filtered_mass(logits, params), uniforms[:, index])
+        return logits, draw(filtered_mass(logits, params), noise[:, index])
 
     return choose
+
+
+def undecidedness(logits: Tensor, params: SamplingParams, noise: Tensor, other: int) -> float:
+    """How far guided ``logits [V]`` with ``noise [S]`` are from drawing ``other`` instead: a gap of logits.
+
+    Where rounding takes the one into what is kept, or the other out of it, it is the distance from the last that is kept.
+    """
+    if params.greedy:
+        return (logits.max() - logits[other]).item()
+    scores = tempered(logits[None], params)[0]
+    kept = filtered_mass(logits[None], params)[0] > 0
+    least = scores[kept].min()
+    drawn = int(draw(filtered_mass(logits[None], params), noise[None]))
+    mass = torch.where(kept, scores.exp(), 0.0)
+    mass[other] = scores[other].exp()
+    gap = draw_margin(mass, noise, drawn, other)
+    outside = max((least - scores[other]).item(), 0.0)
+    return max(outside, min(gap, (scores[drawn] - least).item()))

@@ -30,7 +30,7 @@ LOWEST = -88.0
 
 def noise_size(vocab_size: int) -> int:
     """Numbers of noise that the draw of one token takes: one a run of ids, and one an id of a run."""
-    return -(-vocab_size // RUN) + RUN
+    return -(-vocab_size // RUN) + min(RUN, vocab_size)
 
 
 class SamplingParams(NamedTuple):
@@ -205,11 +205,29 @@ def draw(mass: Tensor, noise: Tensor) -> Tensor:
     Returns:
         ``[I]`` int64; the mass of each is not zero.
     """
-    runs = F.pad(mass, (0, -mass.shape[1] % RUN)).unflatten(-1, (-1, RUN))
-    of_runs, of_ids = noise.split([runs.shape[1], RUN], dim=-1)
+    width = min(RUN, mass.shape[1])
+    runs = F.pad(mass, (0, -mass.shape[1] % width)).unflatten(-1, (-1, width))
+    of_runs, of_ids = noise.split([runs.shape[1], width], dim=-1)
     run = (runs.sum(-1) * of_runs).argmax(-1, keepdim=True)
-    inside = runs.gather(1, run[:, :, None].expand(-1, -1, RUN)).squeeze(1)
-    return run.squeeze(1) * RUN + (inside * of_ids).argmax(-1)
+    inside = runs.gather(1, run[:, :, None].expand(-1, -1, width)).squeeze(1)
+    return run.squeeze(1) * width + (inside * of_ids).argmax(-1)
+
+
+def draw_margin(mass: Tensor, noise: Tensor, drawn: int, other: int) -> float:
+    """By how much :func:`draw` prefers the id that was ``drawn`` to ``other``: a gap of log probabilities, at least 0.
+
+    Args:
+        mass, noise: of one row, ``[V]`` and ``[noise_size(V)]``.
+    """
+    width = min(RUN, len(mass))
+    runs = F.pad(mass, (0, -len(mass) % width)).unflatten(-1, (-1, width))
+    of_runs, of_ids = noise.split([len(runs), width])
+    by_run = (runs.sum(-1) * of_runs).log()
+    by_id = (runs * of_ids).log()
+    first, second = (divmod(number, width) for number in (drawn, other))
+    between_runs = (by_run[first[0]] - by_run[second[0]]).item()
+    within = (by_id[second[0]].max() - by_id[second]).item()
+    return max(between_runs, 0.0) + max(within, 0.0)
 
 
 def sample(logits: Tensor, params: SamplingParams, noise: Tensor, *, filtered: bool = True) -> Tensor:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from linert.graphs.families.vq import VQModel
 from linert.graphs.line_attention import OPSET
 from linert.graphs.memory import Memory, Projections, StepPosition
-from linert.graphs.sampling import SamplingParams, guide, sample
+from linert.graphs.sampling import SamplingParams, guide, noise_size, sample
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
@@ -38,9 +38,10 @@ SAMPLING_INPUTS = {
 
 
 def sampling_inputs(geometry: Geometry) -> list[StageTensor]:
-    table = (geometry.images, geometry.config.image_tokens)
+    config = geometry.config
+    table = (geometry.images, config.image_tokens, noise_size(config.vocab_size))
     return [
-        StageTensor("uniforms", torch.float32, table),
+        StageTensor("noise", torch.float32, table),
         *(StageTensor(name, dtype, ()) for name, dtype in SAMPLING_INPUTS.items()),
     ]
 
@@ -144,9 +145,11 @@ class Decode(Stage):
             written += replaced
         logits = model.logits(x).squeeze(1)
         index = drawn_index[: geometry.images]
-        uniform = given["uniforms"].gather(1, index[:, None]).squeeze(1)
+        noise = given["noise"]
+        at_index = index[:, None, None].expand(-1, 1, noise.shape[2])
+        drawn_with = noise.gather(1, at_index).squeeze(1)
         params = SamplingParams(*(given[name] for name in SAMPLING_INPUTS))
-        token_next = _next_token(geometry, logits, params, uniform, index, self.filtered)
+        token_next = _next_token(geometry, logits, params, drawn_with, index, self.filtered)
         token_next = with_newlines(config, token_next, index)
         tokens_next = given["tokens"].scatter(1, index[:, None], token_next[:, None])
         return token_next, tokens_next, position_next, logits, *written
@@ -182,11 +185,11 @@ def _next_token(
     geometry: Geometry,
     logits: Tensor,
     params: SamplingParams,
-    uniform: Tensor,
+    noise: Tensor,
     index: Tensor,
     filtered: bool = True,
 ) -> Tensor:
     """Guide ``logits [B, V]`` where the batch has unconditional rows, and draw ``[I]`` tokens."""
     if geometry.guided:
         logits = guide(logits, params, index)
-    return sample(logits, params, uniform, filtered=filtered)
+    return sample(logits, params, noise, filtered=filtered)

@@ -9,8 +9,10 @@ import torch
 from linert.graphs import stages
 from linert.graphs.memory import Memory
 from linert.graphs.policies import POLICIES, LineEndParams
+from linert.graphs.sampling import noise_size
 from linert.graphs.stage_tensor import NEXT
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
+from linert.runtime.drawing.noise import noise_table
 
 GUIDANCE = 3.0
 
@@ -19,8 +21,8 @@ def usual_inputs(geometry: stages.Geometry, **settings: float) -> dict[str, torc
     """Inputs of decode and of a line's end that are neither state nor condition; zeros for the settings that are not given."""
     config = geometry.config
     tensors = {
-        "uniforms": torch.rand(
-            geometry.images, config.image_tokens, generator=torch.Generator().manual_seed(3)
+        "noise": torch.from_numpy(
+            noise_table(range(3, 3 + geometry.images), config.image_tokens, noise_size(config.vocab_size))
         ),
         "capacity": torch.tensor(geometry.capacities),
     }

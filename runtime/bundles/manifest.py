@@ -251,6 +251,12 @@ class Manifest(Record, frozen=True):
         """Every layer's state of a kind, in the order of the layers; none where the model has no such state."""
         return [spec for spec in self.state if spec.kind == kind]
 
+    @property
+    def noise_size(self) -> int:
+        """Numbers of noise that the draw of a token takes."""
+        [table] = [tensor for tensor in self.stages["decode"].inputs if tensor.name == "noise"]
+        return table.shape[2]
+
     def state_spec(self, name: str) -> StateSpec:
         """The state tensor of that name."""
         return next(spec for spec in self.state if spec.name == name)

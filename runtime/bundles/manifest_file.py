@@ -51,8 +51,8 @@ METHODS = frozenset({"none", "rtn", "gptq"})
 """How integers are found."""
 
 DRIVEN = {
-    "decode": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
-    "decode.unfiltered": frozenset({"uniforms", "token", "tokens", "position", "logits"}),
+    "decode": frozenset({"noise", "token", "tokens", "position", "logits"}),
+    "decode.unfiltered": frozenset({"noise", "token", "tokens", "position", "logits"}),
     "line_end.replay": frozenset({"replay_slots"}),
     "text_encoder": frozenset({"text_tokens", "text_lengths", "text_features"}),
     "vq_decoder": frozenset({"grid_tokens", "pixels"}),

@@ -21,7 +21,8 @@ from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner, conditions_of
-from linert.runtime.drawing.loop import Batch, generate, uniform_row
+from linert.runtime.drawing.loop import Batch, generate
+from linert.runtime.drawing.noise import noise_table
 from linert.runtime.drawing.samples import Condition, Sample, list_samples
 from linert.runtime.drawing.trace import Trace
 from linert.runtime.errors import BundleError, RequestError
@@ -77,10 +78,10 @@ def make_batch(
     if not 1 <= count <= size:
         raise RequestError(f"{count} samples do not fit a batch of {size}")
     filled = [*samples, *[samples[-1]] * (size - count)]
-    tokens = manifest.raster.image_tokens
+    seeds = [sample.seed for sample in filled]
     return Batch(
         conditions=conditioner.inputs([sample.condition for sample in filled]),
-        uniforms=np.stack([uniform_row(s.seed, tokens) for s in filled]),
+        noise=noise_table(seeds, manifest.raster.image_tokens, manifest.noise_size),
         sampling=sampling,
         cache=cache,
     )

@@ -18,20 +18,17 @@ from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.errors import BundleError, RequestError
 
-UNIFORM_BITS = 23
-"""Uniforms are multiples of 2^-23 below 1: times any float32 total they stay below that total."""
-
 
 @dataclass(frozen=True)
 class Batch:
     """What one pass of the loop needs.
 
-    ``conditions``: the model's inputs by name. ``uniforms``: a row ``[I, N]`` float32 an image. ``replay``: write
+    ``conditions``: the model's inputs by name. ``noise``: of every image and token, ``[I, N, S]`` float32. ``replay``: write
     slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`linert.runtime.drawing.trace`).
     """
 
     conditions: Mapping[str, NDArray[Any]]
-    uniforms: NDArray[np.float32]
+    noise: NDArray[np.float32]
     sampling: SamplingSettings
     cache: CacheSettings | None
     replay: NDArray[np.int64] | None = None
@@ -50,17 +47,6 @@ class Batch:
         if self.cache is None:
             return "line_end"
         return f"line_end.{self.cache.policy if self.replay is None else 'replay'}"
-
-
-def uniform_row(seed: int, tokens: int) -> NDArray[np.float32]:
-    """The uniform numbers ``[tokens]`` float32 in [0, 1 - 2^-23] of the image with this ``seed``.
-
-    They depend on the seed alone, not on the batch, so that an image is the same in whatever company it is drawn.
-    """
-    bits = np.random.Generator(np.random.Philox(key=seed)).integers(
-        0, 1 << UNIFORM_BITS, size=tokens, dtype=np.uint32
-    )
-    return bits.astype(np.float32) * np.float32(2.0**-UNIFORM_BITS)
 
 
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
@@ -97,7 +83,7 @@ def begin(backend: Backend, batch: Batch) -> None:
         backend.load(stage)
     for name, values in batch.conditions.items():
         backend.write(name, values)
-    backend.write("uniforms", batch.uniforms)
+    backend.write("noise", batch.noise)
     for name, value in settings_inputs(manifest, batch).items():
         # A replay has no policy's inputs.
         if name in backend.specs:
@@ -145,7 +131,7 @@ def generate(
 
     Args:
         backend: holds the stages of :attr:`Batch.stages`.
-        batch: conditions, uniforms and settings.
+        batch: conditions, noise and settings.
         on_line: called with the number of lines whose tokens are all drawn, after each line.
         on_line_end: called with a line's number after its end: write slots are chosen, nothing is overwritten yet.
         finite: False leaves it to the caller to look at the logits.

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linert.graphs.sampling import RUN, SamplingParams, draw, filtered_mass, guide, sample
+from linert.graphs.sampling import (
+    RUN,
+    SORTED,
+    SamplingParams,
+    draw,
+    draw_margin,
+    filtered_mass,
+    guide,
+    noise_size,
+    sample,
+)
+from linert.runtime.drawing.noise import noise_rows
 from tests.golden_weights import golden_outputs
 
 
@@ -105,40 +118,114 @@ def test_guidance_stops_after_its_interval() -> None:
     assert torch.equal(guide(logits, params(guidance=1.0), torch.tensor([0])), logits[:1])
 
 
-@given(seed=st.integers(0, 1000), uniform=st.integers(0, 2**23 - 1), size=st.sampled_from([50, RUN, 300]))
+def noise_of(seed: int, rows: int, size: int) -> torch.Tensor:
+    return torch.from_numpy(noise_rows(seed, rows, noise_size(size)))
+
+
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([50, RUN, 300, 5000]),
+    top_k=st.integers(0, 6000),
+    top_p=st.one_of(st.just(1.0), st.floats(0.01, 0.99)),
+)
+@settings(max_examples=60, deadline=None)
+def test_filters_keep_what_sorting_keeps_of_many(seed: int, size: int, top_k: int, top_p: float) -> None:
+    logits = torch.randn(2, size, generator=torch.Generator().manual_seed(seed)) * 4
+    kept = filtered_mass(logits, params(top_k=top_k, top_p=top_p)) > 0
+    wanted = by_sorting(logits.double(), 1.0, top_k, top_p) > 0
+    # The bound may fall on an entry's edge.
+    assert ((kept.sum(-1) - wanted.sum(-1)).abs() <= (top_p < 1)).all()
+    assert (kept == wanted).float().mean() >= 1 - 1 / size
+
+
+def test_more_ties_than_are_sorted_all_stay() -> None:
+    logits = torch.zeros(1, 4 * SORTED)
+    logits[0, :5] = 3.0
+    logits[0, 5 : SORTED + 200] = 1.0
+    for settings_ in (params(top_k=6), params(top_p=0.1)):
+        kept = filtered_mass(logits, settings_) > 0
+        assert kept[0, :5].all()
+        assert not kept[0, SORTED + 200 :].any()
+    assert (filtered_mass(logits, params(top_k=6)) > 0).sum() == SORTED + 200
+
+
+def test_what_has_no_mass_beside_the_largest_does_not_spoil_a_filter() -> None:
+    logits = torch.tensor([[0.0, -1.0, -2.0, -1e9, -1e30]])
+    assert (filtered_mass(logits, params(top_k=2)) > 0).tolist() == [[True, True, False, False, False]]
+    assert (filtered_mass(logits, params(top_k=4)) > 0).tolist() == [[True, True, True, False, False]]
+    assert (filtered_mass(logits, params(top_p=0.7)) > 0).tolist() == [[True, True, False, False, False]]
+
+
+@given(seed=st.integers(0, 1000), size=st.sampled_from([50, RUN, 300]))
 @settings(max_examples=150, deadline=None)
-def test_a_draw_never_leaves_the_support(seed: int, uniform: int, size: int) -> None:
+def test_a_draw_never_leaves_the_support(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     mass = torch.rand(1, size, generator=generator) * (torch.rand(1, size, generator=generator) < 0.2)
-    # Masses that vanish beside others: what rounding does to them decides nothing but between neighbours.
     mass *= 10.0 ** -torch.randint(0, 9, (1, size), generator=generator)
-    mass[0, 17] = 1e-3
-    token = draw(mass, torch.tensor([uniform * 2.0**-23]))
+    mass[0, 17] = 1e-30
+    token = draw(mass, noise_of(seed, 1, size))
     assert mass[0, token] > 0
 
 
-@given(seed=st.integers(0, 1000), size=st.sampled_from([7, RUN - 1, RUN, RUN + 1, 1000, 16384]))
+@pytest.mark.parametrize("size", [7, RUN - 1, RUN, RUN + 1, 700])
+def test_draws_follow_the_probabilities(size: int) -> None:
+    draws = 40_000
+    mass = (1.5 * torch.randn(size, generator=torch.Generator().manual_seed(size))).exp()
+    mass[3] = 0.0
+    drawn = draw(mass.expand(draws, size), noise_of(5, draws, size))
+    counts = torch.bincount(drawn, minlength=size).double().numpy()
+    wanted = (mass / mass.sum() * draws).double().numpy()
+    assert counts[3] == 0
+    # Few are expected of the rare ones, which are counted together.
+    often = wanted >= 5
+    seen = [*counts[often], counts[~often].sum()]
+    expected = [*wanted[often], wanted[~often].sum()]
+    if expected[-1] < 5:
+        seen, expected = seen[:-1], expected[:-1]
+    assert scipy.stats.chisquare(seen, np.array(expected) * (sum(seen) / sum(expected))).pvalue > 1e-3
+
+
+def test_positions_and_seeds_draw_independently() -> None:
+    mass = torch.tensor([0.5, 0.3, 0.2])
+    draws = np.stack([draw(mass.expand(64, 3), noise_of(seed, 64, 3)).numpy() for seed in range(600)])
+    for one, other in ((draws[:, :-1], draws[:, 1:]), (draws[:-1], draws[1:])):
+        table = np.zeros((3, 3))
+        np.add.at(table, (one.ravel(), other.ravel()), 1)
+        assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
+
+
+def test_distributions_that_differ_a_little_mostly_draw_the_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(400, 16384, generator=generator)
+    other = logits + 0.3 * torch.randn(400, 16384, generator=generator)
+    noise = noise_of(1, 400, 16384)
+    distance = (logits.softmax(-1) - other.softmax(-1)).abs().sum(-1).mean() / 2
+    assert 0.1 < distance < 0.13
+    same = draw(logits.exp(), noise) == draw(other.exp(), noise)
+    assert same.float().mean() > 0.7
+
+
+@given(seed=st.integers(0, 1000), size=st.sampled_from([7, 300]))
 @settings(max_examples=60, deadline=None)
-def test_a_draw_is_the_first_id_over_the_bound(seed: int, size: int) -> None:
+def test_a_margin_is_what_it_takes_to_draw_otherwise(seed: int, size: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    mass = (4 * torch.randn(20, size, generator=generator)).exp()
-    uniform = torch.randint(0, 2**23, (20,), generator=generator) * 2.0**-23
-    cumulative = mass.double().cumsum(-1)
-    bound = uniform.double()[:, None] * cumulative[:, -1:]
-    drawn = draw(mass, uniform)[:, None]
-    tolerance = 1e-5 * cumulative[:, -1:]
-    assert (cumulative.gather(1, drawn) > bound - tolerance).all()
-    before = cumulative.gather(1, drawn) - mass.double().gather(1, drawn)
-    assert (before <= bound + tolerance).all()
-
-
-def test_draws_follow_the_probabilities() -> None:
-    mass = torch.tensor([[1.0, 0.0, 3.0, 4.0]]).expand(8000, 4)
-    uniform = (torch.arange(8000) + 0.5) / 8000
-    counts = torch.bincount(draw(mass, uniform), minlength=4)
-    assert counts.tolist() == [1000, 0, 3000, 4000]
+    mass = (2 * torch.randn(size, generator=generator)).exp()
+    noise = noise_of(seed, 1, size)
+    drawn = int(draw(mass[None], noise))
+    assert draw_margin(mass, noise[0], drawn, drawn) == 0.0
+    # The next in the same run is drawn once it has more than the margin says.
+    run = min(RUN, size)
+    start = drawn // run * run
+    rivals = [number for number in range(start, min(start + run, size)) if number != drawn]
+    nearest = min(rivals, key=lambda number: draw_margin(mass, noise[0], drawn, number))
+    gap = draw_margin(mass, noise[0], drawn, nearest)
+    raised = mass.clone()
+    raised[nearest] *= float(np.exp(gap * 1.001 + 1e-4))
+    assert int(draw(raised[None], noise)) == nearest
+    raised[nearest] = mass[nearest] * float(np.exp(gap * 0.999 - 1e-4))
+    assert int(draw(raised[None], noise)) == drawn
 
 
 def test_greedy_takes_the_most_likely() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0]])
-    assert sample(logits, params(greedy=True), torch.tensor([0.99])).item() == 1
+    assert sample(logits, params(greedy=True), noise_of(0, 1, 3)).item() == 1

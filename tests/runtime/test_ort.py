@@ -8,11 +8,13 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import scipy.stats
 from packaging.requirements import Requirement
 
 from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import open_bundle
-from linert.runtime.drawing.loop import Batch, begin, generate, uniform_row  # noqa: F401 (begin: used by a script below)
+from linert.runtime.drawing.loop import Batch, begin, generate  # noqa: F401 (begin: used by a script below)
+from linert.runtime.drawing.noise import noise_rows, noise_table
 from tests.conftest import ROOT, TINY
 
 STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.linear"]
@@ -20,8 +22,9 @@ STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.linear"]
 
 def tiny_batch(backend: OrtBackend, seed: int = 0) -> Batch:
     manifest = backend.bundle.manifest
-    uniforms = np.stack([uniform_row(seed + i, TINY.image_tokens) for i in range(manifest.images)])
-    return Batch({"class_ids": np.arange(manifest.images)}, uniforms, manifest.sampling, manifest.cache)
+    seeds = range(seed, seed + manifest.images)
+    noise = noise_table(seeds, TINY.image_tokens, manifest.noise_size)
+    return Batch({"class_ids": np.arange(manifest.images)}, noise, manifest.sampling, manifest.cache)
 
 
 def test_state_stays_where_it_is(tiny_bundle: Path) -> None:
@@ -67,14 +70,19 @@ if BREAK:
         assert ("in-place optimization not activated" in done.stderr) is broken
 
 
-def test_uniforms_depend_on_the_seed_alone_and_stay_below_one() -> None:
-    row = uniform_row(123, 1000)
-    assert (row == uniform_row(123, 2000)[:1000]).all()
-    assert (row != uniform_row(124, 1000)).any()
-    assert row.min() >= 0
-    assert row.max() <= 1 - 2**-23
-    assert row.dtype == np.float32
-    assert abs(row.mean() - 0.5) < 0.05
+NOISE_OF_SEVEN = [7.3055825, 0.8199799, 1.153046]
+
+
+def test_noise_depends_on_the_seed_and_the_place_alone() -> None:
+    rows = noise_rows(123, 1000, 65)
+    assert (rows == noise_rows(123, 2000, 65)[:1000]).all()
+    assert (rows != noise_rows(124, 1000, 65)).all()
+    assert rows.dtype == np.float32
+    assert np.isfinite(rows).all()
+    assert rows.min() > 0
+    # Of one seed on every machine.
+    np.testing.assert_allclose(noise_rows(7, 1, 3)[0], NOISE_OF_SEVEN, rtol=1e-6)
+    assert scipy.stats.kstest((1 / rows.astype(np.float64)).ravel(), "expon").pvalue > 1e-3
 
 
 def runtime_only_site(folder: Path) -> Path:
