@@ -103,7 +103,7 @@ class DecayStep(LayerStep):
 
 
 class DecayLineEnd(Stage):
-    """Take the finished line into what is above the next, in every layer."""
+    """Take the finished line into what is above the next, in every layer of the sequences that are due; all others stay."""
 
     name = "line_end"
 
@@ -112,15 +112,18 @@ class DecayLineEnd(Stage):
         self.model = model
         self.memory = memory
         self.geometry = memory.geometry
-        self.inputs = memory.layer_state()
-        above = [spec for spec in self.inputs if spec.kind == "above"]
-        self.outputs = [spec.next() for spec in above]
+        loop = {spec.name: spec for spec in memory.state()}
+        above = [spec for spec in memory.layer_state() if spec.kind == "above"]
+        self.inputs = [loop["position"], loop["line"], *memory.layer_state()]
+        self.outputs = [loop["line"].next(), *(spec.next() for spec in above)]
         self.in_place = frozenset(spec.name for spec in above)
 
-    def forward(self, *layers: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, position: Tensor, line: Tensor, *layers: Tensor) -> tuple[Tensor, ...]:
         width = self.geometry.config.line_width
         states = [DecayState(*state) for state in self.memory.by_layer(layers)]
-        return tuple(
-            fold(state, width, decay)
+        ended = self.geometry.due(position, line)
+        due = self.geometry.per_row(ended)
+        return line + ended.to(torch.int64), *(
+            fold(state, width, decay, due)
             for state, decay in zip(states, self.memory.decays(self.model), strict=True)
         )

@@ -121,7 +121,7 @@ class LineBufferStep(LayerStep):
 
 
 class LineEnd(Stage):
-    """Let a policy choose the slots that the next line overwrites, in every layer."""
+    """Let a policy choose the slots that the next line overwrites, in every layer of the sequences that are due; all others stay."""
 
     def __init__(self, policy: Policy, memory: LineBuffer) -> None:
         super().__init__()
@@ -132,7 +132,8 @@ class LineEnd(Stage):
         replaced = ["slot_pos"] if policy.carries_scores else ["scores", "slot_pos"]
         layers = memory.layer_state()
         loop = {spec.name: spec for spec in memory.state()}
-        sizes = {"L": geometry.config.layers, "B": geometry.sequences}
+        config = geometry.config
+        sizes = {"L": config.layers, "B": geometry.sequences, "R": geometry.rows, "W": config.line_width}
         self.inputs = [
             *(
                 StageTensor(name, getattr(torch, operand.dtype), operand.shape(sizes))
@@ -142,34 +143,49 @@ class LineEnd(Stage):
         ]
         self.outputs = [
             loop["write_slots"].next(),
+            loop["line"].next(),
             *(spec.next() for kind in replaced for spec in layers if spec.kind == kind),
         ]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config = self.geometry, self.geometry.config
-        settings = len(LineEndParams._fields)
+        settings, inputs = len(LineEndParams._fields), len(LINE_EVICT_INPUTS)
         params = LineEndParams(*tensors[:settings])
-        position_rows = geometry.per_row(tensors[settings])[:, None].to(torch.int32)
-        scores, slot_pos, *keys = _chunks(tensors[settings + 1 :], config.layers)
+        position, line_number, write_slots = tensors[settings:inputs]
+        ended = geometry.due(position, line_number)
+        due = geometry.per_row(ended)[:, None]
+        position_rows = geometry.per_row(position)[:, None].to(torch.int32)
+        scores, slot_pos, *keys = _chunks(tensors[inputs:], config.layers)
         ends: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for group in self._groups():
+            before = torch.cat([scores[layer] for layer in group])
+            slot_pos_before = torch.cat([slot_pos[layer] for layer in group])
             line = finished_line(
                 geometry,
-                torch.cat([scores[layer] for layer in group]),
-                torch.cat([slot_pos[layer] for layer in group]),
+                before,
+                slot_pos_before,
                 position_rows.repeat(len(group), 1),
                 torch.cat([keys[0][layer].squeeze(1) for layer in group]) if keys else None,
             )
             capacity = (
                 params.capacity[group[0] : group[-1] + 1, None].expand(-1, geometry.rows).reshape(-1, 1)
             )
-            found = end_line(self.policy, line, capacity, params)
-            ends |= dict(
-                zip(group, zip(*(part.chunk(len(group)) for part in found), strict=True), strict=True)
+            chosen, left, fresh = end_line(self.policy, line, capacity, params)
+            of_group = due.repeat(len(group), 1)
+            slots_before = write_slots[group[0] : group[-1] + 1].flatten(0, 1)
+            after = (
+                torch.where(of_group, chosen, slots_before),
+                torch.where(of_group, left, slot_pos_before),
+                torch.where(of_group, fresh, before),
             )
-        chosen, left, restarted = zip(*(ends[layer] for layer in range(config.layers)), strict=True)
-        replaced = left if self.policy.carries_scores else restarted + left
-        return torch.stack(chosen), *replaced
+            ends |= dict(
+                zip(group, zip(*(part.chunk(len(group)) for part in after), strict=True), strict=True)
+            )
+        chosen_slots, left_slots, restarted = zip(
+            *(ends[layer] for layer in range(config.layers)), strict=True
+        )
+        replaced = left_slots if self.policy.carries_scores else restarted + left_slots
+        return torch.stack(chosen_slots), line_number + ended.to(torch.int64), *replaced
 
     def plugin_attributes(self) -> dict[str, int] | None:
         """Attributes of the LineEvict operation that this stage is; None where its plugin has no such policy."""
@@ -179,6 +195,7 @@ class LineEnd(Stage):
         return {
             "layers": config.layers,
             "line_width": config.line_width,
+            "lines": config.lines,
             "prefix_len": config.prefix_len,
             "kv_heads": config.kv_heads,
             "branches": self.geometry.branches,
@@ -223,24 +240,38 @@ def finished_line(
 
 
 class ReplayLineEnd(Stage):
-    """Evict what a trace says, instead of asking a policy."""
+    """Evict what a trace says of the sequences that are due, instead of asking a policy."""
 
     name = "line_end.replay"
 
     def __init__(self, memory: LineBuffer) -> None:
         super().__init__()
         loop = {spec.name: spec for spec in memory.state()}
-        self.held = [spec for spec in memory.layer_state() if spec.kind == "slot_pos"]
+        self.geometry = memory.geometry
+        slot_pos = [spec for spec in memory.layer_state() if spec.kind == "slot_pos"]
         self.inputs = [
             StageTensor("strict", torch.int64, ()),
             replace(loop["write_slots"], name="replay_slots"),
-            *self.held,
+            loop["position"],
+            loop["line"],
+            loop["write_slots"],
+            *slot_pos,
         ]
-        self.outputs = [loop["write_slots"].next(), *(spec.next() for spec in self.held)]
+        self.outputs = [
+            loop["write_slots"].next(),
+            loop["line"].next(),
+            *(spec.next() for spec in slot_pos),
+        ]
 
-    def forward(self, strict: Tensor, replay_slots: Tensor, *slot_pos: Tensor) -> tuple[Tensor, ...]:
-        left = [evict(held, chosen, strict) for held, chosen in zip(slot_pos, replay_slots, strict=True)]
-        return replay_slots.clone(), *left
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        strict, replay_slots, position, line, write_slots, *slot_pos = tensors
+        ended = self.geometry.due(position, line)
+        due = self.geometry.per_row(ended)[:, None]
+        left = [
+            torch.where(due, evict(before, chosen, strict), before)
+            for before, chosen in zip(slot_pos, replay_slots, strict=True)
+        ]
+        return torch.where(due, replay_slots, write_slots), line + ended.to(torch.int64), *left
 
 
 def _chunks(tensors: Sequence[Tensor], size: int) -> list[Sequence[Tensor]]:

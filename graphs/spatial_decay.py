@@ -101,8 +101,11 @@ def step_index(held: Tensor, starts: Tensor, prefix_len: int, width: int, *, sig
     return torch.cat([prefix, row, column if signed else torch.full_like(column, visible)], dim=1)
 
 
-def fold(state: DecayState, width: int, decay: Decay) -> Tensor:
-    """``above`` for the next line, ``[R, M, D, E]``, when all of a line lies in the last W slots."""
+def fold(state: DecayState, width: int, decay: Decay, due: Tensor | None = None) -> Tensor:
+    """``above`` for the next line, ``[R, M, D, E]``, when all of a line lies in the last W slots.
+
+    ``due``: ``[R]`` bool, the rows of which that is so; the others stay as they are. None is all.
+    """
     columns = torch.arange(width)
     apart = (
         width - 1 - columns[None] if decay.signed else (columns[:, None] - columns).abs()
@@ -116,4 +119,9 @@ def fold(state: DecayState, width: int, decay: Decay) -> Tensor:
     fresh = spread.flatten(0, 1).flatten(1, 2) @ values.squeeze(1)
     left = decay.whole_row(width).float().exp()
     left = left[None, :, None, None, None].expand(len(keys), -1, 1, 1, 1).flatten(0, 1)
-    return state.above * left + fresh.unflatten(1, (len(apart), -1))
+    fresh = fresh.unflatten(1, (len(apart), -1))
+    if due is not None:
+        # Sums and products, so that what is replaced where it lies has one reader.
+        ends = due[:, None, None, None]
+        left, fresh = torch.where(ends, left, 1.0), torch.where(ends, fresh, 0.0)
+    return state.above * left + fresh

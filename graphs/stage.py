@@ -52,9 +52,21 @@ class Geometry:
             StateTensor.of("token", torch.int64, images),
             StateTensor.of("tokens", torch.int64, images | {"token": config.image_tokens}),
             StateTensor.of("position", torch.int64, sequences),
+            StateTensor.of("line", torch.int64, sequences),
             StateTensor.of("condition", self.cache_dtype, condition),
             StateTensor.of("starts", torch.int64, sequences),
         ]
+
+    def due(self, position: Tensor, line: Tensor) -> Tensor:
+        """Which sequences have fed all of a line and not yet ended it: ``[B]`` bool.
+
+        Args:
+            position: ``[B]``, of their next token.
+            line: ``[B]``, how many line ends they have had.
+        """
+        config = self.config
+        fed = position - config.prefix_len >= (line + 1) * config.line_width
+        return fed & (line + 1 < config.lines)
 
     def per_row(self, values: Tensor) -> Tensor:
         """Repeat ``values [B]`` for every KV head: ``[R]``."""

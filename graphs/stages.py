@@ -79,14 +79,25 @@ class Prefill(Stage):
             torch.full(spec.shape, memory.empty.get(spec.kind, 0), dtype=spec.dtype)
             for spec in memory.layer_state()
         ]
+        line = torch.zeros_like(position)
         # A graph's output is no input of it.
-        return token, tokens, position, condition.clone(), starts.clone(), *memory.first_shared(), *layers
+        return (
+            token,
+            tokens,
+            position,
+            line,
+            condition.clone(),
+            starts.clone(),
+            *memory.first_shared(),
+            *layers,
+        )
 
 
 class Decode(Stage):
     """Feed one token (at first the condition's positions), write it into its slots, and draw the next.
 
-    A position of padding is written where the condition begins, sees nothing but itself, and is overwritten by what follows.
+    Every image is at a position of its own; one that is finished keeps its tokens. Whoever runs the stage ends the lines of those that are
+    due before (:meth:`linert.graphs.stage.Geometry.due`). A position of padding is written where the condition begins, sees nothing but itself, and is overwritten by what follows.
     What is drawn before the condition's end is drawn again.
 
     The variant ``decode.unfiltered`` leaves top-k and top-p out: a tenth of a small model's step, for runs that
@@ -121,19 +132,20 @@ class Decode(Stage):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config, model = self.geometry, self.geometry.config, self.model
-        given = {spec.name: tensor for spec, tensor in zip(self.inputs, tensors, strict=True)}
-        # The only reader of `position`; everything else counts back from the next one.
-        position_next = given["position"] + 1
+        inputs = {spec.name: tensor for spec, tensor in zip(self.inputs, tensors, strict=True)}
+        end = config.prefix_len + config.image_tokens
+        # The only reader of `position`; everything else counts back from the next one. A finished image goes one position on, and stays.
+        position_next = (inputs["position"] + 1).clamp(max=end)
         held = position_next - 1
-        drawn_index = (position_next - config.prefix_len).clamp(min=0)
+        finished = held[: geometry.images] == end - 1
+        drawn_index = (position_next - config.prefix_len).clamp(min=0, max=config.image_tokens - 1)
         column = (held - config.prefix_len) % config.line_width
-        at = StepPosition(held, given["starts"], column, given)
+        at = StepPosition(held, inputs["starts"], column, inputs)
         attend = self.memory.begin_step(model, at)
 
-        token = given["token"]
-        fed = torch.cat([token, token]) if geometry.guided else token
+        fed = torch.cat([inputs["token"]] * geometry.branches)
         row = torch.arange(geometry.sequences) * config.prefix_len + held.clamp(max=config.prefix_len - 1)
-        conditions = F.embedding(row, given["condition"].flatten(0, 1))[:, None]
+        conditions = F.embedding(row, inputs["condition"].flatten(0, 1))[:, None]
         in_prefix = at.in_prefix(config.prefix_len)[:, None, None]
         x = torch.where(in_prefix, conditions, model.embed(fed[:, None]))
         rope = model.rope(held[:, None], at.starts)
@@ -145,13 +157,14 @@ class Decode(Stage):
             written += replaced
         logits = model.logits(x).squeeze(1)
         index = drawn_index[: geometry.images]
-        noise = given["noise"]
+        noise = inputs["noise"]
         at_index = index[:, None, None].expand(-1, 1, noise.shape[2])
         drawn_with = noise.gather(1, at_index).squeeze(1)
-        params = SamplingParams(*(given[name] for name in SAMPLING_INPUTS))
+        params = SamplingParams(*(inputs[name] for name in SAMPLING_INPUTS))
         token_next = _next_token(geometry, logits, params, drawn_with, index, self.filtered)
         token_next = with_newlines(config, token_next, index)
-        tokens_next = given["tokens"].scatter(1, index[:, None], token_next[:, None])
+        token_next = torch.where(finished, fed[: geometry.images], token_next)
+        tokens_next = inputs["tokens"].scatter(1, index[:, None], token_next[:, None])
         return token_next, tokens_next, position_next, logits, *written
 
 

@@ -61,6 +61,7 @@ class Eager:
         condition: Sequence[torch.Tensor],
         **settings: float,
     ) -> None:
+        self.memory = memory
         self.geometry = geometry = memory.geometry
         self.stages: Mapping[str, stages.Stage] = {
             "prefill": stages.Prefill(net, memory),

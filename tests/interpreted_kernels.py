@@ -66,7 +66,7 @@ def interpreted_kernels(
         kernel = spatial_decay_step_kernels.spatial_decay_step
         return {"spatial_decay_step": interpreted(kernel, pointers, launch.constants)}
     assert isinstance(launch, LineEvictLaunch)
-    names = ("table", *LINE_EVICT_INPUTS, "write_slots")
+    names = ("table", *LINE_EVICT_INPUTS, "write_slots_next", "line_next")
     pointers = dict.fromkeys(names, torch.int64) | {"scratch": torch.int32}
     return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, launch.constants)}
 

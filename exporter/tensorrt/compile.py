@@ -65,7 +65,7 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
 
 
 def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelSet:
-    numbers = ("table", *LINE_EVICT_INPUTS, "write_slots")
+    numbers = ("table", *LINE_EVICT_INPUTS, "write_slots_next", "line_next")
     signature = dict.fromkeys(numbers, "*i64") | {"scratch": "*i32", "rows": "i32", "layers": "i32"}
     kernel = compile_kernel(
         line_evict_kernels.line_evict, signature, launch.constants, capabilities, line_evict.WARPS

@@ -101,7 +101,7 @@ def line_evict(
     """What :class:`linert.graphs.line_buffer.LineEnd` does, for the policies that the plugin has.
 
     Args:
-        settings: capacity ... position, the stage's inputs in front of the state.
+        settings: capacity ... write_slots, the stage's inputs in front of the state.
         scores, slot_pos: of every layer.
 
     Returns:
@@ -118,9 +118,10 @@ def line_evict(
     ]
     table = settings[0].new_tensor(launch.table(*addresses))
     scratch = torch.empty(launch.scratch_words, dtype=torch.int32, device=table.device)
+    line = settings[0].new_empty(launch.rows // launch.kv_heads)
     line_evict_kernel[launch.grid](
-        *(table, *settings, write_slots, scratch, launch.rows, launch.layers),
+        *(table, *settings, write_slots, line, scratch, launch.rows, launch.layers),
         **launch.constants,
         num_warps=EVICT_WARPS,
     )
-    return write_slots, *scores_after, *after
+    return write_slots, line, *scores_after, *after

@@ -149,7 +149,10 @@ def line_evict(
     average_heads,
     share_guidance,
     position,
+    line,
     write_slots,
+    write_slots_next,
+    line_next,
     scratch,
     rows,
     layers,
@@ -158,18 +161,19 @@ def line_evict(
     PREFIX: tl.constexpr,
     W: tl.constexpr,
     W_PAD: tl.constexpr,
+    LINES: tl.constexpr,
     KIND: tl.constexpr,
     CARRIES: tl.constexpr,
     SLOTS_PAD: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every program takes some rows of some layers, chooses their slots and evicts what these hold.
+    """Every program takes some rows of some layers. Where their sequence is due it chooses their slots and evicts what these hold.
 
     Args:
         table: ``[L, 5]`` int64: a layer's slots, and the addresses of its scores, positions, new scores and new positions.
-        capacity ... position: the stage's inputs (:class:`linert.graphs.policies.LineEndParams`).
-        write_slots: ``[L, R, W]`` int64, the result.
+        capacity ... write_slots: the stage's inputs (:data:`linert.runtime.plugins.contracts.LINE_EVICT_INPUTS`).
+        write_slots_next, line_next: ``[L, R, W]`` and ``[B]`` int64, the results.
         scratch: ``[programs, SLOTS_PAD]`` int32, or with pooled attention ``[programs, 2 SLOTS_PAD + NEIGHBOURS]``.
         rows, layers: R and L.
     """
@@ -184,78 +188,123 @@ def line_evict(
         slot_pos = tl.load(entry + 2).to(tl.pointer_type(tl.int32))
         scores_next = tl.load(entry + 3).to(tl.pointer_type(tl.float32))
         slot_pos_next = tl.load(entry + 4).to(tl.pointer_type(tl.int32))
-        now = tl.load(position + row // HEADS).to(tl.int32)
-        # Reckoned with 64 bits: what does not fit in 32 is no other number.
-        usable = tl.minimum(tl.maximum(tl.load(capacity + layer), 0), slots).to(tl.int32)
-        recent_from = tl.minimum(tl.maximum(now - tl.load(recent_tokens), 0), LARGEST).to(tl.int32)
-        anchors = tl.minimum(tl.maximum(tl.load(anchor_tokens), 0), LARGEST).to(tl.int32)
-        largest = tl.load(score_max) != 0
-        # The rows that choose alike: all heads of a sequence, both branches of an image.
-        branch_rows = rows // BRANCHES
-        first, heads = row % branch_rows, 1
-        if tl.load(average_heads) != 0:
-            first, heads = first // HEADS * HEADS, HEADS
-        branch, branches = row // branch_rows, 1
-        if tl.load(share_guidance) != 0:
-            branch, branches = branch * 0, BRANCHES
-        alike = branch * branch_rows + first
-        # The row before is read by other threads of this program.
-        tl.debug_barrier()
-        if KIND == 4:
-            _pooled_importance(
-                scores,
-                slot_pos,
+        fed = tl.load(position + row // HEADS)
+        number = tl.load(line + row // HEADS)
+        # Reckoned with 64 bits, like what follows: what does not fit in 32 is no other number.
+        due = (number < LINES - 1) & (fed - PREFIX >= (number + 1) * W)
+        if (layer == 0) & (row % HEADS == 0):
+            tl.store(line_next + row // HEADS, number + due.to(tl.int64))
+        if due:
+            now = fed.to(tl.int32)
+            usable = tl.minimum(tl.maximum(tl.load(capacity + layer), 0), slots).to(tl.int32)
+            recent_from = tl.minimum(tl.maximum(now - tl.load(recent_tokens), 0), LARGEST).to(tl.int32)
+            anchors = tl.minimum(tl.maximum(tl.load(anchor_tokens), 0), LARGEST).to(tl.int32)
+            largest = tl.load(score_max) != 0
+            # The rows that choose alike: all heads of a sequence, both branches of an image.
+            branch_rows = rows // BRANCHES
+            first, heads = row % branch_rows, 1
+            if tl.load(average_heads) != 0:
+                first, heads = first // HEADS * HEADS, HEADS
+            branch, branches = row // branch_rows, 1
+            if tl.load(share_guidance) != 0:
+                branch, branches = branch * 0, BRANCHES
+            alike = branch * branch_rows + first
+            # The row before is read by other threads of this program.
+            tl.debug_barrier()
+            if KIND == 4:
+                _pooled_importance(
+                    scores,
+                    slot_pos,
+                    keys,
+                    alike,
+                    branch_rows,
+                    slots,
+                    heads,
+                    branches,
+                    SLOTS_PAD,
+                    NEIGHBOURS,
+                    BLOCK,
+                )
+            for start in range(0, slots, BLOCK):
+                slot = start + tl.arange(0, BLOCK)
+                inside = slot < slots
+                if KIND == 4:
+                    key = tl.load(keys + slot).to(tl.float32, bitcast=True)
+                else:
+                    key = tl.full([BLOCK], 0.0, tl.float32)
+                    for other_branch in range(branches):
+                        sum_of_heads = tl.full([BLOCK], 0.0, tl.float32)
+                        for head in range(heads):
+                            at = (alike + other_branch * branch_rows + head) * slots
+                            sum_of_heads += _importance(
+                                scores + at, slot_pos + at, slot, inside, now, largest, W, KIND
+                            )
+                        key += tl.div_rn(sum_of_heads, tl.full([BLOCK], 0.0, tl.float32) + heads)
+                    key = tl.div_rn(key, tl.full([BLOCK], 0.0, tl.float32) + branches)
+                pos = tl.load(slot_pos + row * slots + slot, mask=inside, other=-1)
+                image = pos - PREFIX
+                anchored = (image >= 0) & (image < anchors)
+                protected = (slot < PREFIX) | (slot >= usable) | anchored | (pos >= recent_from)
+                key = tl.where(pos < 0, float("-inf"), key)
+                key = tl.where(protected, float("inf"), key)
+                # What lies behind the last slot goes behind everything.
+                tl.store(keys + slot, tl.where(inside, _ordered(key), LARGEST))
+            # Other threads of this program read what is stored, here and below.
+            tl.debug_barrier()
+            at = row * slots
+            _choose(
                 keys,
-                alike,
-                branch_rows,
+                slot_pos + at,
+                slot_pos_next + at,
+                scores_next + at,
+                write_slots_next + (layer * rows + row) * W,
                 slots,
-                heads,
-                branches,
-                SLOTS_PAD,
-                NEIGHBOURS,
+                tl.load(strict) != 0,
+                W,
+                CARRIES,
                 BLOCK,
             )
-        for start in range(0, slots, BLOCK):
-            slot = start + tl.arange(0, BLOCK)
-            inside = slot < slots
-            if KIND == 4:
-                key = tl.load(keys + slot).to(tl.float32, bitcast=True)
-            else:
-                key = tl.full([BLOCK], 0.0, tl.float32)
-                for other_branch in range(branches):
-                    sum_of_heads = tl.full([BLOCK], 0.0, tl.float32)
-                    for head in range(heads):
-                        at = (alike + other_branch * branch_rows + head) * slots
-                        sum_of_heads += _importance(
-                            scores + at, slot_pos + at, slot, inside, now, largest, W, KIND
-                        )
-                    key += tl.div_rn(sum_of_heads, tl.full([BLOCK], 0.0, tl.float32) + heads)
-                key = tl.div_rn(key, tl.full([BLOCK], 0.0, tl.float32) + branches)
-            pos = tl.load(slot_pos + row * slots + slot, mask=inside, other=-1)
-            image = pos - PREFIX
-            anchored = (image >= 0) & (image < anchors)
-            protected = (slot < PREFIX) | (slot >= usable) | anchored | (pos >= recent_from)
-            key = tl.where(pos < 0, float("-inf"), key)
-            key = tl.where(protected, float("inf"), key)
-            # What lies behind the last slot goes behind everything.
-            tl.store(keys + slot, tl.where(inside, _ordered(key), LARGEST))
-        # Other threads of this program read what is stored, here and below.
-        tl.debug_barrier()
-        at = row * slots
-        _choose(
-            keys,
-            slot_pos + at,
-            slot_pos_next + at,
-            scores_next + at,
-            write_slots + (layer * rows + row) * W,
-            slots,
-            tl.load(strict) != 0,
-            W,
-            CARRIES,
-            BLOCK,
-        )
-        tl.debug_barrier()
-        _order(write_slots + (layer * rows + row) * W, slot_pos + at, W, W_PAD)
+            tl.debug_barrier()
+            _order(write_slots_next + (layer * rows + row) * W, slot_pos + at, W, W_PAD)
+        else:
+            _leave(
+                slot_pos + row * slots,
+                slot_pos_next + row * slots,
+                scores + row * slots,
+                scores_next + row * slots,
+                write_slots + (layer * rows + row) * W,
+                write_slots_next + (layer * rows + row) * W,
+                slots,
+                W,
+                W_PAD,
+                CARRIES,
+                BLOCK,
+            )
+
+
+@triton.jit
+def _leave(
+    slot_pos,
+    slot_pos_next,
+    scores,
+    scores_next,
+    write_slots,
+    write_slots_next,
+    slots,
+    W: tl.constexpr,
+    W_PAD: tl.constexpr,
+    CARRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy a row as it is."""
+    for start in range(0, slots, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < slots
+        tl.store(slot_pos_next + slot, tl.load(slot_pos + slot, mask=inside), mask=inside)
+        if not CARRIES:
+            tl.store(scores_next + slot, tl.load(scores + slot, mask=inside), mask=inside)
+    number = tl.arange(0, W_PAD)
+    tl.store(write_slots_next + number, tl.load(write_slots + number, mask=number < W), mask=number < W)
 
 
 @triton.jit

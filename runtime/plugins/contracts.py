@@ -138,10 +138,13 @@ LINE_EVICT_INPUTS = {
     "share_guidance": Operand(
         "int64", "", "nonzero makes the conditional and the unconditional sequence of an image share one"
     ),
-    "position": Operand("int64", "B", "position of the next token, the first of the next line"),
+    "position": Operand("int64", "B", "position of the next token"),
+    "line": Operand("int64", "B", "line ends that a sequence has had"),
+    "write_slots": Operand("int64", "L R W", "the slots of the lines in progress"),
 }
-"""What LineEvict takes in front of the state. Choose the slots that the next line overwrites, in every layer, and evict what they hold.
+"""What LineEvict takes in front of the state. For the sequences that are due, which have fed all of a line and not ended it, choose the
+slots that the next line overwrites, in every layer, and evict what they hold; leave all others as they are.
 
-Behind these come ``scores [R, C]`` float32 and ``slot_pos [R, C]`` int32 of every layer. Outputs: ``write_slots [L, R, W]`` int64, new
-scores of every layer unless they are carried on, new positions.
+Behind these come ``scores [R, C]`` float32 and ``slot_pos [R, C]`` int32 of every layer. Outputs: ``write_slots [L, R, W]`` int64,
+``line [B]`` int64, new scores of every layer unless they are carried on, new positions.
 """

@@ -46,6 +46,7 @@ class LineEvictLaunch:
     slots: tuple[int, ...]
     rows: int
     line_width: int
+    lines: int
     prefix_len: int
     kv_heads: int
     branches: int
@@ -106,6 +107,7 @@ class LineEvictLaunch:
             "PREFIX": self.prefix_len,
             "W": self.line_width,
             "W_PAD": power_of_two(self.line_width),
+            "LINES": self.lines,
             "KIND": self.importance,
             "CARRIES": self.carries_scores,
             "SLOTS_PAD": self.slots_pad,
@@ -131,6 +133,7 @@ class LineEvict(Operation):
 
     layers: int = 0
     line_width: int = 0
+    lines: int = 0
     prefix_len: int = 0
     kv_heads: int = 0
     branches: int = 0
@@ -145,13 +148,14 @@ class LineEvict(Operation):
     @property
     def output_types(self) -> tuple[str, ...]:
         scores = () if self.carries_scores else ("float32",) * self.layers
-        return "int64", *scores, *("int32",) * self.layers
+        return "int64", "int64", *scores, *("int32",) * self.layers
 
     def output_shapes(self, inputs: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         layers = self._layers(inputs)
         rows = layers[0][0]
         scores = [] if self.carries_scores else layers
-        return [(self.layers, rows, self.line_width), *scores, *layers]
+        sequences = (rows // self.kv_heads,)
+        return [(self.layers, rows, self.line_width), sequences, *scores, *layers]
 
     def launch(self, inputs: Sequence[TensorKind], capabilities: Sequence[int] = ()) -> LineEvictLaunch:
         layers = self._layers([kind.shape for kind in inputs])
@@ -159,6 +163,7 @@ class LineEvict(Operation):
             tuple(slots for _, slots in layers),
             layers[0][0],
             self.line_width,
+            self.lines,
             self.prefix_len,
             self.kv_heads,
             self.branches,
@@ -173,11 +178,11 @@ class LineEvict(Operation):
     def enqueue(self, launch: LineEvictLaunch, kernels: DeviceKernels, call: Call) -> None:
         layers, inputs, scratch = self.layers, call.inputs, call.scratch
         settings, state = inputs[: len(LINE_EVICT_INPUTS)], inputs[len(LINE_EVICT_INPUTS) :]
-        write_slots, after = call.outputs[0], call.outputs[1:]
+        (write_slots, line), after = call.outputs[:2], call.outputs[2:]
         scores_after = [0] * layers if self.carries_scores else after[:layers]
         table = launch.table(state[:layers], state[layers:], scores_after, after[-layers:])
         kernels.table(table, scratch, call.stream)
-        pointers = (scratch, *settings, write_slots, scratch + launch.table_bytes)
+        pointers = (scratch, *settings, write_slots, line, scratch + launch.table_bytes)
         numbers = (launch.rows, launch.layers)
         kernels["line_evict"](
             launch.grid,

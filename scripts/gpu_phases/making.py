@@ -191,6 +191,7 @@ def evict_speed(batch: int, slots: int, capabilities: Sequence[int], *, few: boo
     operation = LineEvict(
         layers=layers,
         line_width=width,
+        lines=24,
         prefix_len=1,
         kv_heads=heads,
         branches=2,
@@ -203,6 +204,8 @@ def evict_speed(batch: int, slots: int, capabilities: Sequence[int], *, few: boo
         Fill("int64", (layers,), slots, slots + 1),
         *(Fill("int64", (), low, max(low + 1, high)) for low, high in numbers),
         Fill("int64", (sequences,), slots, slots + 1),
+        Fill("int64", (sequences,), 0, 1),
+        Fill("int64", (layers, rows, width), 1, 2),
         *[scores] * layers,
         *[Fill("int32", (rows, slots), 0, slots, counted=True)] * layers,
     )

@@ -255,7 +255,7 @@ def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
         "from linert.runtime.plugins.line_attention import LineAttentionLaunch\n"
         "from linert.runtime.plugins.line_evict import LineEvictLaunch\n"
         "found = kernels_of(LineAttentionLaunch.tuned(24, 1, 97, 100, 'bfloat16'), [80, 90, 120]).kernels\n"
-        "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 1, 12, 2, 4, 0), [80, 90, 120]).kernels\n"
+        "found |= kernels_of(LineEvictLaunch((97, 73), 24, 24, 24, 1, 12, 2, 4, 0), [80, 90, 120]).kernels\n"
         "Path(sys.argv[1]).write_bytes(msgspec.msgpack.encode(found))\n"
     )
     run_compiler(script, compiled)

@@ -32,8 +32,8 @@ LAUNCHES: dict[str, Any] = {
     "LlamaGen-B, float32": attention(1536, 1, 97, 64, "float32"),
     "four query heads": attention(1024, 4, 145, 128, "float16"),
     "sixteen query heads of 256": attention(1024, 16, 145, 256, "float16"),
-    "a line's end": LineEvictLaunch((601, 97), 10240, 24, 1, 20, 2, 0, 0),
-    "a line's end, pooled": LineEvictLaunch((601, 289), 10240, 128, 1, 20, 2, 4, 0),
+    "a line's end": LineEvictLaunch((601, 97), 10240, 24, 24, 1, 20, 2, 0, 0),
+    "a line's end, pooled": LineEvictLaunch((601, 289), 10240, 128, 128, 1, 20, 2, 4, 0),
     "LASADGen-XL": SpatialDecayStepLaunch(10240, 25, 24, 64, 64, "float16"),
 }
 

@@ -68,6 +68,9 @@ def tensors_of(
         torch.tensor(case.anchors),
         *(torch.tensor(int(flag)) for flag in case.flags),
         torch.full((stage.geometry.sequences,), now),
+        # Some images have ended the line already.
+        torch.tensor([(3, 4), (3, 3), (4, 3)][case.seed % 3]).repeat(stage.geometry.branches),
+        torch.randint(0, 1 + 3 * GRID, (len(case.budgets), rows, GRID), generator=generator),
     ]
     scores, slot_pos = [], []
     shared = case.flags[2] or case.flags[3]
@@ -156,14 +159,15 @@ def work_of_a_row(slots: int, importance: Importance, equal: bool) -> int:
     The image has six times as many positions as there are slots.
     """
     generator = torch.Generator().manual_seed(slots)
-    launch = LineEvictLaunch((slots,), 1, 24, 1, 1, 1, int(importance), 0)
+    launch = LineEvictLaunch((slots,), 1, 24, 1_000_000, 1, 1, 1, int(importance), 0)
     now = 6 * slots
     settings = [torch.tensor(number) for number in (24, 0, 0, 0, 0, 0)]
     scores = torch.zeros(1, slots) if equal else torch.rand(1, slots, generator=generator)
     slot_pos = torch.randperm(now, generator=generator)[:slots].to(torch.int32)[None]
     with watched() as memory:
         memory.allow(0, 1 << 62)
-        line_evict(launch, [torch.tensor([slots]), *settings, torch.tensor([now])], [scores], [slot_pos])
+        due = [torch.tensor([now]), torch.tensor([0]), torch.zeros(1, 1, 24, dtype=torch.int64)]
+        line_evict(launch, [torch.tensor([slots]), *settings, *due], [scores], [slot_pos])
     return memory.moved + memory.reckoned
 
 
@@ -182,6 +186,6 @@ def test_shapes_and_types_of_the_plugin_are_the_stage_s() -> None:
 
 def test_shapes_that_the_kernel_cannot_do_are_refused() -> None:
     with pytest.raises(ValueError, match="9000"):
-        LineEvictLaunch((9000,), 4, 24, 1, 2, 2, 0, 0)
+        LineEvictLaunch((9000,), 4, 24, 24, 1, 2, 2, 0, 0)
     with pytest.raises(ValueError, match="5 rows"):
-        LineEvictLaunch((97,), 5, 24, 1, 2, 2, 0, 0)
+        LineEvictLaunch((97,), 5, 24, 24, 1, 2, 2, 0, 0)

@@ -190,8 +190,10 @@ def test_a_line_end_on_memory_that_holds_anything(policy: str, valid_settings: b
     like = [tensor for part in tensors_of(case, stage) for tensor in part]
     for seed in range(4):
         garbage = garbage_like(like, seed)
+        # Of all images, a line is due.
+        garbage[7:9] = like[7:9]
         if valid_settings:
-            garbage[:8] = like[:8]
+            garbage[:7] = like[:7]
         (write_slots, *_), _ = enqueue(operation, garbage)
         for layer, slots in zip(write_slots, stage.geometry.capacities, strict=True):
             for row in layer.tolist():

@@ -241,4 +241,4 @@ def test_the_score_window_restarts_scores_only_inside_a_line(name: str, width: i
 
 
 def test_what_policies_are_told_is_what_the_operation_takes() -> None:
-    assert (*LineEndParams._fields, "position") == tuple(LINE_EVICT_INPUTS)
+    assert (*LineEndParams._fields, "position", "line", "write_slots") == tuple(LINE_EVICT_INPUTS)
