@@ -3,19 +3,20 @@ the end of a line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from onnx import FunctionProto
 from torch import Tensor
 from torch.nn import functional as F
 
-from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
-from linert.graphs.spatial_decay import Decay, DecayState, factors, fold, step_index
+from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition, WindowStep
+from linert.graphs.spatial_decay import Decay, DecayState, attend, factors, fold, step_index
 from linert.graphs.spatial_decay_step import StepInputs, function_proto, spatial_decay_step
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StateTensor
 from linert.graphs.transformer import RasterTransformer
+from linert.graphs.window import Accepted, Window
 from linert.runtime.plugins.contracts import SPATIAL_DECAY_STEP
 
 Decays = Callable[[RasterTransformer], Iterable[Decay]]
@@ -61,6 +62,11 @@ class DecayMemory(Memory):
     def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
         return DecayStep(self, self.factors(model), at)
 
+    def begin_window(
+        self, model: RasterTransformer, window: Window, inputs: Mapping[str, Tensor]
+    ) -> WindowStep:
+        return DecayWindowStep(self, self.factors(model), window)
+
     def function(self) -> FunctionProto:
         return function_proto(self.matrices)
 
@@ -100,6 +106,75 @@ class DecayStep(LayerStep):
             StepInputs(q, k, v, DecayState(*state), self.slot, self.matrix, weighed, above_weighed)
         )
         return attended.reshape(geometry.sequences, 1, geometry.config.heads, -1), tuple(line)
+
+
+class DecayWindowStep(WindowStep):
+    """A window of the line in progress. It is written at once: a query sees no columns behind its own, and a draft that is rejected is
+    written over by the token that comes in its place before anybody sees that column.
+
+    Args:
+        memory, table: as for :class:`DecayStep`.
+        window: where it lies.
+    """
+
+    def __init__(self, memory: DecayMemory, table: Tensor, window: Window) -> None:
+        self.geometry = geometry = memory.geometry
+        self.window = window
+        config = geometry.config
+        prefix, width = config.prefix_len, config.line_width
+        heads = config.kv_heads
+        own = torch.maximum(window.at, window.starts[:, None])
+        slot = torch.where(window.in_prefix[:, None], own, prefix + window.columns)
+        # What is not fed takes the place of the last that is.
+        self.last = window.last_fed[:, None]
+        self.fed = window.offset <= self.last
+        self.slot = self._per_row(torch.where(self.fed, slot, slot.gather(1, self.last)), heads)
+        signed = memory.matrices == 1
+        matrix = torch.zeros_like(window.columns) if signed else window.columns
+        self.matrix = self._per_row(matrix, heads)
+        index = step_index(
+            window.at.flatten(),
+            window.starts[:, None].expand(-1, window.width).flatten(),
+            prefix,
+            width,
+            signed=signed,
+        )
+        # [B T, C + 1, L H] -> [L, R, T, C + 1]
+        weighed = F.embedding(index, table).unflatten(0, (-1, window.width))
+        weighed = weighed.unflatten(-1, (config.layers, -1)).permute(3, 0, 4, 1, 2)
+        self.weighed = weighed.flatten(1, 2)
+
+    def _per_row(self, values: Tensor, heads: int) -> Tensor:
+        return values[:, None].expand(-1, heads, -1).flatten(0, 1)
+
+    def attend(
+        self, layer: int, new: Projections, state: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        geometry, rows = self.geometry, self.geometry.rows
+        before = DecayState(*state)
+        # [B, T, heads, D] -> [R, T, D]
+        q, k, v = (part.transpose(1, 2).reshape(rows, self.window.width, -1) for part in new)
+        heads = geometry.config.kv_heads
+        fed, last = (self._per_row(part, heads)[:, :, None] for part in (self.fed, self.last))
+        place = (torch.arange(rows)[:, None], torch.zeros_like(self.slot), self.slot)
+        line = tuple(
+            kept.index_put(place, torch.where(fed, part, part.gather(1, last.expand(-1, -1, part.shape[2]))))
+            for kept, part in ((before.k_line, k), (before.v_line, v))
+        )
+        slots = before.k_line.shape[2]
+        weighed, above_weighed = self.weighed[layer].split([slots, 1], dim=-1)
+        wide = q.float()
+        in_row = attend(wide, line[0].squeeze(1).float(), line[1].squeeze(1).float(), weighed)
+        index = self.matrix[:, :, None, None].expand(-1, -1, *before.above.shape[2:])
+        above = (wide[:, :, None] @ before.above.gather(1, index)).squeeze(2)
+        attended = (in_row + above_weighed * above).to(new.q.dtype)
+        shape = (geometry.sequences, geometry.config.heads, self.window.width, -1)
+        return attended.reshape(shape).transpose(1, 2), line
+
+    def commit(
+        self, layer: int, seen: tuple[Tensor, ...], state: Sequence[Tensor], accepted: Accepted
+    ) -> tuple[Tensor, ...]:
+        return seen
 
 
 class DecayLineEnd(Stage):

@@ -17,11 +17,13 @@ from linert.graphs.line_attention import (
     function_proto,
     line_attention,
 )
-from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition
+from linert.graphs.line_window import LineWindowStep
+from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition, WindowStep
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor, StateTensor
 from linert.graphs.transformer import RasterTransformer
+from linert.graphs.window import Window
 from linert.runtime.plugins.contracts import LINE_ATTENTION, LINE_EVICT_INPUTS
 
 GROUP_ENTRIES = 1 << 15
@@ -69,6 +71,11 @@ class LineBuffer(Memory):
 
     def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
         return LineBufferStep(self.geometry, at)
+
+    def begin_window(
+        self, model: RasterTransformer, window: Window, inputs: Mapping[str, Tensor]
+    ) -> WindowStep:
+        return LineWindowStep(window, inputs)
 
     def function(self) -> FunctionProto:
         return function_proto(self.geometry.query_group, self.geometry.cache_dtype)

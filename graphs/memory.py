@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from onnx import FunctionProto
@@ -14,6 +14,7 @@ from torch import Tensor
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor, StateTensor
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
+from linert.graphs.window import Accepted, Window
 
 
 class Projections(NamedTuple):
@@ -62,6 +63,29 @@ class LayerStep(ABC):
         """
 
 
+class WindowStep(ABC):
+    """One decode step of a window of positions, after what all layers share was worked out."""
+
+    @abstractmethod
+    def attend(self, layer: int, new: Projections, state: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        """Attend with every position of the window.
+
+        Args:
+            layer: its number.
+            new: of its new tokens, ``[B, T, heads or KV heads, D]``.
+            state: the layer's, in the order of :meth:`Memory.layer_state`.
+
+        Returns:
+            What was attended, ``[B, T, heads, D]``, and what :meth:`commit` needs of it.
+        """
+
+    @abstractmethod
+    def commit(
+        self, layer: int, seen: Any, state: Sequence[Tensor], accepted: Accepted
+    ) -> tuple[Tensor, ...]:
+        """What replaces the state's tensors of the kinds in :attr:`Memory.written` when it is known what is accepted."""
+
+
 class Memory(ABC):
     """The state of all layers.
 
@@ -97,6 +121,12 @@ class Memory(ABC):
     @abstractmethod
     def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
         """Work out what all layers share of a step."""
+
+    @abstractmethod
+    def begin_window(
+        self, model: RasterTransformer, window: Window, inputs: Mapping[str, Tensor]
+    ) -> WindowStep:
+        """Work out what all layers share of a step of a window; ``inputs`` are the decode stage's, by name."""
 
     @abstractmethod
     def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:

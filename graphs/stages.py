@@ -27,6 +27,7 @@ from linert.graphs.sampling import SamplingParams, guide, noise_size, sample
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
+from linert.graphs.window import NO_DRAFT, Accepted, Window, drafts
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.setting import settings_of
 
@@ -72,7 +73,7 @@ class Prefill(Stage):
         geometry, config = self.geometry, self.geometry.config
         condition, starts = self.model.condition(inputs, guided=geometry.guided)
         token = torch.zeros(geometry.images, dtype=torch.int64)
-        tokens = torch.zeros(geometry.images, config.image_tokens, dtype=torch.int64)
+        tokens = torch.full((geometry.images, config.image_tokens), NO_DRAFT)
         position = starts.amin(0, keepdim=True).repeat(geometry.sequences)
         memory = self.memory
         layers = [
@@ -113,7 +114,7 @@ class Decode(Stage):
         self.model = model
         self.memory = memory
         self.geometry = geometry = memory.geometry
-        loop = geometry.loop_state()
+        loop = [spec for spec in geometry.loop_state() if spec.kind != "line"]
         self.inputs = [
             *sampling_inputs(geometry),
             *memory.settings(),
@@ -166,6 +167,91 @@ class Decode(Stage):
         token_next = torch.where(finished, fed[: geometry.images], token_next)
         tokens_next = inputs["tokens"].scatter(1, index[:, None], token_next[:, None])
         return token_next, tokens_next, position_next, logits, *written
+
+
+class WindowDecode(Stage):
+    """Feed a window of positions of every sequence, and accept the first of what they draw; see :mod:`linert.graphs.window`.
+
+    The variant ``decode.wT.unfiltered`` leaves top-k and top-p out.
+    """
+
+    opset: ClassVar[int] = OPSET
+
+    def __init__(
+        self, model: RasterTransformer, memory: Memory, width: int, *, filtered: bool = True
+    ) -> None:
+        super().__init__()
+        self.name = f"decode.w{width}" + ("" if filtered else ".unfiltered")
+        self.width, self.filtered = width, filtered
+        self.model, self.memory = model, memory
+        self.geometry = geometry = memory.geometry
+        loop = [spec for spec in geometry.loop_state() if spec.kind != "line"]
+        self.inputs = [
+            *sampling_inputs(geometry),
+            *memory.settings(),
+            *loop,
+            *memory.shared_state(),
+            *memory.layer_state(),
+        ]
+        advanced = [spec for spec in loop if spec.kind in ("token", "tokens", "position")]
+        written = [spec for spec in memory.layer_state() if spec.kind in memory.written]
+        self.in_place = frozenset(spec.name for spec in written)
+        self.outputs = [
+            *(spec.next() for spec in advanced),
+            logits_output(geometry),
+            *(spec.next() for spec in written),
+        ]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        geometry, config, model = self.geometry, self.geometry.config, self.model
+        inputs = {spec.name: tensor for spec, tensor in zip(self.inputs, tensors, strict=True)}
+        images = geometry.images
+        window = Window.of(geometry, self.width, inputs["position"], inputs["starts"])
+        step = self.memory.begin_window(model, window, inputs)
+
+        fed = drafts(window, inputs["token"], inputs["tokens"])
+        rows = torch.arange(geometry.sequences)[:, None] * config.prefix_len
+        rows = rows + window.at.clamp(max=config.prefix_len - 1)
+        conditions = F.embedding(rows, inputs["condition"].flatten(0, 1))
+        in_prefix = window.in_prefix[:, None, None]
+        x = torch.where(in_prefix, conditions, model.embed(torch.cat([fed] * geometry.branches)))
+        rope = model.rope(window.at, window.starts)
+        state = self.memory.by_layer(tensors[-len(self.memory.layer_state()) :])
+        seen = []
+        for layer, block in enumerate(model.blocks()):
+            attended, kept = step.attend(layer, Projections(*block.qkv(x, rope)), state[layer])
+            x = block.finish(x, attended)
+            seen.append(kept)
+        logits = model.logits(x)
+        index = window.drawn_index()[:images]
+        noise = inputs["noise"]
+        drawn_with = noise.gather(1, index[:, :, None].expand(-1, -1, noise.shape[2]))
+        params = SamplingParams(*(inputs[name] for name in SAMPLING_INPUTS))
+        drawn = _next_token(
+            geometry, logits.flatten(0, 1), params, drawn_with.flatten(0, 1), index.flatten(), self.filtered
+        )
+        drawn = with_newlines(config, drawn, index.flatten()).unflatten(0, (images, -1))
+        accepted = Accepted.of(window, fed, drawn)
+        last = accepted.last[:images, None]
+        moves = accepted.steps[:images] > 0
+        token_next = torch.where(moves, drawn.gather(1, last).squeeze(1), inputs["token"])
+        # What is drawn behind the accepted tokens is kept as the next drafts. What is not drawn repeats the last that is.
+        kept_draws = window.fed[:images] & (window.at[:images] + 1 >= config.prefix_len)
+        tokens_next = inputs["tokens"].scatter(
+            1,
+            torch.where(kept_draws, index, index.gather(1, last)),
+            torch.where(kept_draws, drawn, token_next[:, None]),
+        )
+        position_next = inputs["position"] + accepted.steps
+        logits_last = logits.gather(1, accepted.last[:, None, None].expand(-1, -1, logits.shape[2])).squeeze(
+            1
+        )
+        written = [
+            part
+            for layer in range(config.layers)
+            for part in step.commit(layer, seen[layer], state[layer], accepted)
+        ]
+        return token_next, tokens_next, position_next, logits_last, *written
 
 
 class VQDecoder(Stage):
