@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import onnx
@@ -25,6 +25,7 @@ from linert.exporter.weight_storage import lift_weights, store_weights
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs.line_buffer import LineEnd
 from linert.graphs.stage import Stage
+from linert.graphs.stage_tensor import NEXT
 from linert.runtime.plugins.contracts import DOMAIN
 
 PRODUCER = "linert"
@@ -153,13 +154,36 @@ def _tidy(model: ir.Model) -> None:
 
 
 def _check_in_place(proto: onnx.ModelProto, stage: Stage) -> None:
-    """A second reader of a state that is updated in place may run after the write and read the new data."""
-    scopes = [(proto.graph.node, stage.in_place)]
+    """A reader of a state that is updated in place may run after the write and read the new data, unless the write waits for it."""
+    graph_states = {name: f"{name}{NEXT}" for name in stage.in_place}
+    scopes: list[tuple[Sequence[onnx.NodeProto], Mapping[str, str]]] = [(proto.graph.node, graph_states)]
     for function in proto.functions:
-        replaced = {name.removesuffix("_next") for name in function.output if name.endswith("_next")}
-        scopes.append((function.node, frozenset(replaced)))
-    for nodes, watched in scopes:
-        readers = Counter(name for node in nodes for name in set(node.input))
-        shared = sorted(name for name in watched if readers[name] > 1)
-        if shared:
-            raise RuntimeError(f"{stage.name}: states with more than one reader: {', '.join(shared)}")
+        after = [name for name in function.output if name.endswith("_next")]
+        scopes.append((function.node, {name.removesuffix("_next"): name for name in after}))
+    for nodes, states in scopes:
+        if unsafe := sorted(unsafe_states(nodes, states)):
+            raise RuntimeError(
+                f"{stage.name}: states with readers that may run after the write: {', '.join(unsafe)}"
+            )
+
+
+def unsafe_states(nodes: Sequence[onnx.NodeProto], states: Mapping[str, str]) -> list[str]:
+    """Which of ``states``, with the names of the outputs that are written over them, have a reader that the write does not wait for."""
+    producer = {name: number for number, node in enumerate(nodes) for name in node.output}
+    readers: defaultdict[str, list[int]] = defaultdict(list)
+    for number, node in enumerate(nodes):
+        for name in set(node.input) & states.keys():
+            readers[name].append(number)
+    unsafe = []
+    for name, output in states.items():
+        if output not in producer:
+            continue
+        waited_for, pending = set(), [producer[output]]
+        while pending:
+            number = pending.pop()
+            if number not in waited_for:
+                waited_for.add(number)
+                pending += [producer[source] for source in nodes[number].input if source in producer]
+        if not waited_for.issuperset(readers[name]):
+            unsafe.append(name)
+    return unsafe

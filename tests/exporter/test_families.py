@@ -16,6 +16,7 @@ from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs import stages
 from linert.graphs.families import FAMILIES, janus, llamagen, lumina
+from linert.graphs.families.lasadgen import Variant
 from linert.graphs.line_buffer import LineEnd
 from linert.graphs.memory import memory_of
 from linert.graphs.policies import POLICIES
@@ -23,6 +24,7 @@ from linert.graphs.stage_tensor import NEXT
 from linert.graphs.transformer import RasterTransformer
 from tests.conftest import random_state
 from tests.eager import fed_stages, usual_inputs
+from tests.graphs.test_lasadgen import model as decaying_model
 
 GRID = 3
 CAPTIONS = llamagen.LlamaGenConfig(2, 32, 4, 64, 48, 0, grid=GRID, prefix_len=5, caption_dim=12)
@@ -127,3 +129,38 @@ def test_traced_stages_do_what_pytorch_does(name: str, guided: bool, tmp_path: P
     slot_pos = ours.arrays["slot_pos.0"].reshape(memory.geometry.sequences, -1, slots[0])
     assert (slot_pos[1, :, :2] == -1).all()
     assert (slot_pos[0, :, : config.prefix_len] == [-1, *range(1, config.prefix_len)]).all()
+
+
+@pytest.mark.parametrize("name", [*KINDS, "lasadgen"])
+@pytest.mark.parametrize("guided", [True, False])
+def test_traced_windows_draw_what_single_steps_draw(name: str, guided: bool, tmp_path: Path) -> None:
+    net = decaying_model(Variant.MANHATTAN) if name == "lasadgen" else built(name)
+    config = net.config
+    slots = (config.prefix_len + 2 * config.line_width,) * config.layers
+    memory = memory_of(config, images=2, guided=guided, capacities=slots)
+    [line_end, *_] = memory.line_ends(net, ["linear"])
+    parts = [
+        stages.Prefill(net, memory),
+        stages.Decode(net, memory, filtered=False),
+        stages.WindowDecode(net, memory, 3, filtered=False),
+        line_end,
+    ]
+    sessions = Sessions(parts, net, tmp_path)
+    tensors = usual_inputs(memory.geometry, guidance=2.0)
+    tensors |= {"class_ids": torch.tensor([1, 3])} if name == "lasadgen" else conditions(net, guided=guided)
+    last = config.prefix_len + config.image_tokens - 1
+    drawn, passes = [], []
+    for decode in ("decode.unfiltered", "decode.w3.unfiltered"):
+        sessions.arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+        sessions.run("prefill")
+        passes.append(0)
+        while (sessions.arrays["position"] < last).any():
+            sessions.run(decode)
+            passes[-1] += 1
+            position, line = (torch.from_numpy(sessions.arrays[key]) for key in ("position", "line"))
+            if memory.geometry.due(position, line).any():
+                sessions.run(line_end.name)
+        drawn.append(sessions.arrays["tokens"])
+    assert (drawn[0] == drawn[1]).all()
+    # The condition is fed three positions at a time.
+    assert passes[1] <= passes[0] - 2 * ((config.prefix_len - 1) // 3)
