@@ -68,7 +68,7 @@ class BundleRequest:
     """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`.
 
     ``policies``: those that the bundle holds. ``capacity_lines``: lines of each layer's buffer. ``cache``: the default
-    settings of its runs. A model without a cache has none of the three.
+    settings of its runs. A model without a cache has none of the three. ``windows``: positions that a decode step may take, 1 among them.
     """
 
     transformer: LoadedTransformer
@@ -79,6 +79,7 @@ class BundleRequest:
     images: int
     sampling: SamplingSettings
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
+    windows: tuple[int, ...] = (1,)
     text_encoder: LoadedTextEncoder | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +93,10 @@ class BundleRequest:
             faults.append(
                 f"{self.transformer.path} predicts {config.vocab_size} tokens and "
                 f"{self.image_decoder.path} has {decoder.codebook_size} codes: they do not belong together"
+            )
+        if 1 not in self.windows or not all(1 <= window <= config.line_width for window in self.windows):
+            faults.append(
+                f"windows of {', '.join(map(str, self.windows))} positions; must be 1 and others up to a line's {config.line_width}"
             )
         if self.text_encoder is not None:
             made, seen = self.text_encoder.config.dim, self._caption_dim
@@ -342,6 +347,12 @@ def _stages(request: BundleRequest) -> list[stages.Stage]:
         stages.Prefill(model, memory),
         stages.Decode(model, memory),
         stages.Decode(model, memory, filtered=False),
+        *(
+            stages.WindowDecode(model, memory, window, filtered=filtered)
+            for window in request.windows
+            if window > 1
+            for filtered in (True, False)
+        ),
         *memory.line_ends(model, request.policies),
         stages.VQDecoder(
             pixels, images=1, rows=raster.lines, columns=raster.columns, line_width=raster.line_width
@@ -379,6 +390,7 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
         images=request.images,
         guided=request.guided,
         capacity_lines=request.capacity_lines,
+        windows=request.windows,
         policies={
             policy: PolicySpec(POLICIES[policy]().score_window(request.raster.line_width))
             for policy in request.policies

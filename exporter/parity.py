@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ from linert.runtime.bundles.manifest import SLOT_POSITIONS
 from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import PixelDecoder
 from linert.runtime.drawing.loop import Batch, begin, generate, run_step, settings_inputs
+from linert.runtime.drawing.trace import SlotRecorder
 from linert.runtime.errors import BundleError, CheckpointError
 
 
@@ -122,13 +124,13 @@ def validate(
     bounds = bounds or Bounds()
     report = Report(choices, list(asked), seed)
     both = BothSides(backend, transformer.eager(), batch, report, report_line)
-    evicted: list[np.ndarray] = []
+    evicted = SlotRecorder(backend.bundle.manifest) if batch.cache else None
     drawn = torch.from_numpy(
         generate(
             backend,
             batch,
             lambda line: report_line("bundle draws", line),
-            (lambda line: evicted.append(backend.read("write_slots"))) if batch.cache else None,
+            None if evicted is None else partial(evicted, backend),
             # Both sides' logits are looked at below, where it can be said whose are not finite.
             finite=False,
         )
@@ -143,7 +145,7 @@ def validate(
         if both.cached:
             _compression(both, fed)
         if cost is None:
-            _free_running(both, drawn, evicted)
+            _free_running(both, drawn, None if evicted is None else evicted.slots)
         _pixels(decoder, image_decoder, drawn, report)
     if cost is None:
         report.checks = parity_checks(report, bounds, replayed=batch.replay is not None)
@@ -238,7 +240,7 @@ def _compression(both: BothSides, tokens: Tensor) -> None:
         both.report.compression.add(full, torch.cat([part[row : row + 1] for part in lined], dim=1))
 
 
-def _free_running(both: BothSides, tokens: Tensor, evicted: list[np.ndarray]) -> None:
+def _free_running(both: BothSides, tokens: Tensor, evicted: np.ndarray | None) -> None:
     """Let PyTorch draw and evict on its own; compare with the bundle's ``tokens`` and with what it ``evicted``.
 
     Rounding may decide between slots that matter equally. An image whose evictions differ has another context from
@@ -256,7 +258,7 @@ def _free_running(both: BothSides, tokens: Tensor, evicted: list[np.ndarray]) ->
     def end_line(line: int) -> None:
         nonlocal evicts_alike
         own = reference.end_line(both.imposed(line))
-        if both.cached and both.batch.replay is None:
+        if evicted is not None and both.batch.replay is None:
             theirs = torch.from_numpy(evicted[line])
             same = own.sort(-1).values == theirs.sort(-1).values
             comparable = evicts_alike & np.array([index is None for index in diverged])

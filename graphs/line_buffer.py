@@ -178,7 +178,7 @@ class LineEnd(Stage):
                 params.capacity[group[0] : group[-1] + 1, None].expand(-1, geometry.rows).reshape(-1, 1)
             )
             chosen, left, fresh = end_line(self.policy, line, capacity, params)
-            of_group = due.repeat(len(group), 1)
+            of_group = due[None].expand(len(group), -1, -1).reshape(-1, 1)
             slots_before = write_slots[group[0] : group[-1] + 1].flatten(0, 1)
             after = (
                 torch.where(of_group, chosen, slots_before),

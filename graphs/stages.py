@@ -28,6 +28,7 @@ from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.transformer import FamilyConfig, RasterTransformer
 from linert.graphs.window import NO_DRAFT, Accepted, Window, drafts
+from linert.runtime.bundles.manifest import decode_stage
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.setting import settings_of
 
@@ -109,7 +110,7 @@ class Decode(Stage):
 
     def __init__(self, model: RasterTransformer, memory: Memory, *, filtered: bool = True) -> None:
         super().__init__()
-        self.name = "decode" if filtered else "decode.unfiltered"
+        self.name = decode_stage(1, filtered=filtered)
         self.filtered = filtered
         self.model = model
         self.memory = memory
@@ -181,7 +182,7 @@ class WindowDecode(Stage):
         self, model: RasterTransformer, memory: Memory, width: int, *, filtered: bool = True
     ) -> None:
         super().__init__()
-        self.name = f"decode.w{width}" + ("" if filtered else ".unfiltered")
+        self.name = decode_stage(width, filtered=filtered)
         self.width, self.filtered = width, filtered
         self.model, self.memory = model, memory
         self.geometry = geometry = memory.geometry

@@ -18,6 +18,7 @@ from linert.exporter.commands.export_options import (
     PrecisionRequest,
     calibration_options,
     model_options,
+    parse_windows,
     precision_options,
     wishes_options,
 )
@@ -37,6 +38,14 @@ from linert.runtime.files.text_files import is_utf8
 @model_options()
 @wishes_options()
 @click.option("--batch", default=1, show_default=True, help="Images drawn at once.")
+@click.option(
+    "--window",
+    "windows",
+    default="1",
+    show_default=True,
+    callback=lambda c, p, text: parse_windows(text),
+    help="Positions of every image that a decode step may take, a list like 1,4,8: longer windows need fewer steps for the same images.",
+)
 @sampling_options("By default; without it, as the model's authors recommend.")
 @precision_options()
 @calibration_options()
@@ -48,6 +57,7 @@ def command(
     model: ModelFiles,
     cache: CacheWishes,
     batch: int,
+    windows: tuple[int, ...],
     sampling: SamplingRequest,
     precision: PrecisionRequest,
     calibration: CalibrationRequest,
@@ -75,6 +85,7 @@ def command(
         capacity_lines=capacity_lines,
         cache=settings,
         images=batch,
+        windows=windows,
         sampling=sampling.settle(transformer.family.usual_sampling(transformer.config)),
         precision=precision.settle(transformer.config.layers),
         text_encoder=load_text_encoder(model.request.text_encoder) if model.request.text_encoder else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -306,3 +307,11 @@ def parse_parts(kept: Sequence[str], layers: int) -> dict[str, Precision]:
             )
         parts[named[part]] = Precision(precision)
     return parts
+
+
+def parse_windows(text: str) -> tuple[int, ...]:
+    """``1,4,8``: widths of windows; 1 is always among them."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch("[0-9]{1,6}", part) and int(part) for part in parts):
+        raise click.BadParameter(f"{shortened(text, 60)!r} is no list of widths from 1 like 1,4,8")
+    return tuple(sorted({1, *map(int, parts)}))

@@ -198,11 +198,18 @@ class FileRecord(Record, frozen=True):
     bytes: int
 
 
+def decode_stage(window: int, *, filtered: bool) -> str:
+    """Name of the stage that decodes a window of so many positions, with or without top-k and top-p."""
+    name = "decode" if window == 1 else f"decode.w{window}"
+    return name if filtered else f"{name}.unfiltered"
+
+
 class Manifest(Record, frozen=True):
     """Everything that a runtime has to know about a bundle.
 
     ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
-    file, it names the bundle. ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
+    file, it names the bundle. ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``windows``: positions that a
+    decode step may take, 1 among them. ``cache``: what a run keeps of them unless it says otherwise.
     A model whose state is of one size has no cache: there are no capacities and no policies, and one ``line_end``.
     """
 
@@ -216,6 +223,7 @@ class Manifest(Record, frozen=True):
     images: int
     guided: bool
     capacity_lines: tuple[int, ...]
+    windows: tuple[int, ...]
     policies: dict[str, PolicySpec]
     cache: CacheSettings | None
     sampling: SamplingSettings
@@ -275,6 +283,15 @@ class Manifest(Record, frozen=True):
         if self.cache is None:
             raise RequestError(f"{what}: a {self.model.family} bundle has no KV cache; leave that out")
         return self.cache
+
+    def check_window(self, window: int) -> None:
+        """Raise :class:`RequestError` for a window that this bundle has no stage for."""
+        if window not in self.windows:
+            widths = ", ".join(map(str, self.windows))
+            raise RequestError(
+                f"the bundle has no window of {window} positions, only {widths}: export it with --window "
+                f"{','.join(map(str, sorted({*self.windows, max(1, window)})))}"
+            )
 
     def check_cache(self, cache: CacheSettings | None, *, replayed: bool = False) -> None:
         """Raise :class:`RequestError` or :class:`GeometryError` for settings that this bundle cannot run with.

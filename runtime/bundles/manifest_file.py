@@ -19,6 +19,7 @@ from linert.runtime.bundles.manifest import (
     StageSpec,
     StateSpec,
     TensorSpec,
+    decode_stage,
 )
 from linert.runtime.errors import BundleError, GeometryError, RequestError
 from linert.runtime.text import brief
@@ -52,7 +53,6 @@ METHODS = frozenset({"none", "rtn", "gptq"})
 
 DRIVEN = {
     "decode": frozenset({"noise", "token", "tokens", "position", "logits"}),
-    "decode.unfiltered": frozenset({"noise", "token", "tokens", "position", "logits"}),
     "line_end.replay": frozenset({"replay_slots"}),
     "text_encoder": frozenset({"text_tokens", "text_lengths", "text_features"}),
     "vq_decoder": frozenset({"grid_tokens", "pixels"}),
@@ -218,7 +218,12 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
     raster, states = manifest.raster, {spec.name: spec for spec in manifest.state}
     if len(states) != len(manifest.state):
         yield "two states of one name"
-    wanted = {"prefill", "decode", "decode.unfiltered", "vq_decoder"}
+    wanted = {"prefill", "vq_decoder"}
+    wanted |= {
+        decode_stage(window, filtered=filtered) for window in manifest.windows for filtered in (True, False)
+    }
+    if 1 not in manifest.windows or not all(1 <= window <= raster.line_width for window in manifest.windows):
+        yield f"windows of {', '.join(map(str, manifest.windows))} positions in lines of {raster.line_width}"
     if manifest.cache is None:
         wanted.add("line_end")
         if manifest.capacity_lines or manifest.policies:
@@ -274,7 +279,8 @@ def _stage_contradictions(
     if stage.file not in manifest.files:
         yield f"stage {name} names {stage.file}, which is not among the files"
     inputs, outputs = ({spec.name: spec for spec in side} for side in (stage.inputs, stage.outputs))
-    if missing := sorted(DRIVEN.get(name, frozenset()) - inputs.keys() - outputs.keys()):
+    driven = DRIVEN["decode"] if name.startswith("decode") else DRIVEN.get(name, frozenset())
+    if missing := sorted(driven - inputs.keys() - outputs.keys()):
         yield f"stage {name} has no tensor {', '.join(missing)}"
     if len(inputs) != len(stage.inputs) or len(outputs) != len(stage.outputs):
         yield f"stage {name} has two tensors of one name"

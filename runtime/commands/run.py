@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from linert.runtime.backends.base import Array, Backend
+from linert.runtime.backends.base import Backend
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.cache_settings import CacheSettings, cache_text
 from linert.runtime.commands.backend_options import backend_options
@@ -29,6 +29,7 @@ from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
 from linert.runtime.drawing.generator import Generator, Replay, Tokens, picture
+from linert.runtime.drawing.loop import LineEnds
 from linert.runtime.drawing.output import (
     SHEET_IMAGES,
     SHEET_NAME,
@@ -46,7 +47,7 @@ from linert.runtime.drawing.run_folder import (
     run_folder,
 )
 from linert.runtime.drawing.samples import Sample, list_samples
-from linert.runtime.drawing.trace import Trace, TraceHeader, per_image, read_trace
+from linert.runtime.drawing.trace import SlotRecorder, Trace, TraceHeader, read_trace
 from linert.runtime.errors import RequestError
 from linert.runtime.files.array_files import write_arrays
 
@@ -58,6 +59,12 @@ from linert.runtime.files.array_files import write_arrays
 @click.option("--seed", type=int, help="Seed of each one's first image; the next has one more. Default: 0.")
 @sampling_options("Default: the bundle's.")
 @cache_options()
+@click.option(
+    "--window",
+    default=1,
+    show_default=True,
+    help="Positions of every image that a decode step takes, of those that the bundle has; the images are the same.",
+)
 @run_options()
 @backend_options()
 @output_options()
@@ -68,6 +75,7 @@ def command(
     seed: int | None,
     sampling: SamplingRequest,
     cache: CacheRequest,
+    window: int,
     files: RunFiles,
     options: BackendOptions,
     output: Output,
@@ -90,6 +98,7 @@ def command(
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
     opened = place.open()
     manifest = opened.manifest
+    manifest.check_window(window)
     for option, value in (("--eviction-map", files.eviction_map), ("--record-trace", files.record_trace)):
         if value is not None:
             manifest.require_cache(option)
@@ -120,6 +129,7 @@ def command(
             files.eviction_map,
             files.record_trace is not None,
             files.preview,
+            window,
         )
         run.draw(console)
         if trace is not None:
@@ -161,6 +171,7 @@ class _Run:
     map_kind: MapKind | None
     recording: bool
     preview: bool
+    window: int
     recorded: list[NDArray[np.int32]] = field(default_factory=list)
 
     def trace(self) -> Trace:
@@ -220,13 +231,12 @@ class _Run:
     ) -> None:
         manifest = self.generator.manifest
         residency = Residency(manifest) if self.map_kind else None
-        written: list[Array] = []
+        recorder = SlotRecorder(manifest) if self.recording else None
 
-        def watch(backend: Backend, line: int) -> None:
-            if self.recording:
-                written.append(backend.read("write_slots"))
-            if residency is not None:
-                residency(backend, line)
+        def watch(backend: Backend, ends: LineEnds) -> None:
+            for watcher in (recorder, residency):
+                if watcher is not None:
+                    watcher(backend, ends)
 
         tokens = self.generator.draw(
             group,
@@ -235,9 +245,10 @@ class _Run:
             replay=Replay(self.replay, indices) if self.replay else None,
             watcher=watch,
             on_line=on_line,
+            window=self.window,
         )
-        if self.recording:
-            self.recorded.append(per_image(written, manifest.images, manifest.branches)[: len(group)])
+        if recorder is not None:
+            self.recorded.append(recorder.by_image()[: len(group)])
         self._write_pictures(group, tokens)
         if self.map_kind is not None and residency is not None:
             for number, sample in enumerate(group):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.manifest import SLOT_POSITIONS, Manifest
+from linert.runtime.drawing.loop import LineEnds
 
 Shares = NDArray[np.float32]
 
@@ -34,14 +35,15 @@ class Residency:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.lines: list[Shares] = []
+        raster, layers = manifest.raster, manifest.model.layers
+        self.shares = np.zeros((manifest.images, raster.lines - 1, layers, raster.image_tokens), np.float32)
 
-    def __call__(self, backend: Backend, line: int) -> None:
-        """Look at what slots hold after the end of ``line``."""
+    def __call__(self, backend: Backend, ends: LineEnds) -> None:
+        """Look at what slots hold after line ends."""
         slot_pos = [backend.read(spec.name) for spec in self.manifest.states_of(SLOT_POSITIONS)]
-        self.lines.append(
-            np.stack([self._shares(cast("NDArray[np.int32]", slots)) for slots in slot_pos], axis=1)
-        )
+        shares = np.stack([self._shares(cast("NDArray[np.int32]", slots)) for slots in slot_pos], axis=1)
+        for image, line in ends.pairs():
+            self.shares[image, line] = shares[image]
 
     def _shares(self, slot_pos: NDArray[np.int32]) -> Shares:
         """``[I, N]``: share of an image's branches and heads that hold each image token, of ``slot_pos [R, C]``."""
@@ -55,7 +57,8 @@ class Residency:
 
     def image(self, number: int) -> Shares:
         """``[lines - 1, layers, N]`` of the batch's image ``number``."""
-        return np.stack([shares[number] for shares in self.lines])
+        shares: Shares = self.shares[number]
+        return shares
 
 
 def draw_map(picture: PIL.Image.Image, shares: Shares, manifest: Manifest, kind: MapKind) -> PIL.Image.Image:

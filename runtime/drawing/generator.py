@@ -21,7 +21,7 @@ from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner, conditions_of
-from linert.runtime.drawing.loop import Batch, generate
+from linert.runtime.drawing.loop import Batch, LineEnds, generate
 from linert.runtime.drawing.noise import noise_table
 from linert.runtime.drawing.samples import Condition, Sample, list_samples
 from linert.runtime.drawing.trace import Trace
@@ -30,7 +30,7 @@ from linert.runtime.errors import BundleError, RequestError
 Tokens = NDArray[np.int64]
 Pixels = NDArray[np.float32]
 
-LineEndWatcher = Callable[[Backend, int], None]
+LineEndWatcher = Callable[[Backend, LineEnds], None]
 """Called with the backend and a line's number after its end."""
 
 
@@ -169,6 +169,7 @@ class Generator(Closing):
         replay: Replay | None = None,
         watcher: LineEndWatcher | None = None,
         on_line: Callable[[int], None] | None = None,
+        window: int = 1,
     ) -> Tokens:
         """Draw the tokens ``[len(samples), N]`` int64 of at most one batch of samples.
 
@@ -176,19 +177,21 @@ class Generator(Closing):
             replay: a trace and which of its images these samples are; its evictions are imposed.
             watcher: sees the state after every line end.
             on_line: called after each line with the number of lines drawn (:meth:`tokens` has them).
+            window: positions of every image that a decode step takes, of those that the bundle has. The tokens are the same.
         """
         count = len(samples)
         manifest = self.manifest
         batch = make_batch(
             manifest, self.conditioner, samples, sampling or manifest.sampling, cache or manifest.cache
         )
+        batch = replace(batch, window=window)
         if replay is not None:
             filled = [*replay.images, *[replay.images[-1]] * (self.manifest.images - count)]
             batch = replace(batch, replay=replay.trace.batch(filled))
 
-        def watch(line: int) -> None:
+        def watch(ends: LineEnds) -> None:
             if watcher:
-                watcher(self.backend, line)
+                watcher(self.backend, ends)
 
         # The state belongs to one batch at a time.
         with self._lock:
@@ -202,7 +205,8 @@ class Generator(Closing):
         For whoever is called back by :meth:`draw`; another thread waits until the batch is done.
         """
         with self._lock:
-            return cast("Tokens", self.backend.read("tokens"))[:count]
+            # Of tokens that are not drawn yet there is none.
+            return cast("Tokens", self.backend.read("tokens"))[:count].clip(min=0)
 
 
 class PixelDecoder(Closing):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.cache_settings import CacheSettings
-from linert.runtime.bundles.manifest import Manifest
+from linert.runtime.bundles.manifest import Manifest, decode_stage
 from linert.runtime.bundles.raster import Step
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.setting import stage_inputs
@@ -25,6 +25,7 @@ class Batch:
 
     ``conditions``: the model's inputs by name. ``noise``: of every image and token, ``[I, N, S]`` float32. ``replay``: write
     slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`linert.runtime.drawing.trace`).
+    ``window``: positions of every image that a decode step takes.
     """
 
     conditions: Mapping[str, NDArray[Any]]
@@ -32,13 +33,14 @@ class Batch:
     sampling: SamplingSettings
     cache: CacheSettings | None
     replay: NDArray[np.int64] | None = None
+    window: int = 1
 
     @cached_property
     def stages(self) -> dict[str, str]:
         """The bundle's stage for every stage of the schedule that the batch runs through."""
         return {
             "prefill": "prefill",
-            "decode": "decode" if self.sampling.filtered else "decode.unfiltered",
+            "decode": decode_stage(self.window, filtered=self.sampling.filtered),
             "line_end": self._line_end,
         }
 
@@ -47,6 +49,22 @@ class Batch:
         if self.cache is None:
             return "line_end"
         return f"line_end.{self.cache.policy if self.replay is None else 'replay'}"
+
+
+class LineEnds(NamedTuple):
+    """What a line end ended: the numbers of ``images`` in the batch, and of the ``lines`` of each that it was."""
+
+    images: tuple[int, ...]
+    lines: tuple[int, ...]
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """Image and line, one after the other."""
+        return zip(self.images, self.lines, strict=True)
+
+
+def rows_of(manifest: Manifest, images: Sequence[int], rows: int) -> NDArray[np.intp]:
+    """Which of so many ``rows`` (sequences x KV heads) belong to ``images`` of the batch."""
+    return np.arange(rows).reshape(manifest.branches, manifest.images, -1)[:, list(images)].ravel()
 
 
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
@@ -79,6 +97,7 @@ def begin(backend: Backend, batch: Batch) -> None:
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=batch.replay is not None)
+    manifest.check_window(batch.window)
     for stage in batch.stages.values():
         backend.load(stage)
     for name, values in batch.conditions.items():
@@ -91,7 +110,7 @@ def begin(backend: Backend, batch: Batch) -> None:
     backend.run("prefill")
     prefix = manifest.raster.prefix_len
     fed = int(backend.read("position")[0]) if prefix > 1 else 0
-    for _ in range(fed, prefix):
+    for _ in range(fed, prefix, batch.window):
         backend.run(batch.stages["decode"])
 
 
@@ -123,7 +142,7 @@ def generate(
     backend: Backend,
     batch: Batch,
     on_line: Callable[[int], None] | None = None,
-    on_line_end: Callable[[int], None] | None = None,
+    on_line_end: Callable[[LineEnds], None] | None = None,
     *,
     finite: bool = True,
 ) -> NDArray[np.int64]:
@@ -132,8 +151,8 @@ def generate(
     Args:
         backend: holds the stages of :attr:`Batch.stages`.
         batch: conditions, noise and settings.
-        on_line: called with the number of lines whose tokens are all drawn, after each line.
-        on_line_end: called with a line's number after its end: write slots are chosen, nothing is overwritten yet.
+        on_line: called with the number of lines whose tokens are all drawn in every image, after each line.
+        on_line_end: called after every line end: write slots are chosen, nothing is overwritten yet.
         finite: False leaves it to the caller to look at the logits.
 
     Returns:
@@ -143,15 +162,73 @@ def generate(
         BundleError: logits became infinite or no numbers; looked at once a line.
     """
     begin(backend, batch)
-    raster = backend.bundle.manifest.raster
-    for step in raster.schedule():
+
+    def drawn(lines: int) -> None:
+        if finite:
+            require_finite(backend)
+        if on_line:
+            on_line(lines)
+
+    ended = on_line_end or (lambda ends: None)
+    if batch.window == 1:
+        _walk_together(backend, batch, drawn, ended)
+    else:
+        _walk_apart(backend, batch, drawn, ended)
+    return cast("NDArray[np.int64]", backend.read("tokens"))
+
+
+def _walk_together(
+    backend: Backend, batch: Batch, drawn: Callable[[int], None], ended: Callable[[LineEnds], None]
+) -> None:
+    """All images stand at one token."""
+    manifest = backend.bundle.manifest
+    images = tuple(range(manifest.images))
+    for step in manifest.raster.schedule():
         run_step(backend, batch, step)
         # The token drawn by a line's last but one step is the line's last.
-        if step.stage == "decode" and step.column == raster.line_width - 2:
-            if finite:
-                require_finite(backend)
-            if on_line:
-                on_line(step.line + 1)
-        if on_line_end and step.stage == "line_end":
-            on_line_end(step.line)
-    return cast("NDArray[np.int64]", backend.read("tokens"))
+        if step.stage == "decode" and step.column == manifest.raster.line_width - 2:
+            drawn(step.line + 1)
+        if step.stage == "line_end":
+            ended(LineEnds(images, (step.line,) * len(images)))
+
+
+def _walk_apart(
+    backend: Backend, batch: Batch, drawn: Callable[[int], None], ended: Callable[[LineEnds], None]
+) -> None:
+    """Every image moves on by what is accepted of its window.
+
+    Where the images are is looked at when the first of them may have reached its line's end, not after every step: a device
+    need not be waited for in between. Until then no line can be due.
+    """
+    manifest = backend.bundle.manifest
+    raster, images = manifest.raster, manifest.images
+    fed = backend.read("position")[:images].astype(np.int64) - raster.prefix_len
+    lines = np.zeros(images, np.int64)
+    whole = 0
+    while (fed < raster.image_tokens - 1).any():
+        ends = np.minimum((lines + 1) * raster.line_width, raster.image_tokens - 1)
+        going = fed < raster.image_tokens - 1
+        for _ in range(max(1, -(-int((ends - fed)[going].min()) // batch.window))):
+            backend.run(batch.stages["decode"])
+        fed = backend.read("position")[:images].astype(np.int64) - raster.prefix_len
+        # One token more is drawn than is fed.
+        finished = int((np.minimum(fed + 1, raster.image_tokens) // raster.line_width).min())
+        due = np.flatnonzero((fed >= (lines + 1) * raster.line_width) & (lines < raster.lines - 1))
+        if finished > whole:
+            whole = finished
+            drawn(whole)
+        if due.size:
+            _end_lines(backend, batch, LineEnds(tuple(due.tolist()), tuple(lines[due].tolist())))
+            ended(LineEnds(tuple(due.tolist()), tuple(lines[due].tolist())))
+            lines[due] += 1
+
+
+def _end_lines(backend: Backend, batch: Batch, ends: LineEnds) -> None:
+    """Run the line end; what is due the state knows, but not what a replay imposes."""
+    if batch.replay is not None:
+        slots = np.zeros(batch.replay.shape[1:], np.int64)
+        for image, line in ends.pairs():
+            rows = rows_of(backend.bundle.manifest, [image], batch.replay.shape[2])
+            slots[:, rows] = batch.replay[line][:, rows]
+        backend.write("replay_slots", slots)
+    backend.run(batch.stages["line_end"])

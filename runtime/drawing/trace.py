@@ -16,9 +16,11 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import Manifest, Record
 from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.drawing.loop import LineEnds, rows_of
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import RequestError
 from linert.runtime.files.array_files import read_arrays, write_arrays
@@ -69,12 +71,30 @@ class Trace:
         )
 
 
-def per_image(recorded: Sequence[NDArray[np.generic]], images: int, branches: int) -> NDArray[np.int32]:
-    """``[I, lines - 1, layers, branches, heads, W]`` of the ``[L, R, W]`` write slots of every line end."""
-    stacked = np.stack(recorded)
-    lines, layers, _, width = stacked.shape
-    split = stacked.reshape(lines, layers, branches, images, -1, width)
-    return split.transpose(3, 0, 1, 2, 4, 5).astype(np.int32)
+class SlotRecorder:
+    """Records which slots every line of every image of a batch is written to, as its lines begin.
+
+    Attributes:
+        slots: ``[lines - 1, L, R, W]`` int64.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        shape = manifest.state_spec("write_slots").shape
+        self.slots = np.zeros((manifest.raster.lines - 1, *shape), np.int64)
+
+    def __call__(self, backend: Backend, ends: LineEnds) -> None:
+        """Take the slots of the lines that begin behind ``ends``."""
+        written = backend.read("write_slots")
+        for image, line in ends.pairs():
+            rows = rows_of(self.manifest, [image], written.shape[1])
+            self.slots[line][:, rows] = written[:, rows]
+
+    def by_image(self) -> NDArray[np.int32]:
+        """``[I, lines - 1, layers, branches, heads, W]``."""
+        lines, layers, _, width = self.slots.shape
+        split = self.slots.reshape(lines, layers, self.manifest.branches, self.manifest.images, -1, width)
+        return split.transpose(3, 0, 1, 2, 4, 5).astype(np.int32)
 
 
 def read_trace(path: Path, manifest: Manifest) -> Trace:

@@ -118,7 +118,7 @@ def test_state_memory_is_printed_first_and_stands_in_the_manifest(
     assert f"state memory: {manifest.state_bytes} bytes" in result.err
     slots, rows = 1 + 2 * 6, 3 * 2 * TINY.heads
     buffers = TINY.layers * rows * slots * (2 * 4 * TINY.head_dim + 4 + 4)
-    loop = 8 * (3 + 3 * 36 + 6 + TINY.layers * rows * 6)
+    loop = 8 * (3 + 3 * 36 + 2 * 6 + TINY.layers * rows * 6)
     condition = 3 * 2 * (4 * TINY.dim + 8)
     assert manifest.state_bytes == buffers + loop + condition
 

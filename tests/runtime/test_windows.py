@@ -1,0 +1,135 @@
+"""Windows in a bundle: the images, traces and maps are those of single steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from linert import ClassLabel, Generator, Sample
+from linert.runtime.drawing.eviction_map import Residency
+from linert.runtime.drawing.generator import Replay
+from linert.runtime.drawing.loop import LineEnds
+from linert.runtime.drawing.trace import SlotRecorder, read_trace
+from linert.runtime.errors import RequestError
+from tests.conftest import Result
+
+Linert = Callable[..., Result]
+Files = tuple[Path, Path]
+TINY_OPTIONS = ("--grid", 6, "--heads", 4)
+SAMPLES = [Sample(ClassLabel(1), 7), Sample(ClassLabel(3), 8)]
+
+
+@pytest.fixture(scope="module")
+def bundle(export: Callable[..., Path], tiny_files: Files) -> Path:
+    return export(
+        *tiny_files,
+        *TINY_OPTIONS,
+        "--policy",
+        "linear,h2o,full",
+        "--budget-lines",
+        3,
+        "--batch",
+        2,
+        "--window",
+        "2,4",
+    )
+
+
+@pytest.fixture(scope="module")
+def generator(bundle: Path) -> Generator:
+    return Generator(bundle)
+
+
+@pytest.mark.parametrize("window", [2, 4])
+def test_an_image_is_the_same_in_fewer_steps(window: int, generator: Generator) -> None:
+    manifest = generator.manifest
+    assert manifest.windows == (1, 2, 4)
+    single, wide = SlotRecorder(manifest), SlotRecorder(manifest)
+    maps, wide_maps = Residency(manifest), Residency(manifest)
+
+    def watch(backend: object, ends: LineEnds, watchers: tuple[object, ...]) -> None:
+        for watcher in watchers:
+            watcher(backend, ends)  # type: ignore[operator]
+
+    tokens = generator.draw(SAMPLES, watcher=lambda *event: watch(*event, (single, maps)))
+    lines: list[int] = []
+    wide_tokens = generator.draw(
+        SAMPLES, window=window, on_line=lines.append, watcher=lambda *event: watch(*event, (wide, wide_maps))
+    )
+    assert (tokens == wide_tokens).all()
+    assert (single.slots == wide.slots).all()
+    assert (maps.shares == wide_maps.shares).all()
+    assert lines == sorted(set(lines))
+    assert lines[-1] == manifest.raster.lines
+
+
+def test_traces_are_recorded_and_replayed_with_windows(
+    linert: Linert, bundle: Path, generator: Generator, tmp_path: Path
+) -> None:
+    options = ("--classes", "1,3", "--seed", 7, "--window")
+    single, wide = tmp_path / "single.npz", tmp_path / "wide.npz"
+    for width, path in ((1, single), (4, wide)):
+        done = linert("run", bundle, *options, width, "--out", tmp_path / f"{width}", "--record-trace", path)
+        assert done.code == 0, done.err
+    first, second = (read_trace(path, generator.manifest) for path in (single, wide))
+    assert (first.write_slots == second.write_slots).all()
+    for picture in (tmp_path / "1").glob("*.png"):
+        assert picture.read_bytes() == (tmp_path / "4" / picture.name).read_bytes()
+    # The evictions of the second image imposed on the first.
+    for width in (1, 4):
+        recorder = SlotRecorder(generator.manifest)
+        generator.draw(
+            first.header.samples,
+            cache=first.header.cache,
+            replay=Replay(first, [1, 0]),
+            window=width,
+            watcher=recorder,
+        )
+        assert (recorder.by_image() == first.write_slots[[1, 0]]).all()
+
+
+def test_a_window_that_the_bundle_lacks_is_refused(
+    linert: Linert, bundle: Path, generator: Generator, tmp_path: Path
+) -> None:
+    for width in (3, 0, -1, 7):
+        done = linert("run", bundle, "--classes", 1, "--window", width, "--out", tmp_path / "out")
+        assert done.code == 2
+        assert f"has no window of {width} positions, only 1, 2, 4: export it with --window" in done.err
+    with pytest.raises(RequestError, match="no window of 5"):
+        generator.draw(SAMPLES, window=5)
+
+
+@pytest.mark.parametrize(
+    ("windows", "message"),
+    [
+        ("0", "no list of widths"),
+        ("-2", "no list of widths"),
+        ("4,x", "no list of widths"),
+        ("7", "up to a line's 6"),
+    ],
+)
+def test_a_window_that_no_bundle_can_have_is_refused(
+    windows: str, message: str, linert: Linert, tiny_files: Files, tmp_path: Path
+) -> None:
+    done = linert(
+        "export",
+        tiny_files[0],
+        "--vq",
+        tiny_files[1],
+        *TINY_OPTIONS,
+        "--window",
+        windows,
+        "--out",
+        tmp_path / "b",
+    )
+    assert done.code == 2
+    assert message in done.err
+
+
+def test_tokens_that_are_not_drawn_yet_can_be_looked_at(generator: Generator) -> None:
+    seen: list[np.ndarray] = []
+    generator.draw(SAMPLES, window=4, on_line=lambda lines: seen.append(generator.tokens(2)))
+    assert all(tokens.min() >= 0 and tokens.max() < 64 for tokens in seen)
