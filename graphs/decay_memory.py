@@ -63,9 +63,13 @@ class DecayMemory(Memory):
         return DecayStep(self, self.factors(model), at)
 
     def begin_window(
-        self, model: RasterTransformer, window: Window, inputs: Mapping[str, Tensor]
+        self,
+        model: RasterTransformer,
+        window: Window,
+        inputs: Mapping[str, Tensor],
+        state: Sequence[Sequence[Tensor]],
     ) -> WindowStep:
-        return DecayWindowStep(self, self.factors(model), window)
+        return DecayWindowStep(self, self.factors(model), window, state)
 
     def function(self) -> FunctionProto:
         return function_proto(self.matrices)
@@ -115,9 +119,13 @@ class DecayWindowStep(WindowStep):
     Args:
         memory, table: as for :class:`DecayStep`.
         window: where it lies.
+        state: every layer's.
     """
 
-    def __init__(self, memory: DecayMemory, table: Tensor, window: Window) -> None:
+    def __init__(
+        self, memory: DecayMemory, table: Tensor, window: Window, state: Sequence[Sequence[Tensor]]
+    ) -> None:
+        self.state = [DecayState(*tensors) for tensors in state]
         self.geometry = geometry = memory.geometry
         self.window = window
         config = geometry.config
@@ -147,11 +155,9 @@ class DecayWindowStep(WindowStep):
     def _per_row(self, values: Tensor, heads: int) -> Tensor:
         return values[:, None].expand(-1, heads, -1).flatten(0, 1)
 
-    def attend(
-        self, layer: int, new: Projections, state: Sequence[Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def attend(self, layer: int, new: Projections) -> tuple[Tensor, tuple[Tensor, ...]]:
         geometry, rows = self.geometry, self.geometry.rows
-        before = DecayState(*state)
+        before = self.state[layer]
         # [B, T, heads, D] -> [R, T, D]
         q, k, v = (part.transpose(1, 2).reshape(rows, self.window.width, -1) for part in new)
         heads = geometry.config.kv_heads
@@ -171,9 +177,7 @@ class DecayWindowStep(WindowStep):
         shape = (geometry.sequences, geometry.config.heads, self.window.width, -1)
         return attended.reshape(shape).transpose(1, 2), line
 
-    def commit(
-        self, layer: int, seen: tuple[Tensor, ...], state: Sequence[Tensor], accepted: Accepted
-    ) -> tuple[Tensor, ...]:
+    def commit(self, seen: Sequence[tuple[Tensor, ...]], accepted: Accepted) -> Sequence[tuple[Tensor, ...]]:
         return seen
 
 

@@ -73,9 +73,13 @@ class LineBuffer(Memory):
         return LineBufferStep(self.geometry, at)
 
     def begin_window(
-        self, model: RasterTransformer, window: Window, inputs: Mapping[str, Tensor]
+        self,
+        model: RasterTransformer,
+        window: Window,
+        inputs: Mapping[str, Tensor],
+        state: Sequence[Sequence[Tensor]],
     ) -> WindowStep:
-        return LineWindowStep(window, inputs)
+        return LineWindowStep(window, inputs, state)
 
     def function(self) -> FunctionProto:
         return function_proto(self.geometry.query_group, self.geometry.cache_dtype)

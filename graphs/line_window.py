@@ -7,6 +7,7 @@ the columns up to its own, and the window's positions up to its own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ HIDDEN = -1e30
 class Seen(NamedTuple):
     """What a layer's window hands from attention to the commit.
 
-    ``k``, ``v``: ``[R, 1, T, D]``. ``received [R, T, C + T]`` float32: the attention that every query gave the slots, and behind them the
+    ``k``, ``v``: ``[R T, D]``. ``received [R, T, C + T]`` float32: the attention that every query gave the slots, and behind them the
     positions of the window, averaged over the query heads.
     """
 
@@ -36,14 +37,21 @@ class Seen(NamedTuple):
 class LineWindowStep(WindowStep):
     """A window of every layer's line buffer.
 
+    What does not depend on a layer's keys is worked out for all layers of one capacity together: on small models an operation costs
+    more than its numbers.
+
     Args:
         window: where it lies.
         inputs: the decode stage's, by name.
+        state: every layer's.
     """
 
-    def __init__(self, window: Window, inputs: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, window: Window, inputs: Mapping[str, Tensor], state: Sequence[Sequence[Tensor]]
+    ) -> None:
         self.window = window
         self.geometry = geometry = window.geometry
+        self.buffers = [LineBufferState(*tensors) for tensors in state]
         config = geometry.config
         columns = self._per_row(window.columns)
         slots = inputs["write_slots"].gather(2, columns.expand(config.layers, -1, -1))
@@ -54,67 +62,96 @@ class LineWindowStep(WindowStep):
         fed, last = self._per_row(window.fed), self._per_row(window.last_fed)[:, None]
         last = last.expand(config.layers, -1, -1)
         self.slots = torch.where(fed, slots, slots.gather(2, last))
-        self.offset = self._per_row(torch.minimum(window.offset, window.last_fed[:, None])).to(torch.int32)
-        self.sees = torch.where(self._per_row(window.sees), 0.0, HIDDEN)
         self.positions = self._per_row(window.at).to(torch.int32)
         self.score_window, self.score_max = inputs["score_window"], inputs["score_max"] != 0
+        self.bias = self._bias()
+
+    def _groups(self) -> list[list[int]]:
+        """Layers of one capacity that follow each other."""
+        capacities = self.geometry.capacities
+        return [
+            list(group) for _, group in itertools.groupby(range(len(capacities)), lambda k: capacities[k])
+        ]
 
     def _per_row(self, values: Tensor) -> Tensor:
         """Repeat ``values [B, ...]`` for every KV head: ``[R, ...]``."""
         heads = self.geometry.config.kv_heads
         return values[:, None].expand(-1, heads, *values.shape[1:]).flatten(0, 1)
 
-    def attend(self, layer: int, new: Projections, state: Sequence[Tensor]) -> tuple[Tensor, Seen]:
+    def _bias(self) -> list[Tensor]:
+        """What is added to the logits of every layer, ``[R, 1, T, C + T]``."""
+        window, width = self.window, self.window.width
+        rows = self.geometry.rows
+        offset = self._per_row(torch.minimum(window.offset, window.last_fed[:, None])).to(torch.int32)
+        seen = torch.where(self._per_row(window.sees), 0.0, HIDDEN)
+        bias: list[Tensor] = []
+        for group in self._groups():
+            slot_pos = torch.cat([self.buffers[layer].slot_pos for layer in group])
+            slots = self.slots[group[0] : group[-1] + 1].flatten(0, 1)
+            of_group = [len(group), -1, -1]
+            # The offset from which on a slot is hidden: -1 where it is empty, none where the window does not write it.
+            offsets = offset.expand(of_group).flatten(0, 1)
+            hidden_from = torch.full_like(slot_pos, width).scatter(1, slots, offsets)
+            hidden_from = torch.where(slot_pos < 0, -1, hidden_from)
+            hidden = (hidden_from[:, None] <= window.offset[:, None].to(torch.int32)).float() * HIDDEN
+            of_window = seen.expand([len(group), -1, -1, -1]).flatten(0, 1)
+            bias += torch.cat([hidden, of_window], dim=-1)[:, None].split(rows)
+        return bias
+
+    def attend(self, layer: int, new: Projections) -> tuple[Tensor, Seen]:
         geometry, width = self.geometry, self.window.width
         rows, group = geometry.rows, geometry.query_group
-        buffer = LineBufferState(*state)
+        buffer = self.buffers[layer]
         # [B, T, heads, D] -> [R, 1, G T, D]
         q = new.q.transpose(1, 2).reshape(rows, 1, group * width, -1)
         k, v = (part.transpose(1, 2).reshape(rows, 1, width, -1) for part in new[1:])
-        # The offset from which on a slot is hidden: -1 where it is empty, none where the window does not write it.
-        hidden_from = torch.full_like(buffer.slot_pos, width).scatter(1, self.slots[layer], self.offset)
-        hidden_from = torch.where(buffer.slot_pos < 0, -1, hidden_from)
-        hidden = (hidden_from[:, None] <= self.window.offset[:, None].to(torch.int32)).float() * HIDDEN
-        bias = torch.cat([hidden, self.sees], dim=-1).repeat(1, group, 1)[:, None]
+        bias = self.bias[layer] if group == 1 else self.bias[layer].repeat(1, 1, group, 1)
         logits = torch.cat([q @ buffer.k_cache.mT, q @ k.mT], dim=-1).float() + bias
         probs = logits.softmax(-1)
         of_buffer, of_window = probs.type_as(q).split([buffer.k_cache.shape[2], width], dim=-1)
         attended = of_buffer @ buffer.v_cache + of_window @ v
-        received = probs.reshape(rows, group, width, -1).mean(1)
+        received = probs.squeeze(1) if group == 1 else probs.reshape(rows, group, width, -1).mean(1)
         attended = attended.reshape(geometry.sequences, geometry.config.heads, width, -1)
-        return attended.transpose(1, 2), Seen(k, v, received)
+        return attended.transpose(1, 2), Seen(k.flatten(0, 2), v.flatten(0, 2), received)
 
-    def commit(
-        self, layer: int, seen: Seen, state: Sequence[Tensor], accepted: Accepted
-    ) -> tuple[Tensor, ...]:
-        buffer = LineBufferState(*state)
-        last = self._per_row(accepted.last)[:, None]
-        written = self._per_row(accepted.written)
+    def commit(self, seen: Sequence[Seen], accepted: Accepted) -> list[tuple[Tensor, ...]]:
+        config, width = self.geometry.config, self.window.width
+        rows = self.geometry.rows
         # What is not written takes the place of the last that is, with the same: a slot is written once, or twice alike.
-        slots = torch.where(written, self.slots[layer], self.slots[layer].gather(1, last))
-        positions = torch.where(written, self.positions, self.positions.gather(1, last))
-        k, v = (self._of_written(part.squeeze(1), written, last) for part in (seen.k, seen.v))
-        rows = torch.arange(len(slots))[:, None]
-        place = (rows, torch.zeros_like(slots), slots)
+        source = torch.where(accepted.written, self.window.offset, accepted.last[:, None])
+        source = self._per_row(source)
+        slots = self.slots.gather(2, source.expand(config.layers, -1, -1))
+        positions = self.positions.gather(1, source)
+        flat = (source + torch.arange(rows)[:, None] * width).flatten()
+        row = torch.arange(rows)[:, None].expand(rows, width)
+        place = torch.stack([row.expand_as(slots), torch.zeros_like(slots), slots], dim=-1).flatten(1, 2)
         weights, kept = self._accounting(accepted)
-        sums = (weights[:, None] @ seen.received).squeeze(1)
-        largest = (weights[:, :, None] * seen.received).amax(1)
-        old = buffer.scores * kept
-        received = torch.where(self.score_max, largest, sums)
-        of_buffer, of_window = received.split([old.shape[1], self.window.width], dim=-1)
-        scores = torch.where(self.score_max, torch.maximum(old, of_buffer), old + of_buffer)
-        of_window = torch.where(written, of_window, of_window.gather(1, last))
-        return (
-            buffer.k_cache.index_put(place, k),
-            buffer.v_cache.index_put(place, v),
-            scores.scatter(1, slots, of_window),
-            buffer.slot_pos.scatter(1, slots, positions),
-        )
-
-    def _of_written(self, values: Tensor, written: Tensor, last: Tensor) -> Tensor:
-        """``values [R, T, D]`` where they are written, elsewhere the last that is."""
-        chosen = values.gather(1, last[:, :, None].expand(-1, -1, values.shape[2]))
-        return torch.where(written[:, :, None], values, chosen)
+        replaced: list[tuple[Tensor, ...]] = []
+        for group in self._groups():
+            count = len(group)
+            capacity = self.geometry.capacities[group[0]]
+            received = (
+                torch.cat([seen[layer].received for layer in group]) * weights.repeat(count, 1)[:, :, None]
+            )
+            received = torch.where(self.score_max, received.amax(1), received.sum(1))
+            of_buffer, of_window = received.split([capacity, width], dim=-1)
+            old = torch.cat([self.buffers[layer].scores for layer in group]) * kept.repeat(count, 1)
+            scores = torch.where(self.score_max, torch.maximum(old, of_buffer), old + of_buffer)
+            sources = source.expand([count, -1, -1]).flatten(0, 1)
+            of_slots = slots[group[0] : group[-1] + 1].flatten(0, 1)
+            scores = scores.scatter(1, of_slots, of_window.gather(1, sources))
+            slot_pos = torch.cat([self.buffers[layer].slot_pos for layer in group])
+            slot_pos = slot_pos.scatter(1, of_slots, positions.expand([count, -1, -1]).flatten(0, 1))
+            for number, (of_layer, held) in enumerate(
+                zip(scores.split(rows), slot_pos.split(rows), strict=True)
+            ):
+                layer = group[number]
+                buffer, index = self.buffers[layer], place[layer].unbind(-1)
+                k, v = (part[flat] for part in seen[layer][:2])
+                replaced.append(
+                    (buffer.k_cache.index_put(index, k), buffer.v_cache.index_put(index, v), of_layer, held)
+                )
+        return replaced
 
     def _accounting(self, accepted: Accepted) -> tuple[Tensor, Tensor]:
         """Which queries count in the scores, ``[R, T]`` float32, and whether what was counted before still does, ``[R, 1]``.

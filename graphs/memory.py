@@ -67,23 +67,24 @@ class WindowStep(ABC):
     """One decode step of a window of positions, after what all layers share was worked out."""
 
     @abstractmethod
-    def attend(self, layer: int, new: Projections, state: Sequence[Tensor]) -> tuple[Tensor, Any]:
+    def attend(self, layer: int, new: Projections) -> tuple[Tensor, Any]:
         """Attend with every position of the window.
 
         Args:
             layer: its number.
             new: of its new tokens, ``[B, T, heads or KV heads, D]``.
-            state: the layer's, in the order of :meth:`Memory.layer_state`.
 
         Returns:
             What was attended, ``[B, T, heads, D]``, and what :meth:`commit` needs of it.
         """
 
     @abstractmethod
-    def commit(
-        self, layer: int, seen: Any, state: Sequence[Tensor], accepted: Accepted
-    ) -> tuple[Tensor, ...]:
-        """What replaces the state's tensors of the kinds in :attr:`Memory.written` when it is known what is accepted."""
+    def commit(self, seen: Sequence[Any], accepted: Accepted) -> Sequence[tuple[Tensor, ...]]:
+        """What replaces every layer's tensors of the kinds in :attr:`Memory.written` when it is known what is accepted.
+
+        Args:
+            seen: what :meth:`attend` handed on, of every layer.
+        """
 
 
 class Memory(ABC):
@@ -124,9 +125,18 @@ class Memory(ABC):
 
     @abstractmethod
     def begin_window(
-        self, model: RasterTransformer, window: Window, inputs: Mapping[str, Tensor]
+        self,
+        model: RasterTransformer,
+        window: Window,
+        inputs: Mapping[str, Tensor],
+        state: Sequence[Sequence[Tensor]],
     ) -> WindowStep:
-        """Work out what all layers share of a step of a window; ``inputs`` are the decode stage's, by name."""
+        """Work out what all layers share of a step of a window.
+
+        Args:
+            inputs: the decode stage's, by name.
+            state: every layer's tensors, in the order of :meth:`layer_state`.
+        """
 
     @abstractmethod
     def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:

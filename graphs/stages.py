@@ -208,7 +208,8 @@ class WindowDecode(Stage):
         inputs = {spec.name: tensor for spec, tensor in zip(self.inputs, tensors, strict=True)}
         images = geometry.images
         window = Window.of(geometry, self.width, inputs["position"], inputs["starts"])
-        step = self.memory.begin_window(model, window, inputs)
+        state = self.memory.by_layer(tensors[-len(self.memory.layer_state()) :])
+        step = self.memory.begin_window(model, window, inputs, state)
 
         fed = drafts(window, inputs["token"], inputs["tokens"])
         rows = torch.arange(geometry.sequences)[:, None] * config.prefix_len
@@ -217,10 +218,9 @@ class WindowDecode(Stage):
         in_prefix = window.in_prefix[:, None, None]
         x = torch.where(in_prefix, conditions, model.embed(torch.cat([fed] * geometry.branches)))
         rope = model.rope(window.at, window.starts)
-        state = self.memory.by_layer(tensors[-len(self.memory.layer_state()) :])
         seen = []
         for layer, block in enumerate(model.blocks()):
-            attended, kept = step.attend(layer, Projections(*block.qkv(x, rope)), state[layer])
+            attended, kept = step.attend(layer, Projections(*block.qkv(x, rope)))
             x = block.finish(x, attended)
             seen.append(kept)
         logits = model.logits(x)
@@ -247,11 +247,7 @@ class WindowDecode(Stage):
         logits_last = logits.gather(1, accepted.last[:, None, None].expand(-1, -1, logits.shape[2])).squeeze(
             1
         )
-        written = [
-            part
-            for layer in range(config.layers)
-            for part in step.commit(layer, seen[layer], state[layer], accepted)
-        ]
+        written = [part for layer in step.commit(seen, accepted) for part in layer]
         return token_next, tokens_next, position_next, logits_last, *written
 
 
