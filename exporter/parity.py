@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
 from linert.exporter.parity_report import (
     Bounds,
     Choices,
+    FreeRunReport,
     LineReport,
     Report,
     cost_checks,
@@ -124,18 +125,8 @@ def validate(
     bounds = bounds or Bounds()
     report = Report(choices, list(asked), seed)
     both = BothSides(backend, transformer.eager(), batch, report, report_line)
-    evicted = SlotRecorder(backend.bundle.manifest) if batch.cache else None
-    drawn = torch.from_numpy(
-        generate(
-            backend,
-            batch,
-            lambda line: report_line("bundle draws", line),
-            None if evicted is None else partial(evicted, backend),
-            # Both sides' logits are looked at below, where it can be said whose are not finite.
-            finite=False,
-        )
-    )
-    fed = drawn
+    runs = {window: _drawn(both, window) for window in backend.bundle.manifest.windows}
+    drawn = fed = runs[1].tokens
     if tokens is not None:
         fed = torch.from_numpy(tokens)
         report.recorded_agreement = (drawn == fed).float().mean().item()
@@ -145,8 +136,9 @@ def validate(
         if both.cached:
             _compression(both, fed)
         if cost is None:
-            _free_running(both, drawn, None if evicted is None else evicted.slots)
+            _free_running(both, list(runs.values()))
         _pixels(decoder, image_decoder, drawn, report)
+    report.runs = {window: run.report for window, run in runs.items()}
     if cost is None:
         report.checks = parity_checks(report, bounds, replayed=batch.replay is not None)
     else:
@@ -240,48 +232,92 @@ def _compression(both: BothSides, tokens: Tensor) -> None:
         both.report.compression.add(full, torch.cat([part[row : row + 1] for part in lined], dim=1))
 
 
-def _free_running(both: BothSides, tokens: Tensor, evicted: np.ndarray | None) -> None:
-    """Let PyTorch draw and evict on its own; compare with the bundle's ``tokens`` and with what it ``evicted``.
+@dataclass
+class FreeRun:
+    """Images that the bundle drew, with windows of one width, beside those that PyTorch draws.
+
+    ``tokens [I, N]``. ``evicted [lines - 1, L, R, W]``: the slots that were overwritten, None without a cache.
+    """
+
+    tokens: Tensor
+    evicted: np.ndarray | None
+    report: FreeRunReport
+
+    def __post_init__(self) -> None:
+        images = len(self.tokens)
+        self.evicts_alike = np.ones(images, bool)
+        self.report.first_divergence = [None] * images
+        self.shares: list[float] = []
+
+    def end_line(self, line: int, own: Tensor, geometry: Geometry, *, strict: bool) -> None:
+        """Compare the slots that were overwritten behind ``line`` with PyTorch's ``own [L, R, W]``."""
+        if self.evicted is None:
+            return
+        theirs = torch.from_numpy(self.evicted[line])
+        same = own.sort(-1).values == theirs.sort(-1).values
+        undiverged = np.array([index is None for index in self.report.first_divergence])
+        self.shares += _by_image(same, geometry)[self.evicts_alike & undiverged].tolist()
+        # A lazily evicted token stays until its turn comes, so that the order counts as well.
+        alike = same if strict else own == theirs
+        self.evicts_alike &= _by_image(alike, geometry) == 1
+
+    def compare(self, index: int, token: Tensor, margin: Callable[[int, int], float]) -> None:
+        """Compare token ``index`` with PyTorch's ``token [I]``; ``margin`` says how undecided it was about an image and a token."""
+        first = self.report.first_divergence
+        for image, own in enumerate(token):
+            other = int(self.tokens[image, index])
+            if first[image] is None and own != other:
+                first[image] = index
+                if self.evicts_alike[image]:
+                    self.report.divergence_margin = max(self.report.divergence_margin, margin(image, other))
+
+
+def _drawn(both: BothSides, window: int) -> FreeRun:
+    """Let the bundle draw."""
+    backend, batch = both.backend, replace(both.batch, window=window)
+    evicted = SlotRecorder(backend.bundle.manifest) if batch.cache else None
+    phase = "bundle draws" if window == 1 else f"bundle draws with windows of {window}"
+    tokens = generate(
+        backend,
+        batch,
+        lambda line: both.report_line(phase, line),
+        None if evicted is None else partial(evicted, backend),
+        # Both sides' logits are looked at elsewhere, where it can be said whose are not finite.
+        finite=False,
+    )
+    return FreeRun(torch.from_numpy(tokens), None if evicted is None else evicted.slots, FreeRunReport())
+
+
+def _free_running(both: BothSides, runs: Sequence[FreeRun]) -> None:
+    """Let PyTorch draw and evict on its own; compare with what the bundle drew and evicted.
 
     Rounding may decide between slots that matter equally. An image whose evictions differ has another context from
     then on, so that its tokens are no longer measured against the margin; the evictions have their own bound.
     """
-    reference, report = both.reference, both.report
-    geometry = reference.geometry
+    reference, geometry = both.reference, both.reference.geometry
     params = sampling_params(both.batch.sampling)
     noise = torch.from_numpy(both.batch.noise)
-    images = geometry.images
-    diverged: list[int | None] = [None] * images
-    evicts_alike = np.ones(images, bool)
-    shares: list[float] = []
 
     def end_line(line: int) -> None:
-        nonlocal evicts_alike
         own = reference.end_line(both.imposed(line))
-        if evicted is not None and both.batch.replay is None:
-            theirs = torch.from_numpy(evicted[line])
-            same = own.sort(-1).values == theirs.sort(-1).values
-            comparable = evicts_alike & np.array([index is None for index in diverged])
-            shares.extend(_by_image(same, geometry)[comparable].tolist())
-            # A lazily evicted token stays until its turn comes, so that the order counts as well.
-            alike = same if _strict(both.batch) else own == theirs
-            evicts_alike &= _by_image(alike, geometry) == 1
+        if both.batch.replay is None:
+            for run in runs:
+                run.end_line(line, own, geometry, strict=_strict(both.batch))
         both.report_line("PyTorch draws", line + 1)
 
-    drawn = torch.zeros_like(tokens)
+    drawn = []
     choose = sampler(params, noise, guided=geometry.guided)
     for index, logits, token in draw_tokens(reference, both.condition, choose, end_line):
-        drawn[:, index] = token
-        for image in range(images):
-            if diverged[image] is None and token[image] != tokens[image, index]:
-                diverged[image] = index
-                if evicts_alike[image]:
-                    other = int(tokens[image, index])
-                    margin = undecidedness(logits[image], params, noise[image, index], other)
-                    report.divergence_margin = max(report.divergence_margin, margin)
-    report.evictions_agreement = float(np.mean(shares)) if shares else 1.0
-    report.tokens_agreement = (drawn == tokens).float().mean().item()
-    report.first_divergence = diverged
+        drawn.append(token)
+
+        def margin(image: int, other: int, logits: Tensor = logits, index: int = index) -> float:
+            return undecidedness(logits[image], params, noise[image, index], other)
+
+        for run in runs:
+            run.compare(index, token, margin)
+    for run in runs:
+        run.report.evictions_agreement = float(np.mean(run.shares)) if run.shares else 1.0
+        run.report.tokens_agreement = (torch.stack(drawn, dim=1) == run.tokens).float().mean().item()
 
 
 def _strict(batch: Batch) -> bool:

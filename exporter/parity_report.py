@@ -141,8 +141,22 @@ class LineReport:
 
 
 @dataclass
+class FreeRunReport:
+    """Images that the bundle draws on its own, beside those that PyTorch does.
+
+    ``tokens_agreement``: share of equal tokens, None where nothing was compared. ``evictions_agreement``: of equal slots. ``first_divergence``:
+    of each image, the first token that differs. ``divergence_margin``: how decided PyTorch was there, at most.
+    """
+
+    tokens_agreement: float | None = None
+    evictions_agreement: float = 1.0
+    first_divergence: list[int | None] = field(default_factory=list)
+    divergence_margin: float = 0.0
+
+
+@dataclass
 class Report:
-    """Everything that :func:`validate` measured."""
+    """Everything that :func:`validate` measured. ``runs``: by the width of their windows."""
 
     choices: Choices
     asked: list[str]
@@ -151,11 +165,8 @@ class Report:
     compression: Distance = field(default_factory=Distance)
     steps_max_abs: list[float] = field(default_factory=list)
     lines: list[LineReport] = field(default_factory=list)
-    tokens_agreement: float | None = None
     recorded_agreement: float | None = None
-    evictions_agreement: float = 1.0
-    first_divergence: list[int | None] = field(default_factory=list)
-    divergence_margin: float = 0.0
+    runs: dict[int, FreeRunReport] = field(default_factory=dict)
     pixels_max_abs: float = 0.0
     pixels_range: float = 0.0
     pixels_psnr: float = 0.0
@@ -172,6 +183,11 @@ class Report:
         if math.isinf(self.pixels_psnr):
             values["pixels_psnr"] = None
         return {"passed": self.passed, **values}
+
+
+def of_window(width: int) -> str:
+    """For people, of a run with windows of so many positions; nothing of single steps."""
+    return "" if width == 1 else f", windows of {width}"
 
 
 def cost_checks(report: Report, cost: Cost) -> list[Check]:
@@ -192,16 +208,26 @@ def parity_checks(report: Report, bounds: Bounds, *, replayed: bool) -> list[Che
     scale = max(1.0, report.logits.reference_std)
     checks = [
         Check("logits, max abs error", report.logits.max_abs, bounds.logits * scale),
-        Check("free-running tokens, undecidedness at divergence", report.divergence_margin, bounds.margin),
         Check("pixels, max abs error", report.pixels_max_abs, bounds.pixels * max(1.0, report.pixels_range)),
     ]
+    for window, run in report.runs.items():
+        name = "free-running tokens, undecidedness at divergence"
+        checks.append(Check(name + of_window(window), run.divergence_margin, bounds.margin))
     if report.lines and not replayed:
         worst = max(line.scores_max_abs or 0.0 for line in report.lines)
         forced = float(np.mean([line.write_slots_agreement for line in report.lines]))
-        free, least = report.evictions_agreement, bounds.write_slots
+        least = bounds.write_slots
         checks += [
             Check("scores, max abs error", worst, bounds.scores),
             Check("write slots, share equal", forced, least, at_least=True),
-            Check("write slots while drawing freely, share equal", free, least, at_least=True),
+            *(
+                Check(
+                    f"write slots while drawing freely, share equal{of_window(window)}",
+                    run.evictions_agreement,
+                    least,
+                    at_least=True,
+                )
+                for window, run in report.runs.items()
+            ),
         ]
     return checks

@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from linert.exporter.parity import validate
-from linert.exporter.parity_report import Bounds, Check, Choices, Report
+from linert.exporter.parity_report import Bounds, Check, Choices, Report, of_window
 from linert.exporter.sources import load_sources
 from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.engines import built_flavours, missing_plugins, read_engines
+from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
@@ -141,7 +142,7 @@ def command(
     ) as bar:
         task = bar.add_task("loading", total=manifest.raster.lines)
         report = validate(
-            options.open(opened, batch.stages.values()),
+            options.open(opened, _stages(manifest, batch)),
             PixelDecoder(opened, options),
             transformer,
             image_decoder,
@@ -228,6 +229,12 @@ def _recorded(
     return replace(batch, replay=trace.batch(images)), trace.tokens[images], samples
 
 
+def _stages(manifest: Manifest, batch: Batch) -> list[str]:
+    """The stages that draw ``batch``, with windows of every width."""
+    windows = (replace(batch, window=window) for window in manifest.windows)
+    return list(dict.fromkeys(stage for each in windows for stage in each.stages.values()))
+
+
 def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> None:
     logits = report.logits
     console.print(
@@ -246,10 +253,11 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
         for line in report.lines:
             table.add_row(str(line.line), f"{line.scores_max_abs:.2e}", f"{line.write_slots_agreement:.2%}")
         console.print(table)
-    diverged = [index for index in report.first_divergence if index is not None]
-    where = f", first divergence at token {min(diverged)}" if diverged else ""
-    if report.tokens_agreement is not None:
-        console.print(f"free-running tokens: {report.tokens_agreement:.2%} equal{where}")
+    for window, run in report.runs.items():
+        diverged = [index for index in run.first_divergence if index is not None]
+        where = f", first divergence at token {min(diverged)}" if diverged else ""
+        if run.tokens_agreement is not None:
+            console.print(f"free-running tokens{of_window(window)}: {run.tokens_agreement:.2%} equal{where}")
     if report.recorded_agreement is not None:
         console.print(f"tokens equal to the trace's: {report.recorded_agreement:.2%}")
     console.print(f"pixels: max abs error {report.pixels_max_abs:.2e}, PSNR {report.pixels_psnr:.1f} dB")

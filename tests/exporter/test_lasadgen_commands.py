@@ -91,7 +91,7 @@ def test_pictures_are_those_of_pytorch(
     result = linert("validate", out, "--json")
     assert result.code == 0, result.out
     report = json.loads(result.out)
-    assert report["tokens_agreement"] == 1.0
+    assert report["runs"]["1"]["tokens_agreement"] == 1.0
     assert not report["lines"]
     assert not cuda_faults(out)
 

@@ -152,7 +152,7 @@ def test_a_line_buffer_bundle_validates(choices: str, linert: Linert, lazy_bundl
     assert report["passed"]
     assert report["logits"]["max_abs"] < 2e-4
     assert report["logits"]["top1_agreement"] == 1.0
-    assert report["tokens_agreement"] == 1.0
+    assert report["runs"]["1"]["tokens_agreement"] == 1.0
     assert len(report["steps_max_abs"]) == 64
     assert [line["line"] for line in report["lines"]] == list(range(7))
     # Three of eight lines on random weights change the logits: compression, reported apart from error.

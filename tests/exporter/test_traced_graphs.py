@@ -8,8 +8,10 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from onnx import helper
 
 from linert.exporter import onnx_export
+from linert.exporter.onnx_export import unsafe_states
 from linert.exporter.precision import Precision, PrecisionSettings, Weight
 from linert.exporter.weights_file import WeightsFile
 from linert.graphs.families import llamagen
@@ -99,3 +101,12 @@ def renamed(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def _made(graph: onnx.GraphProto) -> list[str]:
     return [name for node in graph.node for name in node.output]
+
+
+def test_a_reader_that_the_write_does_not_wait_for_is_found() -> None:
+    read = helper.make_node("Neg", ["state"], ["read"])
+    waiting = helper.make_node("Add", ["state", "read"], ["state.next"])
+    alone = helper.make_node("Relu", ["state"], ["state.next"])
+    assert unsafe_states([read, waiting], {"state": "state.next"}) == []
+    assert unsafe_states([read, alone], {"state": "state.next"}) == ["state"]
+    assert unsafe_states([alone], {"state": "state.next"}) == []
