@@ -10,6 +10,7 @@ from onnx import FunctionProto
 from torch import Tensor
 from torch.nn import functional as F
 
+from linert.graphs.line_attention import scatter_rows
 from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition, WindowStep
 from linert.graphs.spatial_decay import Decay, DecayState, attend, factors, fold, step_index
 from linert.graphs.spatial_decay_step import StepInputs, function_proto, spatial_decay_step
@@ -134,9 +135,11 @@ class DecayWindowStep(WindowStep):
         own = torch.maximum(window.at, window.starts[:, None])
         slot = torch.where(window.in_prefix[:, None], own, prefix + window.columns)
         # What is not fed takes the place of the last that is.
-        self.last = window.last_fed[:, None]
-        self.fed = window.offset <= self.last
-        self.slot = self._per_row(torch.where(self.fed, slot, slot.gather(1, self.last)), heads)
+        source = self._per_row(torch.minimum(window.offset, window.last_fed[:, None]), heads)
+        row = torch.arange(geometry.rows)[:, None].expand_as(source)
+        written = self._per_row(slot, heads).gather(1, source)
+        self.place = torch.stack([row, torch.zeros_like(row), written], dim=-1).flatten(0, 1)
+        self.source = (source + row * window.width).flatten()
         signed = memory.matrices == 1
         matrix = torch.zeros_like(window.columns) if signed else window.columns
         self.matrix = self._per_row(matrix, heads)
@@ -160,11 +163,8 @@ class DecayWindowStep(WindowStep):
         before = self.state[layer]
         # [B, T, heads, D] -> [R, T, D]
         q, k, v = (part.transpose(1, 2).reshape(rows, self.window.width, -1) for part in new)
-        heads = geometry.config.kv_heads
-        fed, last = (self._per_row(part, heads)[:, :, None] for part in (self.fed, self.last))
-        place = (torch.arange(rows)[:, None], torch.zeros_like(self.slot), self.slot)
         line = tuple(
-            kept.index_put(place, torch.where(fed, part, part.gather(1, last.expand(-1, -1, part.shape[2]))))
+            scatter_rows(kept, self.place, part.flatten(0, 1).index_select(0, self.source))
             for kept, part in ((before.k_line, k), (before.v_line, v))
         )
         slots = before.k_line.shape[2]

@@ -107,6 +107,18 @@ def function_of(contract: Contract, body: str) -> FunctionProto:
     )
 
 
+def scatter_rows(cache: Tensor, place: Tensor, rows: Tensor) -> Tensor:
+    """``cache [R, 1, C, D]`` with ``rows [n, D]`` at ``place [n, 3]`` int64, in a graph by one ScatterND node.
+
+    PyTorch's own form of it is traced to eight.
+    """
+    if not torch.compiler.is_exporting():
+        return cache.index_put(tuple(place.unbind(-1)), rows)
+    return torch.onnx.ops.symbolic(
+        "ScatterND", (cache, place, rows), dtype=cache.dtype, shape=cache.shape, version=OPSET
+    )
+
+
 _BODY = """
   k_cache_next = TensorScatter <axis = -2> (k_cache, k, write_slot)
   v_cache_next = TensorScatter <axis = -2> (v_cache, v, write_slot)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from linert.graphs.line_attention import LineBufferState
+from linert.graphs.line_attention import LineBufferState, scatter_rows
 from linert.graphs.memory import Projections, WindowStep
 from linert.graphs.window import Accepted, Window
 
@@ -124,7 +124,8 @@ class LineWindowStep(WindowStep):
         positions = self.positions.gather(1, source)
         flat = (source + torch.arange(rows)[:, None] * width).flatten()
         row = torch.arange(rows)[:, None].expand(rows, width)
-        place = torch.stack([row.expand_as(slots), torch.zeros_like(slots), slots], dim=-1).flatten(1, 2)
+        place = torch.stack([row.expand_as(slots), torch.zeros_like(slots), slots], dim=-1)
+        places = place.flatten(0, 2).split(rows * width)
         weights, kept = self._accounting(accepted)
         replaced: list[tuple[Tensor, ...]] = []
         for group in self._groups():
@@ -146,11 +147,12 @@ class LineWindowStep(WindowStep):
                 zip(scores.split(rows), slot_pos.split(rows), strict=True)
             ):
                 layer = group[number]
-                buffer, index = self.buffers[layer], place[layer].unbind(-1)
-                k, v = (part[flat] for part in seen[layer][:2])
-                replaced.append(
-                    (buffer.k_cache.index_put(index, k), buffer.v_cache.index_put(index, v), of_layer, held)
+                buffer = self.buffers[layer]
+                k, v = (
+                    scatter_rows(cache, places[layer], part.index_select(0, flat))
+                    for cache, part in ((buffer.k_cache, seen[layer].k), (buffer.v_cache, seen[layer].v))
                 )
+                replaced.append((k, v, of_layer, held))
         return replaced
 
     def _accounting(self, accepted: Accepted) -> tuple[Tensor, Tensor]:

@@ -165,7 +165,10 @@ class Measured:
         """Milliseconds of one line end, which is due in every image."""
         raster = self.manifest.raster
         line = max(0, raster.lines - 2)
-        for name, number in (("line", line), ("position", raster.prefix_len + (line + 1) * raster.line_width)):
+        for name, number in (
+            ("line", line),
+            ("position", raster.prefix_len + (line + 1) * raster.line_width),
+        ):
             self.backend.write(name, np.full(self.backend.specs[name].shape, number, np.int64))
         self.backend.synchronize()
         return milliseconds(lambda: self._finished(lambda: self.backend.run(self.batch.stages["line_end"])))
