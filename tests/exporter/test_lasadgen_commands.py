@@ -117,7 +117,7 @@ def test_inspect_says_what_is_kept(bundle: Path, linert: Linert) -> None:
     # A step reads one matrix of a row's six.
     manifest = described["manifest"]
     work = manifest["stages"]["decode"]["work"]
-    assert work["state_bytes"] == described["state_bytes"] - kinds["above"] * 5 // 6
+    assert work["state_bytes"] == described["state_bytes"] - kinds["above"] * 5 // 6 - kinds["line"]
     assert manifest["cache"] is None
     assert "cache none" in shown(linert("inspect", bundle))
 
