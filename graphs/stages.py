@@ -1,14 +1,14 @@
 """The four stages, each a torch module with named, static-shape inputs and outputs.
 
     prefill      condition -> state
-    decode       state -> state', next token                        once a token
+    decode       state -> state', next token                        once a token, or once a window of them
     line_end     state -> state'                                    once a line, one a policy
     vq_decoder   token grid -> pixels
 
 State X is replaced by the output ``X.next``. Axes: I = images, B = sequences (I, or 2 I with guidance:
 conditional rows first), H = KV heads, R = B H, C = slots of a layer, W = line width, N = image tokens, L = layers.
 
-An input that a runtime may update in place has exactly one consumer in the graph: a second reader could be
+An input that a runtime may update in place has no reader in the graph that its write does not wait for: that one could be
 scheduled after the write.
 """
 

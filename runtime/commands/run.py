@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,8 +47,9 @@ from linert.runtime.drawing.run_folder import (
     RunRequest,
     run_folder,
 )
-from linert.runtime.drawing.samples import Sample, list_samples
+from linert.runtime.drawing.samples import Sample, list_samples, shortened
 from linert.runtime.drawing.trace import SlotRecorder, Trace, TraceHeader, read_trace
+from linert.runtime.drawing.window_choice import WindowChoice
 from linert.runtime.errors import RequestError
 from linert.runtime.files.array_files import write_arrays
 
@@ -61,9 +63,11 @@ from linert.runtime.files.array_files import write_arrays
 @cache_options()
 @click.option(
     "--window",
-    default=1,
+    default="1",
     show_default=True,
-    help="Positions of every image that a decode step takes, of those that the bundle has; the images are the same.",
+    callback=lambda c, p, text: parse_window(text),
+    help="Positions of every image that a decode step takes, of those that the bundle has, or auto: the quickest of them, measured "
+    "while drawing. The images are the same.",
 )
 @run_options()
 @backend_options()
@@ -75,7 +79,7 @@ def command(
     seed: int | None,
     sampling: SamplingRequest,
     cache: CacheRequest,
-    window: int,
+    window: int | None,
     files: RunFiles,
     options: BackendOptions,
     output: Output,
@@ -98,7 +102,8 @@ def command(
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
     opened = place.open()
     manifest = opened.manifest
-    manifest.check_window(window)
+    if window is not None:
+        manifest.check_window(window)
     for option, value in (("--eviction-map", files.eviction_map), ("--record-trace", files.record_trace)):
         if value is not None:
             manifest.require_cache(option)
@@ -129,9 +134,11 @@ def command(
             files.eviction_map,
             files.record_trace is not None,
             files.preview,
-            window,
+            WindowChoice(manifest.windows) if window is None else window,
         )
         run.draw(console)
+        if isinstance(run.window, WindowChoice):
+            console.print(f"window: {run.window.text}")
         if trace is not None:
             drawn = folder.arrays()["tokens"]
             console.print(f"tokens equal to the trace's: {np.mean(drawn == trace.tokens):.2%}")
@@ -160,6 +167,15 @@ def command(
     output.result(values, [f"trace: {files.record_trace}"] * (files.record_trace is not None) + lines)
 
 
+def parse_window(text: str) -> int | None:
+    """A width, or None for ``auto``."""
+    if text == "auto":
+        return None
+    if not re.fullmatch("-?[0-9]{1,6}", text):
+        raise click.BadParameter(f"{shortened(text, 60)!r} is neither a width nor auto")
+    return int(text)
+
+
 @dataclass
 class _Run:
     """One invocation: draws, batch by batch, what its folder does not hold yet."""
@@ -171,7 +187,7 @@ class _Run:
     map_kind: MapKind | None
     recording: bool
     preview: bool
-    window: int
+    window: int | WindowChoice
     recorded: list[NDArray[np.int32]] = field(default_factory=list)
 
     def trace(self) -> Trace:

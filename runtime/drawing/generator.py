@@ -25,6 +25,7 @@ from linert.runtime.drawing.loop import Batch, LineEnds, generate
 from linert.runtime.drawing.noise import noise_table
 from linert.runtime.drawing.samples import Condition, Sample, list_samples
 from linert.runtime.drawing.trace import Trace
+from linert.runtime.drawing.window_choice import WindowChoice
 from linert.runtime.errors import BundleError, RequestError
 
 Tokens = NDArray[np.int64]
@@ -169,7 +170,7 @@ class Generator(Closing):
         replay: Replay | None = None,
         watcher: LineEndWatcher | None = None,
         on_line: Callable[[int], None] | None = None,
-        window: int = 1,
+        window: int | WindowChoice = 1,
     ) -> Tokens:
         """Draw the tokens ``[len(samples), N]`` int64 of at most one batch of samples.
 
@@ -177,14 +178,19 @@ class Generator(Closing):
             replay: a trace and which of its images these samples are; its evictions are imposed.
             watcher: sees the state after every line end.
             on_line: called after each line with the number of lines drawn (:meth:`tokens` has them).
-            window: positions of every image that a decode step takes, of those that the bundle has. The tokens are the same.
+            window: positions of every image that a decode step takes, of those that the bundle has, or what chooses among them. The
+                tokens are the same.
         """
         count = len(samples)
         manifest = self.manifest
         batch = make_batch(
             manifest, self.conditioner, samples, sampling or manifest.sampling, cache or manifest.cache
         )
-        batch = replace(batch, window=window)
+        batch = (
+            replace(batch, choice=window)
+            if isinstance(window, WindowChoice)
+            else replace(batch, window=window)
+        )
         if replay is not None:
             filled = [*replay.images, *[replay.images[-1]] * (self.manifest.images - count)]
             batch = replace(batch, replay=replay.trace.batch(filled))

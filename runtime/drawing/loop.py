@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from linert.runtime.bundles.manifest import Manifest, decode_stage
 from linert.runtime.bundles.raster import Step
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.setting import stage_inputs
+from linert.runtime.drawing.window_choice import WindowChoice
 from linert.runtime.errors import BundleError, RequestError
 
 
@@ -25,7 +27,7 @@ class Batch:
 
     ``conditions``: the model's inputs by name. ``noise``: of every image and token, ``[I, N, S]`` float32. ``replay``: write
     slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`linert.runtime.drawing.trace`).
-    ``window``: positions of every image that a decode step takes.
+    ``window``: positions of every image that a decode step takes; ``choice`` tries several and keeps to the quickest.
     """
 
     conditions: Mapping[str, NDArray[Any]]
@@ -34,15 +36,25 @@ class Batch:
     cache: CacheSettings | None
     replay: NDArray[np.int64] | None = None
     window: int = 1
+    choice: WindowChoice | None = None
 
     @cached_property
     def stages(self) -> dict[str, str]:
         """The bundle's stage for every stage of the schedule that the batch runs through."""
         return {
             "prefill": "prefill",
-            "decode": decode_stage(self.window, filtered=self.sampling.filtered),
+            "decode": self.decode(self.window),
             "line_end": self._line_end,
         }
+
+    @property
+    def widths(self) -> Sequence[int]:
+        """The windows that its decode steps may take."""
+        return (self.window,) if self.choice is None else self.choice.widths
+
+    def decode(self, width: int) -> str:
+        """The bundle's stage that decodes windows of so many positions."""
+        return decode_stage(width, filtered=self.sampling.filtered)
 
     @property
     def _line_end(self) -> str:
@@ -97,8 +109,9 @@ def begin(backend: Backend, batch: Batch) -> None:
     if faults := batch.sampling.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(batch.cache, replayed=batch.replay is not None)
-    manifest.check_window(batch.window)
-    for stage in batch.stages.values():
+    for width in batch.widths:
+        manifest.check_window(width)
+    for stage in dict.fromkeys([*batch.stages.values(), *map(batch.decode, batch.widths)]):
         backend.load(stage)
     for name, values in batch.conditions.items():
         backend.write(name, values)
@@ -110,8 +123,9 @@ def begin(backend: Backend, batch: Batch) -> None:
     backend.run("prefill")
     prefix = manifest.raster.prefix_len
     fed = int(backend.read("position")[0]) if prefix > 1 else 0
-    for _ in range(fed, prefix, batch.window):
-        backend.run(batch.stages["decode"])
+    widest = max(batch.widths)
+    for _ in range(fed, prefix, widest):
+        backend.run(batch.decode(widest))
 
 
 def run_step(backend: Backend, batch: Batch, step: Step) -> None:
@@ -170,7 +184,7 @@ def generate(
             on_line(lines)
 
     ended = on_line_end or (lambda ends: None)
-    if batch.window == 1:
+    if list(batch.widths) == [1]:
         _walk_together(backend, batch, drawn, ended)
     else:
         _walk_apart(backend, batch, drawn, ended)
@@ -208,9 +222,13 @@ def _walk_apart(
     while (fed < raster.image_tokens - 1).any():
         ends = np.minimum((lines + 1) * raster.line_width, raster.image_tokens - 1)
         going = fed < raster.image_tokens - 1
-        for _ in range(max(1, -(-int((ends - fed)[going].min()) // batch.window))):
-            backend.run(batch.stages["decode"])
+        width = batch.window if batch.choice is None else batch.choice.next()
+        begun, before = time.perf_counter(), fed
+        for _ in range(-(-int((ends - fed)[going].min()) // width)):
+            backend.run(batch.decode(width))
         fed = backend.read("position")[:images].astype(np.int64) - raster.prefix_len
+        if batch.choice is not None:
+            batch.choice.note(width, int((fed - before)[going].sum()), time.perf_counter() - begun)
         # One token more is drawn than is fed.
         finished = int((np.minimum(fed + 1, raster.image_tokens) // raster.line_width).min())
         due = np.flatnonzero((fed >= (lines + 1) * raster.line_width) & (lines < raster.lines - 1))

@@ -13,6 +13,7 @@ from linert.runtime.drawing.eviction_map import Residency
 from linert.runtime.drawing.generator import Replay
 from linert.runtime.drawing.loop import LineEnds
 from linert.runtime.drawing.trace import SlotRecorder, read_trace
+from linert.runtime.drawing.window_choice import WindowChoice
 from linert.runtime.errors import RequestError
 from tests.conftest import Result
 
@@ -133,3 +134,32 @@ def test_tokens_that_are_not_drawn_yet_can_be_looked_at(generator: Generator) ->
     seen: list[np.ndarray] = []
     generator.draw(SAMPLES, window=4, on_line=lambda lines: seen.append(generator.tokens(2)))
     assert all(tokens.min() >= 0 and tokens.max() < 64 for tokens in seen)
+
+
+def test_the_quickest_window_is_kept(generator: Generator) -> None:
+    choice = WindowChoice((1, 2, 4))
+    assert choice.best == 1
+    cost = {1: 1.0, 2: 1.5, 4: 4.0}
+    taken = []
+    for _ in range(12):
+        width = choice.next()
+        taken.append(width)
+        # The first time of each does not count.
+        first = taken.count(width) == 1
+        choice.note(width, tokens=10 * width, seconds=100.0 if first else 10 * cost[width])
+    assert taken == [1, 2, 4] * 3 + [2, 2, 2]
+    assert choice.text == "2 (milliseconds a token: 1: 1000.00, 2: 750.00, 4: 1000.00)"
+
+
+def test_an_image_is_the_same_while_windows_are_tried(
+    linert: Linert, bundle: Path, generator: Generator, tmp_path: Path
+) -> None:
+    tokens = generator.draw(SAMPLES)
+    assert (generator.draw(SAMPLES, window=WindowChoice((1, 2, 4))) == tokens).all()
+    done = linert("run", bundle, "--classes", "1,3", "--window", "auto", "--out", tmp_path / "out")
+    assert done.code == 0
+    assert "window: " in done.err
+    assert "milliseconds a token: 1: " in done.err
+    done = linert("run", bundle, "--classes", "1,3", "--window", "wide", "--out", tmp_path / "other")
+    assert done.code == 2
+    assert "neither a width nor auto" in done.err
