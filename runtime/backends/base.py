@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
@@ -32,7 +33,7 @@ class Backend(Closing):
     """Named tensors that live on a device, and stages that read and replace them.
 
     Every input and output name of the stages is one tensor: stages that use the same name share it. A state keeps its memory
-    for the life of the backend.
+    for the life of the backend. ``runs``: how often each stage was run.
     """
 
     asynchronous: ClassVar[bool] = False
@@ -46,6 +47,7 @@ class Backend(Closing):
         """
         self.bundle = bundle
         self._closed = False
+        self.runs: Counter[str] = Counter()
         self.stages: dict[str, StageSpec] = {}
         for stage in stages:
             bundle.stage_path(stage)
@@ -75,6 +77,7 @@ class Backend(Closing):
             DeviceError: the device fails.
         """
         self._stage(stage)
+        self.runs[stage] += 1
         self._run(stage)
 
     def read(self, name: str) -> Array:

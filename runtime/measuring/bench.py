@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -101,6 +101,13 @@ def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) 
     return Limit(work.weight_bytes, work.state_bytes, work.macs, read_bandwidth, mac_rate)
 
 
+class Passes(NamedTuple):
+    """Decode steps that a whole batch took, the condition's among them, and the seconds of drawing its tokens."""
+
+    steps: int
+    seconds: float
+
+
 class Measured:
     """A bundle under measurement: one batch that can be stepped, and drawn as a whole.
 
@@ -130,6 +137,7 @@ class Measured:
         self.start = Start(verified - begun, time.perf_counter() - verified)
         self.resident = resident_bytes()
         self._line = 0
+        self._loaded = {self.batch.decode(1)}
 
     @property
     def manifest(self) -> Manifest:
@@ -139,8 +147,18 @@ class Measured:
     def backend(self) -> Backend:
         return self.generator.backend
 
-    def line(self) -> list[float]:
-        """Milliseconds of the decode steps of one line, with the buffer as full as it gets."""
+    def line(self, window: int = 1) -> list[float]:
+        """Milliseconds of the decode steps of one line, with the buffer as full as it gets.
+
+        Args:
+            window: positions of every image that a step takes; a line's worth of steps is as many as fit it if all are accepted.
+        """
+        stage = self.batch.decode(window)
+        if stage not in self._loaded:
+            # What the state holds afterwards is undefined.
+            self.backend.load(stage)
+            self._loaded.add(stage)
+            self._line = 0
         raster = self.manifest.raster
         if self._line == 0:
             self._fill()
@@ -148,8 +166,8 @@ class Measured:
         first = raster.prefix_len + (raster.lines - 1) * raster.line_width
         position = self.backend.specs["position"]
         self.backend.write("position", np.full(position.shape, first, np.int64))
-        steps = raster.line_width - 1
-        run = partial(self.backend.run, self.batch.stages["decode"])
+        steps = max(1, (raster.line_width - 1) // window)
+        run = partial(self.backend.run, stage)
         if not self.backend.asynchronous:
             return [milliseconds(run) for _ in range(steps)]
 
@@ -198,6 +216,16 @@ class Measured:
                 timed("png", partial(_write, folder / f"{index}.png", pixels))
         self._line = 0
         return Image(spent["prefill"], spent["decode"], spent["line_end"], spent["vq_decoder"], spent["png"])
+
+    def passes(self, window: int) -> Passes:
+        """Draw the whole batch by windows of so many positions."""
+        stage = self.batch.decode(window)
+        self.backend.load(stage)
+        before, begun = self.backend.runs[stage], time.perf_counter()
+        self.generator.draw(self.samples, cache=self.batch.cache, window=window)
+        seconds = time.perf_counter() - begun
+        self._line = 0
+        return Passes(self.backend.runs[stage] - before, seconds)
 
     def _run_steps(self, steps: Sequence[Step]) -> None:
         for step in steps:

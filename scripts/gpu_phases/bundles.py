@@ -17,6 +17,9 @@ from gpu_phases.plans import DEMO, linert
 from linert.runtime.drawing.generator import Generator
 
 DEMO_IMAGES = 4
+WINDOWS = "1,4,8"
+WINDOWED = {(1, 4), (8, 4)}
+"""Cells of LlamaGen-XL that have windows too."""
 
 
 def make_demo(out: Path, name: str) -> None:
@@ -27,6 +30,7 @@ def make_demo(out: Path, name: str) -> None:
         linert(
             *("export", DEMO / "c2i_demo.pt", "--vq", DEMO / "vq_demo.pt", "--grid", 16, "--heads", 4),
             *("--budget-lines", 4, "--batch", 2, "--guidance", 3, "--precision", precision),
+            *("--window", WINDOWS),
             *("--activations", precision, "--image-decoder-precision", precision, "--out", bundle),
         )
         with Generator(bundle) as generator:
@@ -55,12 +59,13 @@ def make_xl(out: Path, report: Callable[[str], None]) -> None:
             if (out / FOLDER / f"{name}.tar.xz").exists():
                 continue
             policy = ("--policy", "full") if lines == 24 else ("--policy", "linear", "--budget-lines", lines)
+            windows = WINDOWS if (batch, lines) in WINDOWED else 1
             cell = Path(folder) / name
             cell.mkdir()
             linert(
                 *("export", model, "--vq", tokenizer, "--grid", 24, "--guidance", 4, *policy),
                 *("--batch", batch, "--precision", "fp16", "--activations", "fp16"),
-                *("--image-decoder-precision", "fp16", "--out", cell / "bundle"),
+                *("--window", windows, "--image-decoder-precision", "fp16", "--out", cell / "bundle"),
             )
             (cell / "bundle" / "weights.bin").unlink()
             _pack(cell, out / FOLDER / f"{name}.tar.xz", weights=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import statistics
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from gpu_phases.outcome import Check, NotRunError, Outcome, Recorder
 from gpu_phases.place import Place
 from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.drawing.generator import Generator
+from linert.runtime.drawing.samples import ClassLabel, list_samples
 from linert.runtime.measuring.bench import Measured, measure
 
 FOLDER = "bundles"
@@ -93,13 +96,27 @@ def demo(place: Place, work: Path, name: str, cuda_graphs: bool) -> Outcome:
     """Draw two batches, and compare with the tokens that the CPU drew beforehand."""
     bundle = unpacked(place, work, name)
     wanted = np.load(bundle.parent / "tokens.npy")
+    equal: dict[int, float] = {}
+    drawn: dict[int, dict[str, float]] = {}
     with Generator(bundle, options(place, cuda_graphs=cuda_graphs)) as generator:
-        images = generator.generate(DEMO_CLASSES, num_images=len(wanted), seed=DEMO_SEED)
-    came = np.stack([image.tokens for image in images])
-    equal = float((came == wanted).mean())
-    text = f"{equal:.2%} of the CPU's tokens in {len(wanted)} images"
-    status = "measured" if name != DEMOS[0] else "passed" if equal == 1 else "failed"
-    return Outcome("", status, text, {"equal": equal})
+        samples = list_samples([ClassLabel(label) for label in DEMO_CLASSES], len(wanted), DEMO_SEED)
+        groups = list(generator.batches(samples))
+        for window in generator.manifest.windows:
+            # The first time stages are loaded and captured.
+            for _ in range(2):
+                before, begun = generator.backend.runs.total(), time.perf_counter()
+                came = np.concatenate([generator.draw(group, window=window) for group in groups])
+                seconds = (time.perf_counter() - begun) / len(groups)
+                runs = (generator.backend.runs.total() - before) / len(groups)
+            equal[window] = float((came == wanted).mean())
+            drawn[window] = {"seconds_a_batch": seconds, "stages_a_batch": runs}
+    text = f"of the CPU's tokens in {len(wanted)} images: " + "; ".join(
+        f"window {window}: {share:.2%}, {drawn[window]['seconds_a_batch']:.3f} s a batch in {drawn[window]['stages_a_batch']:.0f} stages"
+        for window, share in equal.items()
+    )
+    passed = all(share == 1 for share in equal.values())
+    status = "measured" if name != DEMOS[0] else "passed" if passed else "failed"
+    return Outcome("", status, text, {"equal": equal, "drawn": drawn})
 
 
 def speed(place: Place, work: Path, batch: int, lines: int, made: dict[str, Path]) -> Outcome:
@@ -113,6 +130,10 @@ def speed(place: Place, work: Path, batch: int, lines: int, made: dict[str, Path
     measured = Measured(bundle, None, chosen)
     try:
         [timings] = measure([measured], threads=len(os.sched_getaffinity(0)), rounds=1, image_rounds=0)
+        windows = {
+            window: statistics.median(measured.line(window)[1:] + measured.line(window))
+            for window in measured.manifest.windows[1:]
+        }
     finally:
         measured.generator.close()
         del measured
@@ -128,11 +149,14 @@ def speed(place: Place, work: Path, batch: int, lines: int, made: dict[str, Path
         **timings.to_json(),
         "expected_seconds_a_batch": seconds,
         "expected_images_per_second": batch / seconds,
+        "window_ms": windows,
     }
     text = (
         f"{timings.decode_ms:.2f} ms a step, {timings.over_limit:.2f} x the limit; a line's end {timings.line_end_ms:.2f} ms; "
         f"{batch / seconds:.2f} images/s expected; state {timings.state_bytes / 1e9:.2f} GB"
     )
+    for window, step in windows.items():
+        text += f"; a window of {window}: {step / timings.decode_ms:.2f} x a step"
     if (batch, lines) in PUBLISHED:
         memory, _, rate = PUBLISHED[batch, lines]
         text += f" (published: {rate:.2f} images/s in {memory:.1f} GB)"
