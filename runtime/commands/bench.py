@@ -112,6 +112,8 @@ def _print(console: Console, timings: Timings, peak: int | None) -> None:
     )
     table.add_row("image decoder", f"{timings.vq_decoder_ms:.0f} ms", "an image")
     console.print(table)
+    if timings.windows:
+        console.print(_window_table(timings))
     rows = {
         "to the first token": f"{timings.start.verify + timings.start.first_token:.2f} s "
         f"({timings.start.verify:.2f} s of it to verify the files)",
@@ -134,6 +136,26 @@ def _print(console: Console, timings: Timings, peak: int | None) -> None:
     for name, text in rows.items():
         facts.add_row(name, text)
     console.print(facts)
+
+
+def _window_table(timings: Timings) -> Table:
+    """A row a width: the images are the same whichever is taken."""
+    table = Table(
+        *("positions a step", "a step", "", "tokens a step", "steps", "seconds an image", "measured"),
+        title="windows",
+        title_justify="left",
+    )
+    for width, window in timings.windows.items():
+        cells = [str(width), f"{window.step_ms:.2f} ms", f"{window.step_ms / timings.decode_ms:.2f} x"]
+        if window.seconds is not None:
+            cells += [
+                f"{window.accepted:.2f}",
+                str(window.passes),
+                f"{window.expected_seconds:.3f}",
+                f"{window.seconds:.3f}",
+            ]
+        table.add_row(*cells)
+    return table
 
 
 def _print_profile(console: Console, kinds: Sequence[NodeTime], nodes: Sequence[NodeTime]) -> None:

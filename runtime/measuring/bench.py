@@ -102,9 +102,10 @@ def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) 
 
 
 class Passes(NamedTuple):
-    """Decode steps that a whole batch took, the condition's among them, and the seconds of drawing its tokens."""
+    """How a whole batch's tokens were drawn: decode steps, the condition's among them, line ends that ran, and seconds."""
 
     steps: int
+    line_ends: int
     seconds: float
 
 
@@ -219,13 +220,13 @@ class Measured:
 
     def passes(self, window: int) -> Passes:
         """Draw the whole batch by windows of so many positions."""
-        stage = self.batch.decode(window)
-        self.backend.load(stage)
-        before, begun = self.backend.runs[stage], time.perf_counter()
+        stages = self.batch.decode(window), self.batch.stages["line_end"]
+        before, begun = [self.backend.runs[stage] for stage in stages], time.perf_counter()
         self.generator.draw(self.samples, cache=self.batch.cache, window=window)
         seconds = time.perf_counter() - begun
         self._line = 0
-        return Passes(self.backend.runs[stage] - before, seconds)
+        steps, line_ends = (self.backend.runs[stage] - ran for stage, ran in zip(stages, before, strict=True))
+        return Passes(steps, line_ends, seconds)
 
     def _run_steps(self, steps: Sequence[Step]) -> None:
         for step in steps:
@@ -250,15 +251,31 @@ def fill_slots(backend: Backend) -> None:
         backend.write(spec.name, np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape))
 
 
+@dataclass(frozen=True, kw_only=True)
+class WindowTimings:
+    """Of windows of one width: milliseconds of a decode step; and of drawing a whole batch's tokens, where that was measured,
+    the steps and line ends that it takes, tokens that an image gains a step, and seconds an image as steps and line ends add up
+    and as measured."""
+
+    step_ms: float
+    passes: int | None = None
+    line_ends: int | None = None
+    accepted: float | None = None
+    expected_seconds: float | None = None
+    seconds: float | None = None
+
+
 @dataclass(kw_only=True)
 class Timings:
-    """Medians of what was measured of one bundle; milliseconds and seconds as the names say."""
+    """Medians of what was measured of one bundle; milliseconds and seconds as the names say. ``windows``: by their widths, if the
+    bundle has more than one."""
 
     limit: Limit
     start: Start
     decode_ms: float
     line_end_ms: float
     vq_decoder_ms: float
+    windows: dict[int, WindowTimings]
     image: Image | None
     images: int
     line_width: int
@@ -321,6 +338,7 @@ def measure(
     decode: list[list[float]] = [[] for _ in under_test]
     line_ends: list[list[float]] = [[] for _ in under_test]
     vq: list[list[float]] = [[] for _ in under_test]
+    windows = [_Windows(measured) for measured in under_test]
     drawn: list[list[Image]] = [[] for _ in under_test]
     total = rounds + image_rounds
     for measured in under_test:
@@ -333,6 +351,7 @@ def measure(
             times = measured.line()
             decode[number] += times[min(WARM_UP, len(times) - 1) :]
             line_ends[number].append(measured.line_end())
+            windows[number].time_steps()
             if round_ < 3:
                 vq[number].append(measured.vq_decode())
         each_round()
@@ -340,6 +359,7 @@ def measure(
         progress(rounds + round_, total)
         for number, measured in enumerate(under_test):
             drawn[number].append(measured.image())
+            windows[number].time_passes()
         each_image()
     progress(total, total)
     read = statistics.median(reads)
@@ -350,6 +370,7 @@ def measure(
             decode_ms=statistics.median(decode[number]),
             line_end_ms=statistics.median(line_ends[number]),
             vq_decoder_ms=statistics.median(vq[number]),
+            windows=windows[number].timings(statistics.median(line_ends[number])),
             image=sorted(drawn[number], key=lambda image: image.total)[(len(drawn[number]) - 1) // 2]
             if drawn[number]
             else None,
@@ -361,6 +382,48 @@ def measure(
         )
         for number, measured in enumerate(under_test)
     ]
+
+
+class _Windows:
+    """Measures every width of a bundle that has several, in turns."""
+
+    def __init__(self, measured: Measured) -> None:
+        self._measured = measured
+        widths = measured.manifest.windows
+        self._steps: dict[int, list[float]] = {width: [] for width in widths if len(widths) > 1}
+        self._passes: dict[int, list[Passes]] = {width: [] for width in self._steps}
+
+    def time_steps(self) -> None:
+        for width, times in self._steps.items():
+            if not times:
+                # The first line warms up.
+                self._measured.line(width)
+            times += self._measured.line(width)
+
+    def time_passes(self) -> None:
+        for width, passes in self._passes.items():
+            passes.append(self._measured.passes(width))
+
+    def timings(self, line_end_ms: float) -> dict[int, WindowTimings]:
+        """Medians, beside a line end's milliseconds."""
+        return {
+            width: self._timings(statistics.median(times), line_end_ms, self._passes[width])
+            for width, times in self._steps.items()
+        }
+
+    def _timings(self, step_ms: float, line_end_ms: float, drawn: Sequence[Passes]) -> WindowTimings:
+        if not drawn:
+            return WindowTimings(step_ms=step_ms)
+        manifest = self._measured.manifest
+        steps, line_ends, _ = drawn[0]
+        return WindowTimings(
+            step_ms=step_ms,
+            passes=steps,
+            line_ends=line_ends,
+            accepted=(manifest.raster.image_tokens - 1) / steps,
+            expected_seconds=(steps * step_ms + line_ends * line_end_ms) / 1e3 / manifest.images,
+            seconds=statistics.median(passes.seconds for passes in drawn) / manifest.images,
+        )
 
 
 def limits_of(backend: Backend, threads: int) -> tuple[Callable[[], float], float | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import statistics
 import tarfile
 import tempfile
 import time
@@ -130,10 +129,6 @@ def speed(place: Place, work: Path, batch: int, lines: int, made: dict[str, Path
     measured = Measured(bundle, None, chosen)
     try:
         [timings] = measure([measured], threads=len(os.sched_getaffinity(0)), rounds=1, image_rounds=0)
-        windows = {
-            window: statistics.median(measured.line(window)[1:] + measured.line(window))
-            for window in measured.manifest.windows[1:]
-        }
     finally:
         measured.generator.close()
         del measured
@@ -149,14 +144,13 @@ def speed(place: Place, work: Path, batch: int, lines: int, made: dict[str, Path
         **timings.to_json(),
         "expected_seconds_a_batch": seconds,
         "expected_images_per_second": batch / seconds,
-        "window_ms": windows,
     }
     text = (
         f"{timings.decode_ms:.2f} ms a step, {timings.over_limit:.2f} x the limit; a line's end {timings.line_end_ms:.2f} ms; "
         f"{batch / seconds:.2f} images/s expected; state {timings.state_bytes / 1e9:.2f} GB"
     )
-    for window, step in windows.items():
-        text += f"; a window of {window}: {step / timings.decode_ms:.2f} x a step"
+    for width, window in timings.windows.items():
+        text += f"; a window of {width}: {window.step_ms / timings.decode_ms:.2f} x a step"
     if (batch, lines) in PUBLISHED:
         memory, _, rate = PUBLISHED[batch, lines]
         text += f" (published: {rate:.2f} images/s in {memory:.1f} GB)"
