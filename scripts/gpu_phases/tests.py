@@ -16,6 +16,9 @@ FILES = (
     "test_spatial_decay_step_kernels.py",
 )
 
+WORKERS = 12
+"""Processes at most: each holds a context on the GPU."""
+
 
 def checks(place: Place, recorder: Recorder) -> Iterator[tuple[str, Check]]:
     """A process of pytest for each file."""
@@ -26,7 +29,7 @@ def checks(place: Place, recorder: Recorder) -> Iterator[tuple[str, Check]]:
 def run_file(place: Place, file: str, seconds: float) -> Outcome:
     """Run the tests of one file; in a rehearsal only those of what is refused, as CI runs all."""
     workers = len(os.sched_getaffinity(0))
-    chosen = ["-k", "refused"] if place.rehearsal else ["-n", str(min(workers, 8))]
+    chosen = ["-k", "refused"] if place.rehearsal else ["-n", str(min(workers, WORKERS))]
     if not place.rehearsal:
         try:
             import torch
@@ -36,17 +39,19 @@ def run_file(place: Place, file: str, seconds: float) -> Outcome:
             raise NotRunError(f"PyTorch {torch.__version__} sees no CUDA device")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    log = place.out / f"{file}.log"
     try:
-        done = subprocess.run(
-            [*command, str(ROOT / "tests" / "exporter" / file)],
-            **{"capture_output": True, "text": True, "cwd": ROOT, "check": False},
-            timeout=seconds,
-            env=environment,
-        )
+        # What a run that is cut has said stays.
+        with log.open("w") as output:
+            done = subprocess.run(
+                [*command, str(ROOT / "tests" / "exporter" / file)],
+                **{"stdout": output, "stderr": subprocess.STDOUT, "cwd": ROOT, "check": False},
+                timeout=seconds,
+                env=environment,
+            )
     except subprocess.TimeoutExpired as error:
         raise NotRunError(f"took longer than the {seconds:.0f} seconds that were left") from error
-    (place.out / f"{file}.log").write_text(done.stdout + done.stderr)
-    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-500:] or "no output"])[-1]
+    last = (log.read_text().strip().splitlines() or ["no output"])[-1]
     if done.returncode:
         raise AssertionError(last)
     return Outcome("", "passed", last)
