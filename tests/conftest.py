@@ -216,6 +216,16 @@ def many_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> P
 
 
 @pytest.fixture(scope="session")
+def windowed_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
+    """Batch 2, guided, three policies with 3 of 6 lines by default, windows of 1, 2 and 4 positions."""
+    return export(
+        *tiny_files,
+        *("--grid", 6, "--heads", 4, "--batch", 2, "--policy", "linear,h2o,full", "--budget-lines", 3),
+        *("--window", "2,4"),
+    )
+
+
+@pytest.fixture(scope="session")
 def planned_bundle(tiny_files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in float32 with every policy, batch 2, 3 of 6 lines, and plans of TensorRT for RTX (SM 80 and 89).
 

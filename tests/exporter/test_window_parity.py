@@ -23,25 +23,6 @@ from tests.conftest import Result
 Linert = Callable[..., Result]
 
 
-@pytest.fixture(scope="module")
-def bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
-    return export(
-        *tiny_files,
-        "--grid",
-        6,
-        "--heads",
-        4,
-        "--batch",
-        2,
-        "--budget-lines",
-        3,
-        "--window",
-        4,
-        "--guidance",
-        3,
-    )
-
-
 def validated(linert: Linert, bundle: Path, *options: object) -> dict[str, object]:
     done = linert("validate", bundle, "--json", *options)
     assert done.out, done.err
@@ -51,9 +32,9 @@ def validated(linert: Linert, bundle: Path, *options: object) -> dict[str, objec
 
 @pytest.mark.parametrize("options", [(), ("--mode", "strict")])
 def test_windows_are_held_to_what_single_steps_are(
-    options: tuple[str, ...], linert: Linert, bundle: Path
+    options: tuple[str, ...], linert: Linert, windowed_bundle: Path
 ) -> None:
-    report = validated(linert, bundle, *options)
+    report = validated(linert, windowed_bundle, *options)
     assert report["passed"]
     runs = report["runs"]
     assert isinstance(runs, dict)
@@ -102,9 +83,9 @@ def every_draft_is_accepted(model: onnx.ModelProto) -> int:
 
 @pytest.mark.parametrize("change", [nothing_is_hidden, every_draft_is_accepted])
 def test_a_window_that_is_wrong_fails(
-    change: Callable[[onnx.ModelProto], int], linert: Linert, bundle: Path, tmp_path: Path
+    change: Callable[[onnx.ModelProto], int], linert: Linert, windowed_bundle: Path, tmp_path: Path
 ) -> None:
-    report = validated(linert, changed(bundle, tmp_path / "bundle", change))
+    report = validated(linert, changed(windowed_bundle, tmp_path / "bundle", change))
     assert not report["passed"]
     checks = report["checks"]
     assert isinstance(checks, list)

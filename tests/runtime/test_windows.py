@@ -24,24 +24,8 @@ SAMPLES = [Sample(ClassLabel(1), 7), Sample(ClassLabel(3), 8)]
 
 
 @pytest.fixture(scope="module")
-def bundle(export: Callable[..., Path], tiny_files: Files) -> Path:
-    return export(
-        *tiny_files,
-        *TINY_OPTIONS,
-        "--policy",
-        "linear,h2o,full",
-        "--budget-lines",
-        3,
-        "--batch",
-        2,
-        "--window",
-        "2,4",
-    )
-
-
-@pytest.fixture(scope="module")
-def generator(bundle: Path) -> Generator:
-    return Generator(bundle)
+def generator(windowed_bundle: Path) -> Generator:
+    return Generator(windowed_bundle)
 
 
 @pytest.mark.parametrize("window", [2, 4])
@@ -68,12 +52,14 @@ def test_an_image_is_the_same_in_fewer_steps(window: int, generator: Generator) 
 
 
 def test_traces_are_recorded_and_replayed_with_windows(
-    linert: Linert, bundle: Path, generator: Generator, tmp_path: Path
+    linert: Linert, windowed_bundle: Path, generator: Generator, tmp_path: Path
 ) -> None:
     options = ("--classes", "1,3", "--seed", 7, "--window")
     single, wide = tmp_path / "single.npz", tmp_path / "wide.npz"
     for width, path in ((1, single), (4, wide)):
-        done = linert("run", bundle, *options, width, "--out", tmp_path / f"{width}", "--record-trace", path)
+        done = linert(
+            "run", windowed_bundle, *options, width, "--out", tmp_path / f"{width}", "--record-trace", path
+        )
         assert done.code == 0, done.err
     first, second = (read_trace(path, generator.manifest) for path in (single, wide))
     assert (first.write_slots == second.write_slots).all()
@@ -93,10 +79,10 @@ def test_traces_are_recorded_and_replayed_with_windows(
 
 
 def test_a_window_that_the_bundle_lacks_is_refused(
-    linert: Linert, bundle: Path, generator: Generator, tmp_path: Path
+    linert: Linert, windowed_bundle: Path, generator: Generator, tmp_path: Path
 ) -> None:
     for width in (3, 0, -1, 7):
-        done = linert("run", bundle, "--classes", 1, "--window", width, "--out", tmp_path / "out")
+        done = linert("run", windowed_bundle, "--classes", 1, "--window", width, "--out", tmp_path / "out")
         assert done.code == 2
         assert f"has no window of {width} positions, only 1, 2, 4: export it with --window" in done.err
     with pytest.raises(RequestError, match="no window of 5"):
@@ -152,14 +138,14 @@ def test_the_quickest_window_is_kept(generator: Generator) -> None:
 
 
 def test_an_image_is_the_same_while_windows_are_tried(
-    linert: Linert, bundle: Path, generator: Generator, tmp_path: Path
+    linert: Linert, windowed_bundle: Path, generator: Generator, tmp_path: Path
 ) -> None:
     tokens = generator.draw(SAMPLES)
     assert (generator.draw(SAMPLES, window=WindowChoice((1, 2, 4))) == tokens).all()
-    done = linert("run", bundle, "--classes", "1,3", "--window", "auto", "--out", tmp_path / "out")
+    done = linert("run", windowed_bundle, "--classes", "1,3", "--window", "auto", "--out", tmp_path / "out")
     assert done.code == 0
     assert "window: " in done.err
     assert "milliseconds a token: 1: " in done.err
-    done = linert("run", bundle, "--classes", "1,3", "--window", "wide", "--out", tmp_path / "other")
+    done = linert("run", windowed_bundle, "--classes", "1,3", "--window", "wide", "--out", tmp_path / "other")
     assert done.code == 2
     assert "neither a width nor auto" in done.err
