@@ -143,6 +143,14 @@ TASKS = {
 }
 
 
+@dataclass(frozen=True)
+class Place:
+    """A task and the device that it is learned on."""
+
+    task: Task
+    device: torch.device
+
+
 class Log:
     """One JSON line a report, to the terminal and to a file beside the checkpoint."""
 
@@ -171,16 +179,17 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def saved(model: nn.Module, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    return {"model": {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}}
+    return {"model": {name: tensor.to("cpu", dtype) for name, tensor in model.state_dict().items()}}
 
 
 @click.group(help=__doc__)
 @click.option("--threads", default=2, show_default=True, help="CPU threads.")
 @click.option("--task", type=click.Choice(list(TASKS)), default="demo", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="That PyTorch trains on, such as cuda.")
 @click.pass_context
-def main(context: click.Context, threads: int, task: str) -> None:
+def main(context: click.Context, threads: int, task: str, device: str) -> None:
     torch.set_num_threads(threads)
-    context.obj = TASKS[task]
+    context.obj = Place(TASKS[task], torch.device(device))
 
 
 out_option = click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True)
@@ -202,14 +211,16 @@ PICTURES_FOR = 50
     help="Train an encoder alone, for the codebook and the decoder of this file, which may have lost its own.",
 )
 @click.pass_obj
-def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float, kept: Path | None) -> None:
+def train_vq(place: Place, out: Path, steps: int, batch: int, rate: float, kept: Path | None) -> None:
     """Train the VQ tokenizer: reconstruction, codebook and commitment losses."""
+    task, device = place.task, place.device
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / f"vq_{task.name}.log")
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     held_out, _ = task.images("test", None)
-    model = vq.VQModel(task.vq, encoder=True)
+    held_out = held_out.to(device)
+    model = vq.VQModel(task.vq, encoder=True).to(device)
     codebook = model.quantize.embedding.weight
     nn.init.normal_(codebook)
     if kept is not None:
@@ -219,14 +230,14 @@ def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float, kept: P
             parameter.requires_grad_(name.startswith(vq.ENCODER_PREFIXES))
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    used = torch.zeros(task.vq.codebook_size)
+    used = torch.zeros(task.vq.codebook_size, device=device)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, rate)
         if step % PICTURES_FOR == 0:
             pictures, _ = task.images("train", generator)
-        pixels = pictures[torch.randint(len(pictures), (batch,), generator=generator)]
-        with torch.autocast("cpu", torch.bfloat16):
+        pixels = pictures[torch.randint(len(pictures), (batch,), generator=generator)].to(device)
+        with torch.autocast(device.type, torch.bfloat16):
             latents = model.latents(pixels).float()
             tokens = model.nearest(latents)
             codes = model.quantize(tokens).permute(0, 3, 1, 2)
@@ -245,7 +256,7 @@ def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float, kept: P
             idle = (used < 1).nonzero().flatten()
             pool = latents.detach().permute(0, 2, 3, 1).flatten(0, 2)
             with torch.no_grad():
-                codebook[idle] = pool[torch.randint(len(pool), (len(idle),), generator=generator)]
+                codebook[idle] = pool[torch.randint(len(pool), (len(idle),), generator=generator).to(device)]
             used[idle] = 5
         if step % 100 == 99 or step == steps - 1:
             with torch.no_grad():
@@ -263,9 +274,9 @@ def train_vq(task: Task, out: Path, steps: int, batch: int, rate: float, kept: P
 @main.command("slim")
 @out_option
 @click.pass_obj
-def slim(task: Task, out: Path) -> None:
+def slim(place: Place, out: Path) -> None:
     """Leave the encoder out of the tokenizer's file: drawing needs the decoder alone."""
-    path = out / task.vq_file
+    path = out / place.task.vq_file
     state = torch.load(path, weights_only=True)["model"]
     save({"model": {k: v for k, v in state.items() if not k.startswith(vq.ENCODER_PREFIXES)}}, path)
 
@@ -311,7 +322,7 @@ def load_vq(path: Path) -> vq.VQModel:
 )
 @click.pass_obj
 def train_ar(
-    task: Task,
+    place: Place,
     out: Path,
     attention: str,
     epochs: int,
@@ -323,6 +334,7 @@ def train_ar(
     seed: int,
 ) -> None:
     """Train the transformer on the tokenizer's tokens."""
+    task, device = place.task, place.device
     log = Log(out / f"{attention}_{task.name}.log")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -334,7 +346,12 @@ def train_ar(
     test_tokens = encode(tokenizer, test_pixels)
     log(grids=len(tokens), distinct_tokens=int(tokens.unique().numel()))
 
-    model = task.transformer(attention)
+    tokens, classes, test_tokens, test_labels = (
+        tensor.to(device) for tensor in (tokens, classes, test_tokens, test_labels)
+    )
+    # Where no device is named, tensors are made on this one.
+    with device:
+        model = task.transformer(attention).to(device)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.02)
@@ -354,22 +371,22 @@ def train_ar(
     steps, losses = epochs * per_epoch, []
 
     def loss_of(net: nn.Module, ids: Tensor, grids: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with device, torch.autocast(device.type, torch.bfloat16):
             logits = net(net.condition([ids], guided=False), grids[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), grids.flatten())
 
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, rate)
-        rows = torch.randint(len(tokens), (batch,), generator=generator)
-        dropped = torch.rand(batch, generator=generator) < drop_class
+        rows = torch.randint(len(tokens), (batch,), generator=generator).to(device)
+        dropped = (torch.rand(batch, generator=generator) < drop_class).to(device)
         ids = torch.where(dropped, task.ar.num_classes, classes[rows])
         loss = loss_of(model, ids, tokens[rows])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(loss.detach())
         with torch.no_grad():
             decay = min(ema, (step + 1) / (step + 10))
             for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
@@ -384,12 +401,12 @@ def train_ar(
                 )
             log(
                 epoch=(step + 1) // per_epoch,
-                train_loss=round(float(np.mean(losses[-per_epoch:])), 4),
+                train_loss=round(float(torch.stack(losses[-per_epoch:]).mean()), 4),
                 held_out_loss=round(float(held_out_loss), 4),
             )
             if isinstance(average, lasadgen.LASADGen):
                 name = "lasadgen" if attention == lasadgen.Variant.MANHATTAN else f"lasadgen_{attention}"
-                halves = {key: tensor.half() for key, tensor in average.state_dict().items()}
+                halves = {key: tensor.half().cpu() for key, tensor in average.state_dict().items()}
                 write_lasadgen(halves, average.config, out / f"{name}_{task.name}")
             else:
                 save(saved(average, task.ar_dtype), out / task.ar_file)
