@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,13 +88,24 @@ def trace(stage: Stage) -> Traced:
     # An operation's body has no tensors in files.
     constants = lift_weights(model, parameters, constants=operation_of(stage) is None)
     with _quiet():
-        onnxscript.optimizer.optimize(
+        onnxscript.optimizer.optimize_ir(
             model,
             onnx_shape_inference=False,
             input_size_limit=FOLD_ELEMENTS,
             output_size_limit=FOLD_ELEMENTS,
+            should_fold=_small,
         )
     return Traced(model, constants)
+
+
+def _small(node: ir.Node) -> bool | None:
+    """False for a node with a large output, which would be computed before it is found to be too large; else the usual rules."""
+    shapes = [value.shape for value in node.outputs]
+    large = any(
+        shape is not None and shape.is_static() and math.prod(shape.numpy()) > FOLD_ELEMENTS
+        for shape in shapes
+    )
+    return False if large else None
 
 
 def operation_of(stage: Stage) -> dict[str, int] | None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from linert.graphs.line_attention import scatter_rows
 from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition, WindowStep
+from linert.graphs.pieces import joined
 from linert.graphs.spatial_decay import Decay, DecayState, attend, factors, fold, step_index
 from linert.graphs.spatial_decay_step import StepInputs, function_proto, spatial_decay_step
 from linert.graphs.stage import Geometry, Stage
@@ -58,7 +59,7 @@ class DecayMemory(Memory):
     def factors(self, model: RasterTransformer) -> Tensor:
         """:func:`linert.graphs.spatial_decay.factors` of all layers, side by side: ``[W + 2, L x H]``."""
         width = self.geometry.config.line_width
-        return torch.cat([factors(width, decay) for decay in self.decays(model)], dim=1)
+        return joined([factors(width, decay) for decay in self.decays(model)], dim=1)
 
     def begin_step(self, model: RasterTransformer, at: StepPosition) -> LayerStep:
         return DecayStep(self, self.factors(model), at)

@@ -19,6 +19,7 @@ from linert.graphs.line_attention import (
 )
 from linert.graphs.line_window import LineWindowStep
 from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition, WindowStep
+from linert.graphs.pieces import joined, parted
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor, StateTensor
@@ -169,14 +170,14 @@ class LineEnd(Stage):
         scores, slot_pos, *keys = _chunks(tensors[inputs:], config.layers)
         ends: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for group in self._groups():
-            before = torch.cat([scores[layer] for layer in group])
-            slot_pos_before = torch.cat([slot_pos[layer] for layer in group])
+            before = joined([scores[layer] for layer in group])
+            slot_pos_before = joined([slot_pos[layer] for layer in group])
             line = finished_line(
                 geometry,
                 before,
                 slot_pos_before,
                 position_rows.repeat(len(group), 1),
-                torch.cat([keys[0][layer].squeeze(1) for layer in group]) if keys else None,
+                joined([keys[0][layer].squeeze(1) for layer in group]) if keys else None,
             )
             capacity = (
                 params.capacity[group[0] : group[-1] + 1, None].expand(-1, geometry.rows).reshape(-1, 1)
@@ -189,14 +190,13 @@ class LineEnd(Stage):
                 torch.where(of_group, left, slot_pos_before),
                 torch.where(of_group, fresh, before),
             )
-            ends |= dict(
-                zip(group, zip(*(part.chunk(len(group)) for part in after), strict=True), strict=True)
-            )
+            pieces = (parted(part, geometry.rows) for part in after)
+            ends |= dict(zip(group, zip(*pieces, strict=True), strict=True))
         chosen_slots, left_slots, restarted = zip(
             *(ends[layer] for layer in range(config.layers)), strict=True
         )
         replaced = left_slots if self.policy.carries_scores else restarted + left_slots
-        return torch.stack(chosen_slots), line_number + ended.to(torch.int64), *replaced
+        return joined([slots[None] for slots in chosen_slots]), line_number + ended.to(torch.int64), *replaced
 
     def plugin_attributes(self) -> dict[str, int] | None:
         """Attributes of the LineEvict operation that this stage is; None where its plugin has no such policy."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from linert.graphs.line_attention import LineBufferState, scatter_rows
 from linert.graphs.memory import Projections, WindowStep
+from linert.graphs.pieces import joined, parted
 from linert.graphs.window import Accepted, Window
 
 HIDDEN = -1e30
@@ -86,7 +87,7 @@ class LineWindowStep(WindowStep):
         seen = torch.where(self._per_row(window.sees), 0.0, HIDDEN)
         bias: list[Tensor] = []
         for group in self._groups():
-            slot_pos = torch.cat([self.buffers[layer].slot_pos for layer in group])
+            slot_pos = joined([self.buffers[layer].slot_pos for layer in group])
             slots = self.slots[group[0] : group[-1] + 1].flatten(0, 1)
             of_group = [len(group), -1, -1]
             # The offset from which on a slot is hidden: -1 where it is empty, none where the window does not write it.
@@ -95,7 +96,7 @@ class LineWindowStep(WindowStep):
             hidden_from = torch.where(slot_pos < 0, -1, hidden_from)
             hidden = (hidden_from[:, None] <= window.offset[:, None].to(torch.int32)).float() * HIDDEN
             of_window = seen.expand([len(group), -1, -1, -1]).flatten(0, 1)
-            bias += torch.cat([hidden, of_window], dim=-1)[:, None].split(rows)
+            bias += parted(torch.cat([hidden, of_window], dim=-1)[:, None], rows)
         return bias
 
     def attend(self, layer: int, new: Projections) -> tuple[Tensor, Seen]:
@@ -125,26 +126,26 @@ class LineWindowStep(WindowStep):
         flat = (source + torch.arange(rows)[:, None] * width).flatten()
         row = torch.arange(rows)[:, None].expand(rows, width)
         place = torch.stack([row.expand_as(slots), torch.zeros_like(slots), slots], dim=-1)
-        places = place.flatten(0, 2).split(rows * width)
+        places = parted(place.flatten(0, 2), rows * width)
         weights, kept = self._accounting(accepted)
         replaced: list[tuple[Tensor, ...]] = []
         for group in self._groups():
             count = len(group)
             capacity = self.geometry.capacities[group[0]]
             received = (
-                torch.cat([seen[layer].received for layer in group]) * weights.repeat(count, 1)[:, :, None]
+                joined([seen[layer].received for layer in group]) * weights.repeat(count, 1)[:, :, None]
             )
             received = torch.where(self.score_max, received.amax(1), received.sum(1))
             of_buffer, of_window = received.split([capacity, width], dim=-1)
-            old = torch.cat([self.buffers[layer].scores for layer in group]) * kept.repeat(count, 1)
+            old = joined([self.buffers[layer].scores for layer in group]) * kept.repeat(count, 1)
             scores = torch.where(self.score_max, torch.maximum(old, of_buffer), old + of_buffer)
             sources = source.expand([count, -1, -1]).flatten(0, 1)
             of_slots = slots[group[0] : group[-1] + 1].flatten(0, 1)
             scores = scores.scatter(1, of_slots, of_window.gather(1, sources))
-            slot_pos = torch.cat([self.buffers[layer].slot_pos for layer in group])
+            slot_pos = joined([self.buffers[layer].slot_pos for layer in group])
             slot_pos = slot_pos.scatter(1, of_slots, positions.expand([count, -1, -1]).flatten(0, 1))
             for number, (of_layer, held) in enumerate(
-                zip(scores.split(rows), slot_pos.split(rows), strict=True)
+                zip(parted(scores, rows), parted(slot_pos, rows), strict=True)
             ):
                 layer = group[number]
                 buffer = self.buffers[layer]

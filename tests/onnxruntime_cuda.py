@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 from onnx import defs, inliner, shape_inference
 
+from linert.graphs.pieces import MOST_PIECES
 from linert.runtime.backends.ort_cuda import NOT_CAPTURED, OrtCudaBackend
 from linert.runtime.bundles.bundle import open_bundle
 from tests.conftest import ROOT
@@ -29,6 +30,7 @@ def cuda_faults(bundle: Path) -> list[str]:
         model = inlined(onnx.load(bundle / stage.file, load_external_data=False))
         faults += [f"{name}: no kernel for {operator}" for operator in without_kernel(model)]
         if name not in NOT_CAPTURED:
+            faults += [f"{name}: {node}" for node in too_many_pieces(model)]
             faults += [f"{name}: {output} is a constant" for output in constant_outputs(model)]
     return faults
 
@@ -63,6 +65,16 @@ def without_kernel(model: onnx.ModelProto) -> list[str]:
         if not any(fits(kernel, node, since, types) for kernel in TABLE["kernels"].get(node.op_type, ()))
     }
     return sorted(operators)
+
+
+def too_many_pieces(model: onnx.ModelProto) -> list[str]:
+    """Nodes that join or part more tensors than a CUDA graph can hold: concat.cc and split.cc of the CUDA provider."""
+    pieces = {"Concat": lambda node: len(node.input), "Split": lambda node: len(node.output)}
+    return [
+        f"{node.name} has {count} pieces"
+        for node in model.graph.node
+        if node.op_type in pieces and (count := pieces[node.op_type](node)) > MOST_PIECES
+    ]
 
 
 def describe(node: onnx.NodeProto, since: int, types: dict[str, str]) -> str:

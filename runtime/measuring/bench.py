@@ -24,7 +24,7 @@ from linert.runtime.bundles.raster import Step
 from linert.runtime.drawing.generator import Generator, Pixels, make_batch, picture
 from linert.runtime.drawing.loop import Batch, begin, run_step
 from linert.runtime.drawing.output import write_png
-from linert.runtime.drawing.samples import list_samples
+from linert.runtime.drawing.samples import Sample, list_samples
 from linert.runtime.files.replacement import scratch_folder
 from linert.runtime.machine import ReadBandwidth, peak_macs, resident_bytes
 
@@ -125,20 +125,27 @@ class Measured:
         begun = time.perf_counter()
         bundle = open_bundle(path, size)
         verified = time.perf_counter()
-        manifest = bundle.manifest
         self.generator = Generator(bundle, options)
-        conditioner = self.generator.conditioner
-        self.samples = list_samples(conditioner.usual(), manifest.images, seed=0)
-        self.batch = make_batch(
-            manifest, conditioner, self.samples, manifest.sampling, cache or manifest.cache
-        )
-        manifest.check_cache(self.batch.cache)
-        begin(self.backend, self.batch)
-        self.backend.synchronize()
+        try:
+            self.samples, self.batch = self._begun(cache)
+        except BaseException:
+            # Gigabytes of a device would stay taken as long as somebody holds the error.
+            self.generator.close()
+            raise
         self.start = Start(verified - begun, time.perf_counter() - verified)
         self.resident = resident_bytes()
         self._line = 0
         self._loaded = {self.batch.decode(1)}
+
+    def _begun(self, cache: CacheSettings | None) -> tuple[Sequence[Sample], Batch]:
+        """Samples and their batch, whose first token is drawn."""
+        manifest, conditioner = self.manifest, self.generator.conditioner
+        samples = list_samples(conditioner.usual(), manifest.images, seed=0)
+        batch = make_batch(manifest, conditioner, samples, manifest.sampling, cache or manifest.cache)
+        manifest.check_cache(batch.cache)
+        begin(self.backend, batch)
+        self.backend.synchronize()
+        return samples, batch
 
     @property
     def manifest(self) -> Manifest:

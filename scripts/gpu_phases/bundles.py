@@ -14,24 +14,29 @@ import numpy as np
 from gpu_phases.onnxruntime import CELLS, DEMO_CLASSES, DEMO_SEED, DEMOS, FOLDER, bundle_name
 from gpu_phases.place import ROOT
 from gpu_phases.plans import DEMO, linert
+from gpu_phases.plans import DEMOS as PLANNED
 from linert.runtime.drawing.generator import Generator
 
 DEMO_IMAGES = 4
+CHECKPOINTS = dict(zip(("demo", "lasadgen"), PLANNED.values(), strict=True))
+"""What an export is told of a demo's model."""
+
 WINDOWS = "1,4,8"
 WINDOWED = {(1, 4), (8, 4)}
 """Cells of LlamaGen-XL that have windows too."""
 
 
 def make_demo(out: Path, name: str) -> None:
-    """Export the demo in float32 or, named so, in fp16; draw on the CPU; pack both."""
+    """Export a demo with the weights that its name says; draw on the CPU; pack both."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
-        precision = name.rpartition("_")[2]
+        model, _, precision = name.rpartition("_")
+        # Weights of four bits are not for image decoders.
+        floats = "fp16" if precision == "int4" else precision
         linert(
-            *("export", DEMO / "c2i_demo.pt", "--vq", DEMO / "vq_demo.pt", "--grid", 16, "--heads", 4),
-            *("--budget-lines", 4, "--batch", 2, "--guidance", 3, "--precision", precision),
-            *("--window", WINDOWS),
-            *("--activations", precision, "--image-decoder-precision", precision, "--out", bundle),
+            *("export", *CHECKPOINTS[model], "--vq", DEMO / "vq_demo.pt", "--batch", 2, "--guidance", 3),
+            *("--window", WINDOWS, "--precision", precision, "--activations", floats),
+            *("--image-decoder-precision", floats, "--out", bundle),
         )
         with Generator(bundle) as generator:
             images = generator.generate(DEMO_CLASSES, num_images=DEMO_IMAGES, seed=DEMO_SEED)

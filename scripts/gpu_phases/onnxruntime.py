@@ -23,7 +23,8 @@ from linert.runtime.measuring.bench import Measured, measure
 FOLDER = "bundles"
 DEMO_SEED = 7
 DEMO_CLASSES = (3, 8)
-DEMOS = ("demo_fp32", "demo_fp16")
+DEMOS = ("demo_fp32", "demo_fp16", "lasadgen_fp32", "demo_int4")
+"""Model and precision of the weights; what is exported in float32 draws the CPU's tokens, others may round differently."""
 XL = "xl"
 
 CELLS = [
@@ -114,7 +115,7 @@ def demo(place: Place, work: Path, name: str, cuda_graphs: bool) -> Outcome:
         for window, share in equal.items()
     )
     passed = all(share == 1 for share in equal.values())
-    status = "measured" if name != DEMOS[0] else "passed" if passed else "failed"
+    status = "measured" if not name.endswith("fp32") else "passed" if passed else "failed"
     return Outcome("", status, text, {"equal": equal, "drawn": drawn})
 
 
