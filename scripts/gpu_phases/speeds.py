@@ -109,7 +109,7 @@ class Layout(NamedTuple):
 def measured(
     place: Place, speed: Speed, bandwidth: float, layouts: dict[str, dict[Layout, float]]
 ) -> Outcome:
-    """Microseconds of each variant, over buffers that are larger than any cache; those of LineAttention go into ``layouts``."""
+    """Microseconds of each variant, over buffers that are larger than any cache; those of LineAttention on many rows go into ``layouts``."""
     device = place.device
     kind = OPERATIONS[speed.operation]
     operation = kind(**speed.attributes)
@@ -133,11 +133,13 @@ def measured(
             some.free()
     label = min(times, key=lambda name: times[name])
     launches = [msgspec.convert(variant.launch, kind.launch_type) for variant in speed.variants]
-    layouts[speed.name] = {
-        Layout(launch.head_pad, launch.dtype, launch.warps, launch.tile): times[variant.label]
-        for launch, variant in zip(launches, speed.variants, strict=True)
-        if isinstance(launch, LineAttentionLaunch)
-    }
+    if speed.barred:
+        # Where a launch alone takes longer than the work, layouts do not matter.
+        layouts[speed.name] = {
+            Layout(launch.head_pad, launch.dtype, launch.warps, launch.tile): times[variant.label]
+            for launch, variant in zip(launches, speed.variants, strict=True)
+            if isinstance(launch, LineAttentionLaunch)
+        }
     share = {name: speed.read_bytes / (us * 1e-6) / bandwidth for name, us in times.items()}
     failed = speed.barred and share[speed.chosen] < SHARE_OF_COPY and not place.rehearsal
     text = (
