@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,15 @@ MOST_IMAGES = 4096
 
 GRAPH_BYTES = 64 << 20
 """Room to ask for beside the weights: graphs and manifest."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """The cache of a variant: the policies that it holds, the settings that it runs with by default, lines of every layer's buffer."""
+
+    policies: tuple[str, ...] = ()
+    cache: CacheSettings | None = None
+    capacity_lines: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +270,7 @@ def export_bundle(
     interruption or power cut ``out`` is what it was before.
 
     Args:
-        others: the same model for images of other sizes, which share its weights.
+        others: the same model for images of other sizes or with other buffers, which share its weights.
         force: replace ``out`` if it is a bundle and nothing else.
         report: called with a line before each piece of work.
 
@@ -287,8 +296,8 @@ def export_bundle(
 
 
 @dataclass
-class _Size:
-    """A bundle's stages for one size of images, while it is written. ``suffix``: of its files' names."""
+class _Variant:
+    """A bundle's stages for one size of images and one of buffers, while it is written. ``suffix``: of its files' names."""
 
     request: BundleRequest
     suffix: str
@@ -302,21 +311,25 @@ class _Size:
 def _write(
     request: BundleRequest, others: Sequence[BundleRequest], folder: Path, report: Callable[[str], None]
 ) -> None:
-    sizes = [_Size(request, "", _stages(request)), *(_Size(o, f".{o.size}", _stages(o)) for o in others)]
+    names = variant_names([request, *others])
+    variants = [
+        _Variant(each, f".{name}" if name else "", _stages(each))
+        for name, each in zip(names, [request, *others], strict=True)
+    ]
     tensors = request.weights()
     state_names = {spec.name for spec in request.memory.state()}
     with WeightsFile(folder / WEIGHTS_NAME) as weights:
-        for size in sizes:
-            bound_to = contract(_manifest(size, {}))
-            for stage in size.stages:
-                report(f"tracing {stage.name}{size.suffix}")
+        for variant in variants:
+            bound_to = contract(_manifest(variant, {}))
+            for stage in variant.stages:
+                report(f"tracing {stage.name}{variant.suffix}")
                 try:
-                    proto = export_stage(stage, weights, tensors, size.suffix)
+                    proto = export_stage(stage, weights, tensors, variant.suffix)
                 except RuntimeError as error:
                     raise ExportError(f"cannot trace the {stage.name} stage: {error}") from error
-                size.work[stage.name] = work_of(proto, state_names)
+                variant.work[stage.name] = work_of(proto, state_names)
                 helper.set_model_props(proto, {CONTRACT_KEY: bound_to})
-                onnx.save(proto, folder / size.file(stage))
+                onnx.save(proto, folder / variant.file(stage))
     shared = {WEIGHTS_NAME: FileRecord(weights.digest, weights.nbytes)}
     if request.tokenizer is not None:
         path = folder / TOKENIZER_FILE
@@ -324,15 +337,35 @@ def _write(
         shutil.copyfile(request.tokenizer.path, path)
         shared[TOKENIZER_FILE] = FileRecord(file_sha256(path), path.stat().st_size)
     report("checking the graphs and reading the checkpoints' digests")
-    for size in sizes:
+    for variant in variants:
         files = dict(shared)
-        for stage in size.stages:
-            path = folder / size.file(stage)
+        for stage in variant.stages:
+            path = folder / variant.file(stage)
             onnx.checker.check_model(str(path))
             files[path.name] = FileRecord(file_sha256(path), path.stat().st_size)
-        manifest = seal(_manifest(size, files))
+        manifest = seal(_manifest(variant, files))
         check(manifest)
-        (folder / manifest_name(size.suffix.removeprefix("."))).write_bytes(encode(manifest))
+        (folder / manifest_name(variant.suffix.removeprefix("."))).write_bytes(encode(manifest))
+
+
+def with_cache(request: BundleRequest, shape: CacheShape) -> BundleRequest:
+    """The same with another cache."""
+    return replace(request, policies=shape.policies, cache=shape.cache, capacity_lines=shape.capacity_lines)
+
+
+def variant_names(requests: Sequence[BundleRequest]) -> list[str]:
+    """Names of variants, by the image size where it is not the first request's, and by the lines of the buffers where the first of
+    that size has others; see :class:`linert.runtime.bundles.bundle.Bundle`."""
+    first = requests[0]
+    usual = {request.size: request.capacity_lines for request in reversed(requests)}
+    names = []
+    for request in requests:
+        size = [request.size] if request.size != first.size else []
+        lines = (
+            [f"{max(request.capacity_lines)}lines"] if request.capacity_lines != usual[request.size] else []
+        )
+        names.append(".".join([*size, *lines]))
+    return names
 
 
 def _stages(request: BundleRequest) -> list[stages.Stage]:
@@ -363,8 +396,8 @@ def _stages(request: BundleRequest) -> list[stages.Stage]:
     return all_stages
 
 
-def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
-    request = size.request
+def _manifest(variant: _Variant, files: dict[str, FileRecord]) -> Manifest:
+    request = variant.request
     transformer, decoder = request.transformer, request.image_decoder
     config = transformer.config
     return Manifest(
@@ -404,8 +437,8 @@ def _manifest(size: _Size, files: dict[str, FileRecord]) -> Manifest:
             for spec in request.memory.state()
         ),
         stages={
-            stage.name: _stage_spec(stage, size.file(stage), size.work.get(stage.name, Work(0, 0, 0)))
-            for stage in size.stages
+            stage.name: _stage_spec(stage, variant.file(stage), variant.work.get(stage.name, Work(0, 0, 0)))
+            for stage in variant.stages
         },
         files=files,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linert.exporter.bundle_export import raster_of
+from linert.exporter.bundle_export import CacheShape, raster_of
 from linert.exporter.models import LoadedTransformer
 from linert.runtime.bundles.cache_settings import FULL, CacheSettings
 from linert.runtime.bundles.raster import Raster
@@ -18,36 +18,69 @@ DEFAULT_POLICY = "linear"
 
 @dataclass(frozen=True)
 class CacheWishes:
-    """What an export asks of the cache; an empty tuple and None leave it open."""
+    """What an export asks of the cache; empty tuples leave it open. ``capacities``: lines of buffers, a variant of the bundle each."""
 
     policies: tuple[str, ...]
     request: CacheRequest
-    capacity_lines: int | None
+    capacities: tuple[int, ...] = ()
 
-    def settle(
-        self, transformer: LoadedTransformer
-    ) -> tuple[tuple[str, ...], CacheSettings | None, tuple[int, ...]]:
-        """Policies, default settings and lines of every layer's buffer; nothing for a model without a cache.
+    def settle(self, transformer: LoadedTransformer) -> list[CacheShape]:
+        """The cache of every variant, the one that holds the default settings first; an empty one for a model without a cache.
 
         Raises:
-            RequestError: something is asked of a cache that is not there.
+            RequestError: something is asked of a cache that is not there, or the default fits no variant.
         """
         if not transformer.family.cached:
-            if self.policies or not self.request.empty or self.capacity_lines is not None:
+            if self.policies or not self.request.empty or self.capacities:
                 raise RequestError(
                     f"{transformer.path} is a {transformer.family.title}, which has no KV cache: leave policies, budgets and "
                     "--capacity-lines out"
                 )
-            return (), None, ()
+            return [CacheShape()]
         policies = self.policies or (DEFAULT_POLICY,)
         raster, layers = raster_of(transformer.config), transformer.config.layers
-        return policies, *settle_cache(raster, layers, policies, self.request, self.capacity_lines)
+        cache = usual_cache(raster, layers, policies, self.request)
+        if not self.capacities:
+            most = (raster.lines,) * layers
+            return [CacheShape(policies, cache, most if FULL in policies else cache.budget_lines)]
+        # Each variant holds what fits it; one alone is to hold everything that was asked for.
+        alone = len(self.capacities) == 1
+        shapes = [
+            variant_shape(raster, layers, policies, cache, lines, alone=alone)
+            for lines in sorted(self.capacities)
+        ]
+        if all(FULL not in shape.policies for shape in shapes) and FULL in policies:
+            raise RequestError(
+                f"the full policy needs a buffer of all {raster.lines} lines: name them in --capacity-lines or leave it out"
+            )
+        first = next((shape for shape in shapes if shape.cache == cache), None)
+        if first is None:
+            raise RequestError(
+                f"the default, {cache.text}, fits no buffer of {', '.join(map(str, self.capacities))} lines: give --capacity-lines "
+                f"{max(cache.budget_lines)} too"
+            )
+        return [first, *(shape for shape in shapes if shape is not first)]
 
 
-def settle_cache(
-    raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest, capacity_lines: int | None
-) -> tuple[CacheSettings, tuple[int, ...]]:
-    """The cache settings that a bundle runs with by default, and the lines of each layer's buffer."""
+def variant_shape(
+    raster: Raster, layers: int, policies: Sequence[str], cache: CacheSettings, lines: int, *, alone: bool
+) -> CacheShape:
+    """The cache of the variant whose buffers have so many ``lines``: what of ``policies`` and of the default fits it."""
+    capacity = (lines,) * layers
+    if alone:
+        return CacheShape(tuple(policies), cache, capacity)
+    fitting = tuple(policy for policy in policies if policy != FULL or lines >= raster.lines)
+    if not fitting or (cache.policy in fitting and max(cache.budget_lines) <= lines):
+        return CacheShape(fitting, cache, capacity)
+    asked = CacheRequest(
+        policy=cache.policy if cache.policy in fitting else fitting[0],
+        budget_lines=min(lines, max(cache.budget_lines)),
+    )
+    return CacheShape(fitting, asked.settle(raster, capacity, cache), capacity)
+
+
+def usual_cache(raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest) -> CacheSettings:
+    """The cache settings that a bundle runs with by default."""
     usual = CacheSettings(
         policy=policies[0],
         budget_lines=(raster.lines if policies[0] == FULL else quarter(raster),) * layers,
@@ -55,8 +88,4 @@ def settle_cache(
     )
     cache = request.settle(raster, (raster.lines,) * layers, usual)
     cache.check(raster, (raster.lines,) * layers)
-    if capacity_lines is not None:
-        return cache, (capacity_lines,) * layers
-    if FULL in policies:
-        return cache, (raster.lines,) * layers
-    return cache, cache.budget_lines
+    return cache

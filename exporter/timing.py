@@ -40,7 +40,7 @@ class ResizedBackend(OrtBackend):
             spec, inputs=tuple(map(fit, spec.inputs)), outputs=tuple(map(fit, spec.outputs))
         )
         timed = msgspec.structs.replace(manifest, stages={stage: fitted}, state=tuple(resized.values()))
-        super().__init__(Bundle(bundle.path, timed, bundle.size), [stage], threads=threads)
+        super().__init__(Bundle(bundle.path, timed, bundle.variant), [stage], threads=threads)
 
     def _model(self, stage: str) -> bytes:
         model = onnx.load(self.bundle.stage_path(stage), load_external_data=False)

@@ -75,13 +75,13 @@ def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: f
     request = ModelRequest() if model.is_dir() else ModelRequest(grid=TASK.ar.grid, heads=TASK.ar.heads)
     transformer, decoder = load_models(model, tokenizer, request)
     policies = ("full",) if transformer.family.cached else ()
-    policies, cache, capacity_lines = CacheWishes(policies, CacheRequest(), None).settle(transformer)
+    [shape] = CacheWishes(policies, CacheRequest()).settle(transformer)
     bundle_request = BundleRequest(
         transformer=transformer,
         image_decoder=decoder,
-        policies=policies,
-        capacity_lines=capacity_lines,
-        cache=cache,
+        policies=shape.policies,
+        capacity_lines=shape.capacity_lines,
+        cache=shape.cache,
         images=batch,
         sampling=SamplingSettings(guidance=guidance),
     )

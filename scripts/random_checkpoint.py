@@ -85,21 +85,21 @@ def random_bundle(
     if not tokenizer.exists():
         torch.save({"model": random_tensors(vq_shapes(16))}, tokenizer)
     # A LASADGen's folder tells its size.
-    request = ModelRequest() if variant else ModelRequest(grid=grid)
-    transformer, image_decoder = load_models(model, tokenizer, request)
-    policies, cache, capacities = CacheWishes(policies, request or CacheRequest(), capacity_lines).settle(
-        transformer
+    transformer, image_decoder = load_models(
+        model, tokenizer, ModelRequest() if variant else ModelRequest(grid=grid)
     )
+    capacities = () if capacity_lines is None else (capacity_lines,)
+    [shape] = CacheWishes(policies, request or CacheRequest(), capacities).settle(transformer)
     bundle_request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
-        policies=policies,
-        capacity_lines=capacities,
-        cache=cache,
+        policies=shape.policies,
+        capacity_lines=shape.capacity_lines,
+        cache=shape.cache,
         images=images,
         sampling=SamplingSettings(guidance=4.0, top_k=top_k),
     )
-    out = folder / f"bundle_{model.stem}_{grid}_{max(capacities, default=0)}_{images}"
+    out = folder / f"bundle_{model.stem}_{grid}_{max(shape.capacity_lines, default=0)}_{images}"
     export_bundle(bundle_request, out, force=True, report=lambda line: None)
     return open_bundle(out, digests=False)
 

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from linert.exporter.tensorrt.build import BuildRequest, build, parse_capabilities
 from linert.exporter.tensorrt.build_stage import Event
 from linert.runtime.backends.trt_flavour import FLAVOURS
+from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.engines import Engines, engines_folder
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.text import size_text
@@ -38,9 +39,14 @@ def command(place: BundlePlace, target: str, capabilities: str | None, no_plugin
     Nothing is done where the plans that are there are those that would be built.
     """
     opened = place.open()
+    for variant in opened.capacities:
+        _build(opened.other(variant), target, capabilities, plugin=not no_plugin, force=force)
+
+
+def _build(opened: Bundle, target: str, capabilities: str | None, *, plugin: bool, force: bool) -> None:
     usual = RTX_CAPABILITIES if target == "rtx" else "current"
     wanted = usual if capabilities is None else capabilities
-    request = BuildRequest(opened, FLAVOURS[target], parse_capabilities(wanted), not no_plugin)
+    request = BuildRequest(opened, FLAVOURS[target], parse_capabilities(wanted), plugin)
     folder = engines_folder(opened, target)
     if not force and (built := request.built()):
         click.echo(f"nothing changed: {folder} ({summary(built)})")

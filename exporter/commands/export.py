@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from linert.exporter.bundle_export import BundleRequest, export_bundle
+from linert.exporter.bundle_export import BundleRequest, export_bundle, with_cache
 from linert.exporter.bundle_folder import BUNDLE
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.calibration import calibrated
@@ -77,13 +77,13 @@ def command(
     # Held from now on, so that nobody else begins to work on it.
     click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     transformer, image_decoder = load_models(checkpoint, model.vq, model.request)
-    policies, settings, capacity_lines = cache.settle(transformer)
+    shape, *smaller = cache.settle(transformer)
     request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
-        policies=policies,
-        capacity_lines=capacity_lines,
-        cache=settings,
+        policies=shape.policies,
+        capacity_lines=shape.capacity_lines,
+        cache=shape.cache,
         images=batch,
         windows=windows,
         sampling=sampling.settle(transformer.family.usual_sampling(transformer.config)),
@@ -95,13 +95,12 @@ def command(
             f"nothing is calibrated for {request.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
             "--calibration-captions out"
         )
-    others = []
+    others = [with_cache(request, each) for each in smaller]
     for size in model.sizes[1:]:
         sized = load_transformer(
             transformer.checkpoint, replace(model.request, size=size), patch=image_decoder.config.patch
         )
-        _, settings, capacity_lines = cache.settle(sized)
-        others.append(replace(request, transformer=sized, cache=settings, capacity_lines=capacity_lines))
+        others += [with_cache(replace(request, transformer=sized), each) for each in cache.settle(sized)]
     conditioner = request.conditioner()
     for each in (request, *others):
         announce(console, each)

@@ -148,18 +148,29 @@ def wishes_options() -> Decorator:
         ),
         click.option(
             "--capacity-lines",
-            type=int,
-            help="Lines that the buffer has, for runs with larger budgets than the default. Default: the budget; all "
-            "lines if the bundle holds full.",
+            "capacities",
+            metavar="4,24",
+            default="",
+            callback=lambda c, p, text: parse_capacities(text),
+            help="Lines that the buffer has, for runs with larger budgets than the default; of a list, a run takes the smallest that "
+            "its budget fits. Default: the budget; all lines if the bundle holds full.",
         ),
     ]
-    group = option_group("cache", listed, ("policies", "cache", "capacity_lines"), _wishes)
+    group = option_group("cache", listed, ("policies", "cache", "capacities"), _wishes)
     settings = cache_options(policy=False)
     return lambda function: settings(group(function))
 
 
-def _wishes(policies: tuple[str, ...], cache: CacheRequest, capacity_lines: int | None) -> CacheWishes:
-    return CacheWishes(policies, cache, capacity_lines)
+def parse_capacities(text: str) -> tuple[int, ...]:
+    """``4,24``: numbers of lines, each once; empty for none."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(re.fullmatch("-?[0-9]{1,6}", part) for part in parts):
+        raise click.BadParameter(f"{shortened(text, 60)!r} is no list of lines like 4,24")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _wishes(policies: tuple[str, ...], cache: CacheRequest, capacities: tuple[int, ...]) -> CacheWishes:
+    return CacheWishes(policies, cache, capacities)
 
 
 @dataclass(frozen=True, kw_only=True)

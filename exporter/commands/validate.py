@@ -111,17 +111,22 @@ def command(
     cost, by logits and pixels, as it rightly draws other tokens.
     """
     opened = place.open()
+    recording = None
+    if trace is not None:
+        recording = read_trace(trace, opened.widest)
+        opened = opened.fitting(recording.header.cache, replayed=True)
+    else:
+        opened, settings = cache.settle_for(opened)
     manifest = opened.manifest
     conditioner = open_conditioner(opened, options)
     asked = conditions.settle(conditioner)
     transformer, image_decoder = load_sources(opened, checkpoint, vq)
-    if trace is not None:
+    if recording is not None:
         if not replace(conditions, captions=None).empty or seed or greedy or not cache.empty:
             raise RequestError("--trace brings its own images and settings: leave the others out")
-        batch, recorded, compared = _recorded(read_trace(trace, manifest), opened, conditioner)
+        batch, recorded, compared = _recorded(recording, opened, conditioner)
     else:
         compared = list_samples(asked or conditioner.usual()[: manifest.images], manifest.images, seed)
-        settings = cache.settle_for(manifest)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
         batch, recorded = make_batch(manifest, conditioner, compared, sampling, settings), None
     if faults := batch.sampling.faults(guided=manifest.guided):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import MANIFEST_NAME, Manifest
 from linert.runtime.bundles.manifest_file import MAX_BYTES, decode
 from linert.runtime.errors import BundleError, RequestError
@@ -18,6 +19,9 @@ from linert.runtime.files.text_files import is_utf8
 
 SIZE = re.compile(r"[0-9]{1,6}x[0-9]{1,6}")
 """Width and height of images in pixels."""
+
+VARIANT = re.compile(rf"(?P<size>{SIZE.pattern})?\.?(?P<lines>[0-9]{{1,6}}lines)?")
+"""Name of a variant of a bundle: the size of its images, the lines of its buffers, or both."""
 
 
 class Stamp(NamedTuple):
@@ -43,19 +47,69 @@ class Stamp(NamedTuple):
 class Bundle:
     """A verified bundle: its folder and its manifest.
 
-    ``size``: which of the image sizes in the folder it is, as in ``512x768``; empty for the first. ``stamps``: of its files when
-    they were verified; of one that was made and not opened there are none.
+    ``variant``: which of those in the folder it is, by its image size and the lines of its buffers, as in ``512x768``, ``4lines`` or
+    ``512x768.4lines``; empty for the first. ``stamps``: of its files when they were verified; of one that was made and not opened
+    there are none.
     """
 
     path: Path
     manifest: Manifest
-    size: str = ""
+    variant: str = ""
     stamps: Mapping[str, Stamp] = field(default_factory=dict)
+
+    @property
+    def size(self) -> str:
+        """The variant's image size; empty for the first."""
+        return size_of(self.variant)
 
     @property
     def sizes(self) -> list[str]:
         """The image sizes that the folder holds, the first one first."""
         return sizes_of(self.path)
+
+    @property
+    def capacities(self) -> dict[str, Manifest]:
+        """The variants that draw images of this size, by name: the one with the smallest buffers first.
+
+        Raises:
+            BundleError: a manifest cannot be read.
+        """
+        manifests = {
+            name: self.manifest if name == self.variant else _read_manifest(self.path, manifest_name(name))
+            for name in variants_of(self.path)
+            if size_of(name) == self.size
+        }
+        return dict(sorted(manifests.items(), key=lambda item: sum(item[1].capacity_lines)))
+
+    @property
+    def widest(self) -> Manifest:
+        """The variant of this size with the largest buffers."""
+        return list(self.capacities.values())[-1]
+
+    def other(self, variant: str) -> Bundle:
+        """Another variant of the folder; what is verified already is not read again.
+
+        Raises:
+            BundleError: as :func:`open_bundle`.
+        """
+        if variant == self.variant:
+            return self
+        manifest = _read_manifest(self.path, manifest_name(variant))
+        return _verified(self.path, variant, manifest, digests=True, known=self)
+
+    def fitting(self, cache: CacheSettings, *, replayed: bool = False) -> Bundle:
+        """The variant with the smallest buffers that hold the budgets of ``cache`` and whose policies have its own; the one with the
+        largest if none does.
+
+        Args:
+            replayed: no policy is asked: the variant need not hold it.
+
+        Raises:
+            BundleError: as :func:`open_bundle`.
+        """
+        capacities = self.capacities
+        fit = (name for name, manifest in capacities.items() if holds(manifest, cache, replayed=replayed))
+        return self.other(next(fit, list(capacities)[-1]))
 
     def require_unchanged(self, names: Iterable[str]) -> None:
         """Raise :class:`BundleError` where a file of these ``names`` was changed or replaced since the bundle was opened."""
@@ -135,8 +189,22 @@ def open_bundle(path: str | Path, size: str | None = None, *, digests: bool = Tr
             raise BundleError(
                 f"{folder / manifest_name(other)} is of images of {manifest.size}; export the bundle again"
             )
+    return _verified(folder, other, manifest, digests=digests)
+
+
+def _verified(
+    folder: Path, variant: str, manifest: Manifest, *, digests: bool, known: Bundle | None = None
+) -> Bundle:
+    """The variant of a manifest, its files verified but for those that ``known`` was verified with.
+
+    Raises:
+        BundleError: as :func:`open_bundle`.
+    """
     stamps = {}
     for name, record in sorted(manifest.files.items()):
+        if known is not None and known.manifest.files.get(name) == record and name in known.stamps:
+            stamps[name] = known.stamps[name]
+            continue
         file = _inside(folder, name)
         if not file.is_file():
             raise BundleError(f"{folder} lacks {name}; export the bundle again")
@@ -149,7 +217,7 @@ def open_bundle(path: str | Path, size: str | None = None, *, digests: bool = Tr
             raise BundleError(
                 f"{file} was changed: its sha256 is not the manifest's; export the bundle again"
             )
-    bundle = Bundle(folder, manifest, other, stamps)
+    bundle = Bundle(folder, manifest, variant, stamps)
     # A file that was replaced while it was read may be another now than the one whose digest was compared.
     bundle.require_unchanged(manifest.files)
     return bundle
@@ -181,16 +249,40 @@ def _read_manifest(folder: Path, name: str) -> Manifest:
     return decode(data, str(path))
 
 
-def manifest_name(size: str) -> str:
-    """The manifest's file for images of ``size``; empty for the first size."""
+def manifest_name(variant: str) -> str:
+    """The manifest's file of a variant; empty for the first."""
     stem, dot, suffix = MANIFEST_NAME.rpartition(".")
-    return f"{stem}.{size}{dot}{suffix}" if size else MANIFEST_NAME
+    return f"{stem}.{variant}{dot}{suffix}" if variant else MANIFEST_NAME
+
+
+def variants_of(folder: Path) -> list[str]:
+    """Names of the variants that a bundle's folder holds, the first, which has none, first."""
+    stem, _, suffix = MANIFEST_NAME.rpartition(".")
+    names = sorted(path.name for path in folder.glob(manifest_name("*")))
+    variants = [name.removeprefix(f"{stem}.").removesuffix(f".{suffix}") for name in names]
+    return ["", *(variant for variant in variants if VARIANT.fullmatch(variant))]
+
+
+def size_of(variant: str) -> str:
+    """The image size in a variant's name; empty for the first."""
+    named = VARIANT.fullmatch(variant)
+    return (named and named["size"]) or ""
 
 
 def sizes_of(folder: Path) -> list[str]:
     """The image sizes that a bundle's folder holds, the first one first."""
-    others = sorted(path.name.split(".")[1] for path in folder.glob(manifest_name("*")))
+    others = sorted({size for variant in variants_of(folder) if (size := size_of(variant))})
     return [_read_manifest(folder, MANIFEST_NAME).size, *others]
+
+
+def holds(manifest: Manifest, cache: CacheSettings, *, replayed: bool) -> bool:
+    """Whether a variant's buffers, and if it is not ``replayed`` its policies, are enough for settings."""
+    lines = manifest.capacity_lines
+    return (
+        (replayed or cache.policy in manifest.policies)
+        and len(lines) == len(cache.budget_lines)
+        and all(budget <= most for budget, most in zip(cache.budget_lines, lines, strict=True))
+    )
 
 
 def file_sha256(path: Path) -> str:

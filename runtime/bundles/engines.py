@@ -80,12 +80,12 @@ def built_flavours(bundle: Bundle) -> list[str]:
     """The flavours that ``bundle`` has plans for, whether they still belong to it or not."""
     records = sorted((bundle.path / ENGINES_FOLDER).glob(f"*/{RECORD_NAME}"))
     folders = [record.parent.name.partition(".") for record in records]
-    return [flavour for flavour, _, size in folders if size == bundle.size]
+    return [flavour for flavour, _, variant in folders if variant == bundle.variant]
 
 
 def engines_folder(bundle: Bundle, flavour: str) -> Path:
     """Where the plans of a flavour lie."""
-    return bundle.path / ENGINES_FOLDER / (f"{flavour}.{bundle.size}" if bundle.size else flavour)
+    return bundle.path / ENGINES_FOLDER / (f"{flavour}.{bundle.variant}" if bundle.variant else flavour)
 
 
 def build_again(bundle: Bundle, flavour: str) -> str:

@@ -61,7 +61,7 @@ def command(
     opened = place.open(digests=False)
     machine: dict[str, Any] = {"processor": processor_name(), "threads": threads}
     console.print(f"machine: {machine['processor']}, {threads} threads")
-    settled = cache.settle_for(opened.manifest)
+    opened, settled = cache.settle_for(opened)
     _print_work(console, opened.manifest)
     forget_peak()
     measured = Measured(place.path, settled, options, place.size)

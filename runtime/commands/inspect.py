@@ -98,6 +98,15 @@ def describe(bundle: Bundle) -> dict[str, object]:
     return {
         "manifest": msgspec.to_builtins(manifest),
         "policies": list(manifest.policies),
+        "capacities": [
+            {
+                "variant": name,
+                "capacity_lines": list(each.capacity_lines),
+                "policies": list(each.policies),
+                "state_bytes": each.state_bytes,
+            }
+            for name, each in bundle.capacities.items()
+        ],
         "state_bytes": manifest.state_bytes,
         **(_cache_costs(manifest) if manifest.cache else {}),
         "state_bytes_by_kind": state_by_kind(manifest),
@@ -182,6 +191,7 @@ def _print(bundle: Bundle, console: Console) -> None:
         "precision": manifest.precision.text,
         "checkpoint": f"{model.source.path} (sha256 {model.source.sha256[:16]})",
         **({"sizes": ", ".join(bundle.sizes)} if len(bundle.sizes) > 1 else {}),
+        **_capacity_row(bundle),
         "image": f"{raster.lines} x {raster.line_width} tokens, {raster.columns * decoder.patch} x "
         f"{raster.lines * decoder.patch} pixels",
         "batch": f"{manifest.images} images, "
@@ -213,6 +223,18 @@ def _print(bundle: Bundle, console: Console) -> None:
     for name, record in sorted(manifest.files.items()):
         files.add_row(name, f"{record.bytes:,}", stage_of.get(name, "shared weights"))
     console.print(files)
+
+
+def _capacity_row(bundle: Bundle) -> dict[str, str]:
+    """What runs with larger budgets take."""
+    capacities = bundle.capacities
+    if len(capacities) == 1:
+        return {}
+    texts = [
+        f"{lines_text(manifest.capacity_lines)} lines ({size_text(manifest.state_bytes)}; {', '.join(manifest.policies)})"
+        for manifest in capacities.values()
+    ]
+    return {"buffers": "; ".join(texts)}
 
 
 def _cache_rows(manifest: Manifest, cache: CacheSettings) -> dict[str, str]:

@@ -102,22 +102,25 @@ def command(
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
     opened = place.open()
     manifest = opened.manifest
-    if window is not None:
-        manifest.check_window(window)
     for option, value in (("--eviction-map", files.eviction_map), ("--record-trace", files.record_trace)):
         if value is not None:
             manifest.require_cache(option)
     conditioner = open_conditioner(opened, options)
     asked_conditions = conditions.settle(conditioner)
-    trace = read_trace(files.replay_trace, manifest) if files.replay_trace is not None else None
-    if trace is not None:
+    trace = None
+    if files.replay_trace is not None:
+        trace = read_trace(files.replay_trace, opened.widest)
         samples = list(trace.header.samples)
         conditioner.check(sample.condition for sample in samples)
         drawn_by, settings = trace.header.sampling, trace.header.cache
+        opened = opened.fitting(settings, replayed=True)
     else:
         samples = list_samples(asked_conditions, num_images, seed or 0)
         drawn_by = sampling.settle(manifest.sampling)
-        settings = cache.settle_for(manifest)
+        opened, settings = cache.settle_for(opened)
+    manifest = opened.manifest
+    if window is not None:
+        manifest.check_window(window)
     if faults := drawn_by.faults(guided=manifest.guided):
         raise RequestError("; ".join(faults))
     manifest.check_cache(settings, replayed=trace is not None)

@@ -10,13 +10,13 @@ from fractions import Fraction
 
 import msgspec
 
+from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.cache_settings import (
     FULL,
     CacheSettings,
     least_budget,
     pyramid,
 )
-from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.bundles.raster import Raster, recent_tokens
 from linert.runtime.bundles.setting import settings_of
 from linert.runtime.drawing.samples import shortened
@@ -47,17 +47,20 @@ class CacheRequest:
     def empty(self) -> bool:
         return self == CacheRequest()
 
-    def settle_for(self, manifest: Manifest) -> CacheSettings | None:
-        """Fill in a bundle's defaults; None for one that has no cache.
+    def settle_for(self, bundle: Bundle) -> tuple[Bundle, CacheSettings | None]:
+        """Fill in a bundle's defaults, None for one that has no cache, and take the variant with the smallest buffers that hold them.
 
         Raises:
             RequestError: something is asked of a cache that is not there.
             GeometryError: a pyramid does not fit.
+            BundleError: a file of the variant is missing or changed.
         """
+        manifest = bundle.manifest
         if self.empty and manifest.cache is None:
-            return None
+            return bundle, None
         defaults = manifest.require_cache("cache options")
-        return self.settle(manifest.raster, manifest.capacity_lines, defaults)
+        settings = self.settle(manifest.raster, bundle.widest.capacity_lines, defaults)
+        return bundle.fitting(settings), settings
 
     def settle(self, raster: Raster, capacity_lines: Sequence[int], defaults: CacheSettings) -> CacheSettings:
         """Fill in what was not given.

@@ -124,6 +124,8 @@ class Measured:
     ) -> None:
         begun = time.perf_counter()
         bundle = open_bundle(path, size)
+        if cache is not None:
+            bundle = bundle.fitting(cache)
         verified = time.perf_counter()
         self.generator = Generator(bundle, options)
         try:

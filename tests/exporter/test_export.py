@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from linert.exporter import bundle_export
 from linert.exporter.bundle_folder import foreign_to_bundle
-from linert.exporter.cache_wishes import settle_cache
+from linert.exporter.cache_wishes import usual_cache
 from linert.exporter.models import ModelRequest, load_models
 from linert.exporter.sources import family_config, precision_settings
 from linert.exporter.weights_file import WeightsFile
@@ -361,11 +361,11 @@ def test_default_protection_always_fits_the_budget(lines: int, width: int, prefi
     raster = Raster(prefix, width, lines)
     for shape in (None, "pyramid"):
         request = CacheRequest(budget_lines=min(budget, lines), layer_budgets=shape)
-        cache, capacity_lines = settle_cache(raster, 5, ["linear"], request, None)
-        cache.check(raster, capacity_lines)
+        cache = usual_cache(raster, 5, ["linear"], request)
+        cache.check(raster, cache.budget_lines)
         assert sum(cache.budget_lines) == 5 * min(budget, lines)
-    cache, capacity_lines = settle_cache(raster, 5, ["full"], CacheRequest(), None)
-    cache.check(raster, capacity_lines)
+    cache = usual_cache(raster, 5, ["full"], CacheRequest())
+    cache.check(raster, cache.budget_lines)
 
 
 @given(

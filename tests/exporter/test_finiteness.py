@@ -50,13 +50,13 @@ def request_of(
     transformer: LoadedTransformer, image_decoder: LoadedImageDecoder, precision: PrecisionSettings
 ) -> BundleRequest:
     """The export of one image at a time with the full cache."""
-    policies, cache, capacities = CacheWishes(("full",), CacheRequest(), None).settle(transformer)
+    [shape] = CacheWishes(("full",), CacheRequest()).settle(transformer)
     return BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
-        policies=policies,
-        capacity_lines=capacities,
-        cache=cache,
+        policies=shape.policies,
+        capacity_lines=shape.capacity_lines,
+        cache=shape.cache,
         images=1,
         sampling=SamplingSettings(),
         precision=precision,

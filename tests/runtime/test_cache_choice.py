@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from linert import Generator
-from linert.exporter.cache_wishes import settle_cache
+from linert.exporter.cache_wishes import usual_cache
 from linert.graphs.policies import POLICIES as REGISTERED
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.cache_settings import FULL, CacheSettings, pyramid
@@ -339,7 +339,7 @@ def test_a_pyramid_keeps_the_sum_and_falls() -> None:
 def test_small_budgets_share_what_is_protected(budget: int, recent: float, anchors: int) -> None:
     """The best measured shares on the demo model: a few anchors before the last recent tokens."""
     raster = Raster(1, 16, 16)
-    cache, _ = settle_cache(raster, 6, ["linear"], CacheRequest(budget_lines=budget), None)
+    cache = usual_cache(raster, 6, ["linear"], CacheRequest(budget_lines=budget))
     assert (cache.recent_lines, cache.anchor_tokens) == (recent, anchors)
 
 
