@@ -348,9 +348,15 @@ def _write(
         (folder / manifest_name(variant.suffix.removeprefix("."))).write_bytes(encode(manifest))
 
 
-def with_cache(request: BundleRequest, shape: CacheShape) -> BundleRequest:
-    """The same with another cache."""
-    return replace(request, policies=shape.policies, cache=shape.cache, capacity_lines=shape.capacity_lines)
+def with_cache(request: BundleRequest, transformer: LoadedTransformer, shape: CacheShape) -> BundleRequest:
+    """The same with another cache, and the transformer for images of another size."""
+    return replace(
+        request,
+        transformer=transformer,
+        policies=shape.policies,
+        cache=shape.cache,
+        capacity_lines=shape.capacity_lines,
+    )
 
 
 def variant_names(requests: Sequence[BundleRequest]) -> list[str]:

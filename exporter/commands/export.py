@@ -95,12 +95,12 @@ def command(
             f"nothing is calibrated for {request.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
             "--calibration-captions out"
         )
-    others = [with_cache(request, each) for each in smaller]
+    others = [with_cache(request, transformer, each) for each in smaller]
     for size in model.sizes[1:]:
         sized = load_transformer(
             transformer.checkpoint, replace(model.request, size=size), patch=image_decoder.config.patch
         )
-        others += [with_cache(replace(request, transformer=sized), each) for each in cache.settle(sized)]
+        others += [with_cache(request, sized, each) for each in cache.settle(sized)]
     conditioner = request.conditioner()
     for each in (request, *others):
         announce(console, each)
