@@ -40,6 +40,9 @@ def fetch(out: Path) -> None:
     click.echo(f"{len(found)} pictures, {held_out} of held-out names, {size / 1e6:.1f} MB")
 
 
+begun_option = click.option(
+    "--begun", is_flag=True, help="Begin a new training with the weights that an earlier one left."
+)
 device_option = click.option(
     "--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, type=torch.device
 )
@@ -53,14 +56,11 @@ device_option = click.option(
 @click.option("--rate", default=1e-3, show_default=True)
 @click.option("--ema", default=0.998, show_default=True, help="Decay of the weight average that is saved.")
 @click.option("--warmup", default=50, show_default=True, help="Steps.")
+@begun_option
 @click.pass_obj
-def vq(
-    out: Path, device: torch.device, seconds: float, codes: int, batch: int, rate: float, ema: float, warmup: int
-) -> None:
+def vq(out: Path, device: torch.device, seconds: float, **settings: Any) -> None:
     """Train the VQ tokenizer."""
-    image_tokens.train(
-        out, device, seconds, codes=codes, batch=batch, rate=rate, ema=ema, warmup=warmup
-    )
+    image_tokens.train(out, device, seconds, **settings)
 
 
 @main.command("lm")
@@ -77,10 +77,12 @@ def vq(
 @click.option("--layers", default=language.LAYERS, show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Compile the layers.")
 @click.option("--resume", is_flag=True, help="Go on where a training of the same folder stopped.")
+@begun_option
 @click.pass_obj
-def lm(out: Path, device: torch.device, *, resume: bool, **settings: Any) -> None:
+def lm(out: Path, device: torch.device, *, resume: bool, begun: bool, **settings: Any) -> None:
     """Train the transformer."""
-    language_training.train(out, device, language_training.Settings(**settings), resume=resume)
+    chosen = language_training.Settings(**settings)
+    language_training.train(out, device, chosen, resume=resume, begun=begun)
 
 
 @main.command("draw")
@@ -94,7 +96,9 @@ def draw(out: Path, device: torch.device, guidances: tuple[float, ...], count: i
 
 
 @main.command("pack")
-@click.option("--folder", "made", type=click.Path(path_type=Path), default=Path("demo/words"), show_default=True)
+@click.option(
+    "--folder", "made", type=click.Path(path_type=Path), default=Path("demo/words"), show_default=True
+)
 @click.pass_obj
 def pack(out: Path, made: Path) -> None:
     """Write the folder that `linert export` takes."""

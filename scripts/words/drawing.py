@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from training_log import Log
-from words import image_tokens, language, pictures, prompts
 
 from linert.graphs.families import janus
+from words import image_tokens, language, pictures, prompts
 
 SHEET = "samples.png"
 SHEET_PICTURES = 32
@@ -28,7 +28,9 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
 
 
 @torch.no_grad()
-def draw(model: janus.Janus, tokens: Tensor, starts: Tensor, guidance: float, generator: torch.Generator) -> Tensor:
+def draw(
+    model: janus.Janus, tokens: Tensor, starts: Tensor, guidance: float, generator: torch.Generator
+) -> Tensor:
     """Image tokens ``[I, N]`` of prompts ``[I, T]`` with ``starts [I]``, at temperature 1 with nothing cut off."""
     config = model.config
     images, prefix = tokens.shape
@@ -37,7 +39,9 @@ def draw(model: janus.Janus, tokens: Tensor, starts: Tensor, guidance: float, ge
     condition = model.condition([tokens, starts, tokens, none], guided=True)
     rows, starts = 2 * images, condition.starts
     shape = (rows, config.heads, prefix + count, config.head_dim)
-    caches = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(config.layers)]
+    caches = [
+        (torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(config.layers)
+    ]
     at = torch.arange(prefix + count, device=device)
     drawn = torch.zeros(images, count, dtype=torch.int64, device=device)
     x, first = condition.embeddings, 0
@@ -72,7 +76,10 @@ def found_among(drawn: Tensor, real: Tensor, rows: Tensor) -> dict[str, float]:
     """Of pictures drawn of ``rows [I]`` of the real ones, the share whose own is the nearest, and among the nearest five."""
     nearest = torch.cdist(small(drawn), small(real)).topk(5, largest=False).indices
     hits = nearest == rows[:, None]
-    return {"top1": round(hits[:, 0].float().mean().item(), 3), "top5": round(hits.any(1).float().mean().item(), 3)}
+    return {
+        "top1": round(hits[:, 0].float().mean().item(), 3),
+        "top5": round(hits.any(1).float().mean().item(), 3),
+    }
 
 
 def measure(out: Path, device: torch.device, guidances: Sequence[float], count: int) -> None:

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from words import image_tokens, language, prompts
 
 from linert.graphs.families import janus, vq
 from linert.runtime.files.atomic_files import atomic_file
+from words import image_tokens, language, prompts
 
 PREFIX = "gen_vision_model."
 POSITIONS = 1024
 
 
-def settings(layers: int, ffn_dim: int, text_vocabulary: int, codes: int, tokenizer: vq.VQConfig) -> dict[str, Any]:
+def settings(
+    layers: int, ffn_dim: int, text_vocabulary: int, codes: int, tokenizer: vq.VQConfig
+) -> dict[str, Any]:
     """``config.json`` as deepseek-ai writes it, of what there is to tell."""
     return {
         "architectures": ["MultiModalityCausalLM"],
@@ -25,7 +27,12 @@ def settings(layers: int, ffn_dim: int, text_vocabulary: int, codes: int, tokeni
         "torch_dtype": "float16",
         "gen_aligner_config": {
             "cls": "MlpProjector",
-            "params": {"depth": 2, "input_dim": tokenizer.code_dim, "n_embed": language.DIM, "projector_type": "mlp_gelu"},
+            "params": {
+                "depth": 2,
+                "input_dim": tokenizer.code_dim,
+                "n_embed": language.DIM,
+                "projector_type": "mlp_gelu",
+            },
         },
         "gen_head_config": {
             "cls": "vision_head",

@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training_log import Log
-from words import pictures
-from words.clock import Average, Budget, Every, autocast, load_floats, optimizer, save_halves
 
 from linert.graphs.families import vq
+from words import pictures
+from words.clock import Average, Budget, Every, autocast, load_floats, optimizer, save_halves
 
 FILE = "vq.safetensors"
 SHEET = "reconstructions.png"
@@ -25,6 +25,10 @@ HELD_OUT_EVERY = 30
 """One picture in so many measures the tokenizer and is not learned by it."""
 
 MEASURED_TIMES = 12
+
+IDLE = 0.02
+"""Share of the mean use, below which a code is idle."""
+
 SAVED_EVERY = 25.0
 
 
@@ -70,7 +74,11 @@ def differences(image: Tensor) -> tuple[Tensor, Tensor]:
 def picture_loss(image: Tensor, pixels: Tensor) -> Tensor:
     """Squares for colour, distances for sharpness, and steps between pixels, without which edges are blurred."""
     edges = [F.l1_loss(a, b) for a, b in zip(differences(image), differences(pixels), strict=True)]
-    return F.mse_loss(image, pixels) + 0.2 * F.l1_loss(image, pixels) + 0.2 * sum(edges, torch.zeros_like(edges[0]))
+    return (
+        F.mse_loss(image, pixels)
+        + 0.2 * F.l1_loss(image, pixels)
+        + 0.2 * sum(edges, torch.zeros_like(edges[0]))
+    )
 
 
 def reconstructed(model: vq.VQModel, pixels: Tensor) -> Tensor:
@@ -85,11 +93,25 @@ def psnr(image: Tensor, pixels: Tensor) -> float:
 
 
 def train(
-    out: Path, device: torch.device, seconds: float, *, codes: int, batch: int, rate: float, ema: float, warmup: int
+    out: Path,
+    device: torch.device,
+    seconds: float,
+    *,
+    codes: int,
+    batch: int,
+    rate: float,
+    ema: float,
+    warmup: int,
+    begun: bool,
 ) -> None:
-    """Train the tokenizer: reconstruction, codebook and commitment losses. Writes :data:`FILE`, in halves, and :data:`SHEET`."""
+    """Train the tokenizer: reconstruction, codebook and commitment losses. Writes :data:`FILE`, in halves, and :data:`SHEET`.
+
+    ``begun``: the weights in ``out`` are the first.
+    """
     budget = Budget(seconds)
     log = Log(out / "vq.log")
+    # All batches are of one shape: the quickest convolutions are looked for once.
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
     generator = torch.Generator(device).manual_seed(0)
     _, data = pictures.load(out)
@@ -98,6 +120,8 @@ def train(
     learned = torch.tensor([i for i in range(len(images)) if i % HELD_OUT_EVERY], device=device)
     model = vq.VQModel(config(codes), encoder=True)
     nn.init.normal_(model.quantize.embedding.weight)
+    if begun:
+        model.load_state_dict(load_floats(out / FILE))
     model.to(device)
     codebook = model.quantize.embedding.weight
     average = Average(model, ema)
@@ -113,7 +137,7 @@ def train(
             step=step + 1,
             loss=round(total.item() / max(1, since), 5),
             held_out_psnr=psnr(shown, measured),
-            codes_in_use=int((used >= 1).sum()),
+            codes_in_use=int((used >= IDLE * used.mean()).sum()),
             rate=adam.param_groups[0]["lr"],
         )
         total.zero_()
@@ -159,12 +183,13 @@ def train(
 
 @torch.no_grad()
 def restart(codebook: Tensor, used: Tensor, latents: Tensor, generator: torch.Generator) -> None:
-    """Codes ``[K, d]`` that nothing chooses start again at some of ``latents [n, d, h, w]``; none is looked at on the host."""
+    """Codes ``[K, d]`` that hardly anything chooses start again at some of ``latents [n, d, h, w]``; none is looked at on the host."""
     pool = latents.permute(0, 2, 3, 1).flatten(0, 2)
     rows = torch.randint(len(pool), (len(codebook),), generator=generator, device=codebook.device)
-    idle = used < 1
+    usual = used.mean()
+    idle = used < IDLE * usual
     codebook.copy_(torch.where(idle[:, None], pool[rows], codebook))
-    used.copy_(torch.where(idle, 5.0, used))
+    used.copy_(torch.where(idle, 5 * IDLE * usual, used))
 
 
 def save(model: vq.VQModel, out: Path) -> None:

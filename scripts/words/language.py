@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from words import image_tokens, prompts
-from words.clock import load_floats
 
 from linert.graphs.families import janus
+from words import image_tokens, prompts
+from words.clock import load_floats
 
 FILE = "lm.safetensors"
 LAYERS, DIM, HEADS, FFN_DIM = 6, 256, 8, 576
@@ -79,7 +79,9 @@ class TrainedJanus(nn.Module):
         # It is made of the two below, and only for drawing.
         self.janus.image_embedding.requires_grad_(False)
         self.gen_embed = nn.Embedding(*codebook.shape)
-        self.gen_aligner = nn.ModuleList([nn.Linear(codebook.shape[1], config.dim), nn.Linear(config.dim, config.dim)])
+        self.gen_aligner = nn.ModuleList(
+            [nn.Linear(codebook.shape[1], config.dim), nn.Linear(config.dim, config.dim)]
+        )
         for name, parameter in self.janus.named_parameters():
             if parameter.ndim > 1:
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from training_log import Log
-from words import image_tokens, language, pictures, prompts
-from words.clock import Average, Budget, Every, autocast, optimizer, save_halves
 
 from linert.runtime.files.atomic_files import atomic_file
+from words import image_tokens, language, pictures, prompts
+from words.clock import Average, Budget, Every, autocast, load_floats, optimizer, save_halves
 
 STATE_FILE = "lm_state.pt"
 MEASURED = 192
@@ -76,9 +76,7 @@ class Data:
         held_out = torch.tensor([picture.held_out for picture in named], device=device)
         return cls(torch.stack(grids), sets, held_out)
 
-    def batch(
-        self, settings: Settings, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def batch(self, settings: Settings, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Prompts, their lengths, pictures, and which are to be learned without their prompt."""
         device, size = self.grids.device, settings.batch
 
@@ -112,8 +110,13 @@ class Data:
         }
 
 
-def train(out: Path, device: torch.device, settings: Settings, *, resume: bool) -> None:
-    """Train on the tokenizer's tokens. Writes the average of the weights in halves, often, and a state to go on from."""
+def train(out: Path, device: torch.device, settings: Settings, *, resume: bool, begun: bool) -> None:
+    """Train on the tokenizer's tokens. Writes the average of the weights in halves, often, and a state to go on from.
+
+    Args:
+        resume: go on from that state, in the time that it left.
+        begun: the weights in ``out`` are the first of a new training.
+    """
     state = torch.load(out / STATE_FILE, weights_only=True, map_location="cpu") if resume else None
     budget = Budget(settings.seconds, state["spent"] if state else 0.0)
     log = Log(out / "lm.log")
@@ -122,7 +125,10 @@ def train(out: Path, device: torch.device, settings: Settings, *, resume: bool) 
     measured = data.measured()
     tokenizer = image_tokens.load(out, torch.device("cpu"))
     sizes = language.config(tokenizer.config.codebook_size, prompts.PromptTokens(out), settings.layers)
-    model = language.TrainedJanus(sizes, tokenizer.quantize.embedding.weight).to(device)
+    model = language.TrainedJanus(sizes, tokenizer.quantize.embedding.weight)
+    if begun:
+        model.load_published(load_floats(out / language.FILE))
+    model.to(device)
     average = Average(model, settings.ema)
     adam = optimizer(model, settings.rate, (0.9, 0.95), 0.05)
     first = 0
@@ -206,7 +212,10 @@ def training_loss(
 
     parts: tuple[language.Layer, Callable[..., Tensor]] = (language.layer, language.prediction_loss)
     if settings.compiled:
-        compiled = (torch.compile(language.layer, dynamic=False), torch.compile(language.prediction_loss, dynamic=False))
+        compiled = (
+            torch.compile(language.layer, dynamic=False),
+            torch.compile(language.prediction_loss, dynamic=False),
+        )
         try:
             loss_with(*compiled).backward()
         except Exception as error:

@@ -63,7 +63,7 @@ class Picture:
 def plain(text: str) -> str:
     """``text`` in small letters without accents, quotes and curls."""
     bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    for curled, straight in (("’", "'"), ("“", ""), ("”", ""), ("!", ""), (".", "")):
+    for curled, straight in (("\u2019", "'"), ("\u201c", ""), ("\u201d", ""), ("!", ""), (".", "")):
         bare = bare.replace(curled, straight)
     return bare.lower().strip()
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
-from words.pictures import Picture
 
 from linert.graphs.families import janus
 from linert.runtime.drawing.tokenizer import TextTokenizer
+from words.pictures import Picture
 
 FILE = "tokenizer.json"
 SETS_FILE = "prompts.npz"
@@ -44,7 +44,13 @@ TEMPLATES = (
     *("{a}", "the {name}", "one {name}", "{name} icon", "{name} emoji"),
     *("a picture of {a}", "an icon of {a}", "an image of {a}", "a drawing of {a}", "an emoji of {a}"),
     *("a picture of the {name}", "draw {a}", "draw me {a}", "show me {a}", "please draw {a}"),
-    *("a small {name}", "a glossy {name}", "a 3d picture of {a}", "{a} on white", "{a} on a white background"),
+    *(
+        "a small {name}",
+        "a glossy {name}",
+        "a 3d picture of {a}",
+        "{a} on white",
+        "{a} on a white background",
+    ),
     *("{a}, glossy, 3d", "{name} in 3d", "this is {a}", "i would like to see {a}", "{subgroup}, {name}"),
     *("{name}, {subgroup}", "{name} ({group})", "{group}: {name}", "{a}, {group}", "{name}, {keyword}"),
     *("{keyword}, {name}", "{a} with {keyword}", "{a}, {keyword}, {other}", "{keyword} {name}"),
@@ -209,4 +215,6 @@ def write_sets(pictures: Sequence[Picture], out: Path) -> None:
 def load_sets(out: Path) -> PromptSets:
     with np.load(out / SETS_FILE) as arrays:
         tensors = {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in arrays}
-    return PromptSets(*(Prompts(tensors[f"{n}_tokens"], tensors[f"{n}_lengths"]) for n in ("learned", "unseen")))
+    return PromptSets(
+        *(Prompts(tensors[f"{n}_tokens"], tensors[f"{n}_lengths"]) for n in ("learned", "unseen"))
+    )
