@@ -135,7 +135,7 @@ def train(
         shown = reconstructed(average.averaged, measured)
         log(
             step=step + 1,
-            loss=round(total.item() / max(1, since), 5),
+            **({"loss": round(total.item() / since, 5)} if since else {}),
             held_out_psnr=psnr(shown, measured),
             codes_in_use=int((used >= IDLE * used.mean()).sum()),
             rate=adam.param_groups[0]["lr"],

@@ -151,7 +151,7 @@ def train(out: Path, device: torch.device, settings: Settings, *, resume: bool, 
 
     def show(step: int, *, thoroughly: bool) -> None:
         nonlocal since
-        values: dict[str, object] = {"loss": round(total.item() / max(1, since), 4)}
+        values: dict[str, object] = {"loss": round(total.item() / since, 4)} if since else {}
         if thoroughly:
             values |= losses(average.averaged, measured, device)
         memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
