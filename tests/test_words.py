@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from words import drawing, folder, image_tokens, language, prompts
-from words.clock import Budget, save_halves
+from words.clock import Budget, optimizer, save_halves
 from words.pictures import Picture, spoken_name
 
 from linert.exporter.models import ModelRequest, load_models
@@ -158,3 +158,21 @@ def test_a_training_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates[0] == pytest.approx(0.5)
     assert max(rates) == rates[1]
     assert rates[-1] < 0.05
+
+
+def test_pictures_that_were_learned_are_drawn_from_their_prompts() -> None:
+    torch.manual_seed(0)
+    config = janus.JanusConfig(2, 64, 4, 4, 96, CODES, TEXT, PREFIX, BOS, BOI, PAD, grid=4)
+    model = language.TrainedJanus(config, torch.randn(CODES, 8))
+    grids = torch.randint(CODES, (2, 16))
+    tokens, lengths = padded(left=False)
+    adam = optimizer(model, 5e-3, (0.9, 0.95), 0.0)
+    for step in range(150):
+        read = model.unconditional(tokens, lengths, torch.full((2,), step % 8 == 0))
+        ids, targets = model.sequences(read, lengths, grids)
+        loss = language.prediction_loss(model, model.hidden(ids), targets)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    drawn = drawing.draw(model.fold(), *padded(left=True), 2.0, torch.Generator().manual_seed(3))
+    assert (drawn == grids).float().mean() > 0.9
