@@ -143,6 +143,7 @@ def train(
         total.zero_()
         since = 0
 
+    save(average.averaged, out)
     step = 0
     for step in budget.steps():
         for group in adam.param_groups:
