@@ -19,9 +19,7 @@ demo/lasadgen_demo; `signed`, `raster` and `none` are its other decays.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_log import Log
 
 from linert.exporter.lasadgen_folder import write_lasadgen
 from linert.graphs.families import lasadgen, llamagen, vq
@@ -149,19 +148,6 @@ class Place:
 
     task: Task
     device: torch.device
-
-
-class Log:
-    """One JSON line a report, to the terminal and to a file beside the checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("a", buffering=1)
-        self.began = time.monotonic()
-
-    def __call__(self, **values: object) -> None:
-        line = json.dumps({"seconds": round(time.monotonic() - self.began, 1), **values})
-        click.echo(line)
-        print(line, file=self.file)
 
 
 def save(payload: object, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""A small Janus that draws pictures from words: its data, its two trainings, and the folder it is published in."""
