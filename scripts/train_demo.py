@@ -268,9 +268,10 @@ def slim(place: Place, out: Path) -> None:
 
 
 def encode(model: vq.VQModel, pixels: Tensor) -> Tensor:
-    """Tokens ``[n, GRID * GRID]`` of ``pixels``."""
+    """Tokens ``[n, GRID * GRID]`` of ``pixels``, on the model's device."""
+    device = model.quantize.embedding.weight.device
     with torch.no_grad():
-        parts = [model.nearest(model.latents(p)).flatten(1) for p in pixels.split(64)]
+        parts = [model.nearest(model.latents(p.to(device))).flatten(1) for p in pixels.split(64)]
     return torch.cat(parts)
 
 
@@ -324,7 +325,7 @@ def train_ar(
     log = Log(out / f"{attention}_{task.name}.log")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    tokenizer = load_vq(out / task.vq_file)
+    tokenizer = load_vq(out / task.vq_file).to(device)
     sets = [task.images("train", generator if view else None) for view in range(views)]
     tokens = torch.cat([encode(tokenizer, pixels) for pixels, _ in sets])
     classes = torch.cat([labels for _, labels in sets])
@@ -332,9 +333,7 @@ def train_ar(
     test_tokens = encode(tokenizer, test_pixels)
     log(grids=len(tokens), distinct_tokens=int(tokens.unique().numel()))
 
-    tokens, classes, test_tokens, test_labels = (
-        tensor.to(device) for tensor in (tokens, classes, test_tokens, test_labels)
-    )
+    classes, test_labels = classes.to(device), test_labels.to(device)
     # Where no device is named, tensors are made on this one.
     with device:
         model = task.transformer(attention).to(device)
