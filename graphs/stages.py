@@ -95,7 +95,45 @@ class Prefill(Stage):
         )
 
 
-class Decode(Stage):
+class DecodeStage(Stage):
+    """What stages that feed positions and draw tokens have in common: their tensors.
+
+    Args:
+        model: whose layers they run through.
+        memory: what those remember.
+        width: positions of every sequence that one run takes.
+        filtered: whether top-k and top-p are looked at.
+    """
+
+    opset: ClassVar[int] = OPSET
+    advanced_in_place: ClassVar[bool]
+    """Whether the loop's own state has one reader, so that it may be written where it lies."""
+
+    def __init__(self, model: RasterTransformer, memory: Memory, width: int, *, filtered: bool) -> None:
+        super().__init__()
+        self.name = decode_stage(width, filtered=filtered)
+        self.width, self.filtered = width, filtered
+        self.model, self.memory = model, memory
+        self.geometry = geometry = memory.geometry
+        loop = [spec for spec in geometry.loop_state() if spec.kind != "line"]
+        self.inputs = [
+            *sampling_inputs(geometry),
+            *memory.settings(),
+            *loop,
+            *memory.shared_state(),
+            *memory.layer_state(),
+        ]
+        advanced = [spec for spec in loop if spec.kind in ("token", "tokens", "position")]
+        written = [spec for spec in memory.layer_state() if spec.kind in memory.written]
+        self.in_place = frozenset(spec.name for spec in [*advanced * self.advanced_in_place, *written])
+        self.outputs = [
+            *(spec.next() for spec in advanced),
+            logits_output(geometry),
+            *(spec.next() for spec in written),
+        ]
+
+
+class Decode(DecodeStage):
     """Feed one token (at first the condition's positions), write it into its slots, and draw the next.
 
     Every image is at a position of its own; one that is finished keeps its tokens. Whoever runs the stage ends the lines of those that are
@@ -106,31 +144,10 @@ class Decode(Stage):
     use neither.
     """
 
-    opset: ClassVar[int] = OPSET
+    advanced_in_place = True
 
     def __init__(self, model: RasterTransformer, memory: Memory, *, filtered: bool = True) -> None:
-        super().__init__()
-        self.name = decode_stage(1, filtered=filtered)
-        self.filtered = filtered
-        self.model = model
-        self.memory = memory
-        self.geometry = geometry = memory.geometry
-        loop = [spec for spec in geometry.loop_state() if spec.kind != "line"]
-        self.inputs = [
-            *sampling_inputs(geometry),
-            *memory.settings(),
-            *loop,
-            *memory.shared_state(),
-            *memory.layer_state(),
-        ]
-        advanced = [spec for spec in loop if spec.name in ("token", "tokens", "position")]
-        written = [spec for spec in memory.layer_state() if spec.kind in memory.written]
-        self.in_place = frozenset(spec.name for spec in [*advanced, *written])
-        self.outputs = [
-            *(spec.next() for spec in advanced),
-            logits_output(geometry),
-            *(spec.next() for spec in written),
-        ]
+        super().__init__(model, memory, 1, filtered=filtered)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config, model = self.geometry, self.geometry.config, self.model
@@ -170,38 +187,18 @@ class Decode(Stage):
         return token_next, tokens_next, position_next, logits, *written
 
 
-class WindowDecode(Stage):
+class WindowDecode(DecodeStage):
     """Feed a window of positions of every sequence, and accept the first of what they draw; see :mod:`linert.graphs.window`.
 
     The variant ``decode.wT.unfiltered`` leaves top-k and top-p out.
     """
 
-    opset: ClassVar[int] = OPSET
+    advanced_in_place = False
 
     def __init__(
         self, model: RasterTransformer, memory: Memory, width: int, *, filtered: bool = True
     ) -> None:
-        super().__init__()
-        self.name = decode_stage(width, filtered=filtered)
-        self.width, self.filtered = width, filtered
-        self.model, self.memory = model, memory
-        self.geometry = geometry = memory.geometry
-        loop = [spec for spec in geometry.loop_state() if spec.kind != "line"]
-        self.inputs = [
-            *sampling_inputs(geometry),
-            *memory.settings(),
-            *loop,
-            *memory.shared_state(),
-            *memory.layer_state(),
-        ]
-        advanced = [spec for spec in loop if spec.kind in ("token", "tokens", "position")]
-        written = [spec for spec in memory.layer_state() if spec.kind in memory.written]
-        self.in_place = frozenset(spec.name for spec in written)
-        self.outputs = [
-            *(spec.next() for spec in advanced),
-            logits_output(geometry),
-            *(spec.next() for spec in written),
-        ]
+        super().__init__(model, memory, width, filtered=filtered)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config, model = self.geometry, self.geometry.config, self.model

@@ -220,11 +220,11 @@ def _walk_apart(
     lines = np.zeros(images, np.int64)
     whole = 0
     while (fed < raster.image_tokens - 1).any():
-        ends = np.minimum((lines + 1) * raster.line_width, raster.image_tokens - 1)
+        until = np.minimum((lines + 1) * raster.line_width, raster.image_tokens - 1)
         going = fed < raster.image_tokens - 1
         width = batch.window if batch.choice is None else batch.choice.next()
         begun, before = time.perf_counter(), fed
-        for _ in range(-(-int((ends - fed)[going].min()) // width)):
+        for _ in range(-(-int((until - fed)[going].min()) // width)):
             backend.run(batch.decode(width))
         fed = backend.read("position")[:images].astype(np.int64) - raster.prefix_len
         if batch.choice is not None:
@@ -236,8 +236,9 @@ def _walk_apart(
             whole = finished
             drawn(whole)
         if due.size:
-            _end_lines(backend, batch, LineEnds(tuple(due.tolist()), tuple(lines[due].tolist())))
-            ended(LineEnds(tuple(due.tolist()), tuple(lines[due].tolist())))
+            ends = LineEnds(tuple(due.tolist()), tuple(lines[due].tolist()))
+            _end_lines(backend, batch, ends)
+            ended(ends)
             lines[due] += 1
 
 
