@@ -140,6 +140,30 @@ def test_json_alone(tiny_bundle: Path, linert: Linert) -> None:
     assert values["seconds_per_image"] is None
 
 
+def test_every_window_is_measured(windowed_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", windowed_bundle, "--rounds", 1, "--images", 1, "--json")
+    assert result.code == 0, result.err
+    values = json.loads(result.out)
+    windows = values["windows"]
+    assert list(windows) == ["1", "2", "4"]
+    steps = [window["passes"] for window in windows.values()]
+    assert steps == sorted(steps, reverse=True)
+    assert steps[-1] < steps[0] == TINY.image_tokens
+    for window in windows.values():
+        assert window["step_ms"] > 0
+        assert window["accepted"] == pytest.approx((TINY.image_tokens - 1) / window["passes"])
+        seconds = (window["passes"] * window["step_ms"] + window["line_ends"] * values["line_end_ms"]) / 1e3
+        assert window["expected_seconds"] == pytest.approx(seconds / values["images"])
+        assert window["seconds"] > 0
+    table = linert("bench", windowed_bundle, "--rounds", 1, "--images", 0).out
+    assert table.index("stages") < table.index("windows") < table.index("to the first token")
+
+
+def test_a_bundle_of_single_steps_has_no_table_of_windows(tiny_bundle: Path, linert: Linert) -> None:
+    result = linert("bench", tiny_bundle, "--rounds", 1, "--images", 0, "--json")
+    assert json.loads(result.out)["windows"] == {}
+
+
 def test_a_sweep_measures_every_combination(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
     plot = tmp_path / "sweep.png"
     result = linert(
