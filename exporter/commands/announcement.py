@@ -11,7 +11,7 @@ from linert.runtime.text import lines_text, size_text
 
 def announce(console: Console, request: BundleRequest) -> None:
     """Say what will be built and exactly how much state memory it takes, before any work."""
-    config, cache, raster = request.transformer.config, request.cache, request.raster
+    config, raster = request.transformer.config, request.raster
     patch = request.image_decoder.config.patch
     rows = "conditional and unconditional rows" if request.guided else "conditional rows only"
     console.print(
@@ -32,6 +32,12 @@ def announce(console: Console, request: BundleRequest) -> None:
         f"image: {raster.lines} x {raster.line_width} tokens, "
         f"{raster.columns * patch} x {raster.lines * patch} pixels; batch {request.images}, {rows}"
     )
+    announce_cache(console, request)
+
+
+def announce_cache(console: Console, request: BundleRequest) -> None:
+    """The part of it that variants with other buffers have of their own."""
+    cache, raster = request.cache, request.raster
     if cache is None:
         console.print(f"cache: {cache_text(None)}")
     else:

@@ -11,7 +11,7 @@ from linert.exporter.bundle_export import BundleRequest, export_bundle, with_cac
 from linert.exporter.bundle_folder import BUNDLE
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.calibration import calibrated
-from linert.exporter.commands.announcement import announce
+from linert.exporter.commands.announcement import announce, announce_cache
 from linert.exporter.commands.export_options import (
     CalibrationRequest,
     ModelFiles,
@@ -77,7 +77,7 @@ def command(
     # Held from now on, so that nobody else begins to work on it.
     click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     transformer, image_decoder = load_models(checkpoint, model.vq, model.request)
-    shape, *smaller = cache.settle(transformer)
+    shape, *other_buffers = cache.settle(transformer)
     request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
@@ -95,15 +95,17 @@ def command(
             f"nothing is calibrated for {request.precision.spec.text}: leave --calibration-images, --calibration-prompts and "
             "--calibration-captions out"
         )
-    others = [with_cache(request, transformer, each) for each in smaller]
+    others = [with_cache(request, transformer, each) for each in other_buffers]
     for size in model.sizes[1:]:
         sized = load_transformer(
             transformer.checkpoint, replace(model.request, size=size), patch=image_decoder.config.patch
         )
         others += [with_cache(request, sized, each) for each in cache.settle(sized)]
     conditioner = request.conditioner()
+    announced: set[str] = set()
     for each in (request, *others):
-        announce(console, each)
+        (announce_cache if each.size in announced else announce)(console, each)
+        announced.add(each.size)
         if each.transformer.prompts is not None:
             # What stands around prompts must fit at least, and the tokenizer must take usual words as they are.
             each.conditioner().check([Prompt(""), *each.conditioner().usual()])
