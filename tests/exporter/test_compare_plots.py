@@ -121,6 +121,7 @@ def test_the_legend_of_a_sweep_covers_no_bar(tmp_path: Path) -> None:
             decode_ms=ms,
             line_end_ms=1,
             vq_decoder_ms=1,
+            windows={},
             image=None,
             images=1,
             line_width=4,
