@@ -403,11 +403,13 @@ class _Windows:
         self._passes: dict[int, list[Passes]] = {width: [] for width in self._steps}
 
     def time_steps(self) -> None:
+        """As many steps of each width as a line has of single ones, behind some that warm up."""
+        wanted = WARM_UP + self._measured.manifest.raster.line_width
         for width, times in self._steps.items():
-            if not times:
-                # The first line warms up.
-                self._measured.line(width)
-            times += self._measured.line(width)
+            taken: list[float] = []
+            while len(taken) < wanted:
+                taken += self._measured.line(width)
+            times += taken[WARM_UP:]
 
     def time_passes(self) -> None:
         for width, passes in self._passes.items():
