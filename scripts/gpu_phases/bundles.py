@@ -26,7 +26,7 @@ WINDOWED = {(1, 4), (8, 4)}
 """Cells of LlamaGen-XL that have windows too."""
 
 
-def make_demo(out: Path, name: str) -> None:
+def make_demo(out: Path, name: str, windows: str = WINDOWS) -> None:
     """Export a demo with the weights that its name says; draw on the CPU; pack both."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
@@ -35,7 +35,7 @@ def make_demo(out: Path, name: str) -> None:
         floats = "fp16" if precision == "int4" else precision
         linert(
             *("export", *CHECKPOINTS[model], "--vq", DEMO / "vq_demo.pt", "--batch", 2, "--guidance", 3),
-            *("--window", WINDOWS, "--precision", precision, "--activations", floats),
+            *("--window", windows, "--precision", precision, "--activations", floats),
             *("--image-decoder-precision", floats, "--out", bundle),
         )
         with Generator(bundle) as generator:
