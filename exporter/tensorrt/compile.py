@@ -141,7 +141,9 @@ def compile_kernel(
             compiled[capability] = triton.compile(
                 _source(function, signature, constants),
                 target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": warps, "enable_fp_fusion": True},
+                # Two threads that add each other's products must have one sum: they write it to one place. Were a product fused with
+                # its addition, each would have rounded the other's alone.
+                options={"num_warps": warps, "enable_fp_fusion": False},
             )
             refuse_hidden_memory(function.__name__, compiled[capability].metadata)
     oldest = compiled[PTX_CAPABILITY]

@@ -118,3 +118,14 @@ def test_keys_and_values_are_read_by_whole_vectors(
         assert len(wide) >= 4 * launch.repeats, name
         if launch.group == 1:
             assert bits == 128
+
+
+def test_threads_that_add_each_others_products_have_one_sum(
+    compiled: list[tuple[str, str, CompiledKernel]],
+) -> None:
+    """A fused multiply-add rounds one of two products: the sums of two threads would differ, and both write theirs to one place."""
+    for name, kernel, binary in compiled:
+        # What is not told how to round may be fused by whoever compiles the text.
+        fused = re.findall(rb"\b(?:fma[.\w]*|(?:mul|add)\.f32)\b", binary.ptx)
+        assert fused == [], (name, kernel)
+        assert kernel == "line_evict" or b"mul.rn.f32" in binary.ptx, (name, kernel)
