@@ -24,8 +24,11 @@ class CacheWishes:
     request: CacheRequest
     capacities: tuple[int, ...] = ()
 
-    def settle(self, transformer: LoadedTransformer) -> list[CacheShape]:
+    def settle(self, transformer: LoadedTransformer, *, one_of_many: bool = False) -> list[CacheShape]:
         """The cache of every variant, the one that holds the default settings first; an empty one for a model without a cache.
+
+        Args:
+            one_of_many: images of other sizes have buffers of the same lines: more than this image's are all of its lines.
 
         Raises:
             RequestError: something is asked of a cache that is not there, or the default fits no variant.
@@ -41,13 +44,14 @@ class CacheWishes:
         raster, layers = raster_of(transformer.config), transformer.config.layers
         cache = usual_cache(raster, layers, policies, self.request)
         if not self.capacities:
-            most = (raster.lines,) * layers
-            return [CacheShape(policies, cache, most if FULL in policies else cache.budget_lines)]
+            whole = (raster.lines,) * layers
+            return [CacheShape(policies, cache, whole if FULL in policies else cache.budget_lines)]
+        most = raster.lines if one_of_many else max(self.capacities)
         # Each variant holds what fits it; one alone is to hold everything that was asked for.
         alone = len(self.capacities) == 1
         shapes = [
             variant_shape(raster, layers, policies, cache, lines, alone=alone)
-            for lines in sorted(self.capacities)
+            for lines in sorted({min(lines, most) for lines in self.capacities})
         ]
         if all(FULL not in shape.policies for shape in shapes) and FULL in policies:
             raise RequestError(

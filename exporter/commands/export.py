@@ -77,7 +77,8 @@ def command(
     # Held from now on, so that nobody else begins to work on it.
     click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     transformer, image_decoder = load_models(checkpoint, model.vq, model.request)
-    shape, *other_buffers = cache.settle(transformer)
+    many = len(model.sizes) > 1
+    shape, *other_buffers = cache.settle(transformer, one_of_many=many)
     request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
@@ -100,7 +101,7 @@ def command(
         sized = load_transformer(
             transformer.checkpoint, replace(model.request, size=size), patch=image_decoder.config.patch
         )
-        others += [with_cache(request, sized, each) for each in cache.settle(sized)]
+        others += [with_cache(request, sized, each) for each in cache.settle(sized, one_of_many=many)]
     conditioner = request.conditioner()
     announced: set[str] = set()
     for each in (request, *others):

@@ -153,7 +153,8 @@ def wishes_options() -> Decorator:
             default="",
             callback=lambda c, p, text: parse_capacities(text),
             help="Lines that the buffer has, for runs with larger budgets than the default; of a list, a run takes the smallest that "
-            "its budget fits. Default: the budget; all lines if the bundle holds full.",
+            "its budget fits. More lines than one of several sizes has are all of its lines. Default: the budget; all lines if the bundle "
+            "holds full.",
         ),
     ]
     group = option_group("cache", listed, ("policies", "cache", "capacities"), _wishes)

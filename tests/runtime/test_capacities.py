@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from linert.exporter.cache_wishes import CacheWishes
+from linert.exporter.models import ModelRequest, load_models
 from linert.runtime.bundles.bundle import open_bundle, variants_of
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.generator import Generator
@@ -114,3 +116,11 @@ def test_what_makes_no_sense_is_refused(
     done = linert("export", *files, *options, "--out", tmp_path / "out")
     assert done.code == 2
     assert told in done.err, done.err
+
+
+def test_of_several_sizes_a_buffer_has_no_more_lines_than_the_image(tiny_files: Files) -> None:
+    transformer, _ = load_models(*tiny_files, ModelRequest(grid=6, heads=4))
+    wishes = CacheWishes(("linear", "full"), CacheRequest(budget_lines=3), (3, 9))
+    shapes = wishes.settle(transformer, one_of_many=True)
+    assert [shape.capacity_lines for shape in shapes] == [(3, 3), (6, 6)]
+    assert [shape.policies for shape in shapes] == [("linear",), ("linear", "full")]
