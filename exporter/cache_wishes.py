@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from linert.exporter.bundle_export import CacheShape, raster_of
+from linert.exporter.bundle_request import CacheShape, raster_of
 from linert.exporter.models import LoadedTransformer
 from linert.runtime.bundles.cache_settings import FULL, CacheSettings
 from linert.runtime.bundles.raster import Raster

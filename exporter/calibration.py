@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from linert.exporter.bundle_export import BundleRequest
+from linert.exporter.bundle_request import BundleRequest
 from linert.exporter.models import LoadedImageDecoder
 from linert.exporter.precision import (
     Method,

@@ -36,7 +36,7 @@ from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import BundleError, RequestError
 from linert.runtime.files.array_files import read_arrays, write_arrays
 from linert.runtime.files.atomic_files import make_folder
-from linert.runtime.measuring.bench import milliseconds
+from linert.runtime.measuring.measured import milliseconds
 from linert.runtime.measuring.metrics import Metric
 
 CELLS = "cells"

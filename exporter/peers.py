@@ -26,7 +26,8 @@ from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.generator import picture
 from linert.runtime.drawing.samples import list_samples
-from linert.runtime.measuring.bench import Measured, Timings, measure
+from linert.runtime.measuring.bench import Timings, measure
+from linert.runtime.measuring.measured import Measured
 
 PEER_STEPS = 4
 """Decode steps that a peer takes in every round, after one that is not counted."""

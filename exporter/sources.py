@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from linert.exporter.bundle_export import BundleRequest
+from linert.exporter.bundle_request import BundleRequest
 from linert.exporter.checkpoint import digest_of, find_weights, is_averaged
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer, ModelRequest, load_models
 from linert.exporter.precision import Method, Precision, PrecisionSettings

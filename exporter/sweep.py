@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from linert.exporter.bundle_export import BundleRequest, export_bundle, raster_of
+from linert.exporter.bundle_export import export_bundle
+from linert.exporter.bundle_request import BundleRequest, raster_of
 from linert.exporter.calibration import with_integer_decoder
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
 from linert.exporter.precision import Method, Precision

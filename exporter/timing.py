@@ -14,7 +14,7 @@ from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.manifest import CONTRACT_KEY, Manifest, TensorSpec
 from linert.runtime.bundles.manifest_file import contract
-from linert.runtime.measuring.bench import fill_slots, milliseconds
+from linert.runtime.measuring.measured import fill_slots, milliseconds
 
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 """ONNX Runtime's setting: where the weights of a graph lie that comes without a file of its own."""

@@ -25,7 +25,7 @@ from linert.graphs.families.lasadgen import SIZES, Variant
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.files.atomic_files import atomic_file
-from linert.runtime.measuring.bench import Measured
+from linert.runtime.measuring.measured import Measured
 
 LASAD = {f"LASADGen, {variant}": variant for variant in (Variant.MANHATTAN, Variant.SIGNED)}
 

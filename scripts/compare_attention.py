@@ -29,7 +29,8 @@ from rich.table import Table
 from torch.nn import functional as F
 from train_demo import TASKS, encode, load_vq
 
-from linert.exporter.bundle_export import BundleRequest, export_bundle
+from linert.exporter.bundle_export import export_bundle
+from linert.exporter.bundle_request import BundleRequest
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.intervals import ScoredImages
 from linert.exporter.models import LoadedTransformer, ModelRequest, load_models
@@ -39,7 +40,8 @@ from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.generator import Generator
 from linert.runtime.drawing.samples import ClassLabel, list_samples
-from linert.runtime.measuring.bench import Measured, Timings, measure
+from linert.runtime.measuring.bench import Timings, measure
+from linert.runtime.measuring.measured import Measured
 from linert.runtime.measuring.metrics import Metric, Rows
 from linert.runtime.text import size_text
 

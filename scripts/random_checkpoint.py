@@ -13,7 +13,8 @@ from pathlib import Path
 import click
 import torch
 
-from linert.exporter.bundle_export import BundleRequest, export_bundle
+from linert.exporter.bundle_export import export_bundle
+from linert.exporter.bundle_request import BundleRequest
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.lasadgen_folder import write_lasadgen
 from linert.exporter.models import ModelRequest, load_models

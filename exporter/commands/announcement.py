@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from linert.exporter.bundle_export import BundleRequest
+from linert.exporter.bundle_request import BundleRequest
 from linert.runtime.bundles.cache_settings import cache_text
 from linert.runtime.text import lines_text, size_text
 

@@ -22,13 +22,13 @@ from linert.exporter.compare_grid import Grid
 from linert.exporter.intervals import require_images
 from linert.exporter.report import render_page, tables
 from linert.runtime.backends.options import BackendOptions
-from linert.runtime.bundles.cache_settings import FULL, CacheSettings
+from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.setting import settings_of
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
 from linert.runtime.commands.option_group import Decorator, option_group
 from linert.runtime.commands.output_options import Output, output_options
-from linert.runtime.drawing.cache_request import PYRAMID, UNIFORM, CacheRequest
+from linert.runtime.drawing.cache_request import PYRAMID, UNIFORM
 from linert.runtime.drawing.generator import Generator
 from linert.runtime.drawing.samples import list_samples
 from linert.runtime.errors import OutputError, RequestError
@@ -145,8 +145,8 @@ def command(
     _check_out(out, resume=resume)
     # One variant draws all cells.
     opened = place.open()
-    widest = opened.manifest.cache and CacheRequest(policy=FULL).settle_for(opened)[0]
-    generator = Generator(widest or opened, BackendOptions(threads=threads))
+    *_, widest = opened.capacities
+    generator = Generator(opened.other(widest), BackendOptions(threads=threads))
     manifest = generator.manifest
     listed = Grid(policies or tuple(manifest.policies), budgets, tried)
     cells, refused = listed.cells(manifest)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from linert.exporter.bundle_export import BundleRequest, export_bundle, with_cache
+from linert.exporter.bundle_export import export_bundle
 from linert.exporter.bundle_folder import BUNDLE
+from linert.exporter.bundle_request import BundleRequest, with_cache
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.calibration import calibrated
 from linert.exporter.commands.announcement import announce, announce_cache

@@ -23,7 +23,8 @@ from linert.runtime.errors import LinertError, OutputError
 from linert.runtime.files.atomic_files import check_target
 from linert.runtime.files.replacement import scratch_folder
 from linert.runtime.machine import default_threads, processor_name
-from linert.runtime.measuring.bench import Measured, Timings
+from linert.runtime.measuring.bench import Timings
+from linert.runtime.measuring.measured import Measured
 from linert.runtime.text import size_text
 
 MATPLOTLIB = b"atplotlib"

@@ -26,7 +26,9 @@ from linert.runtime.machine import (
     peak_resident_bytes,
     processor_name,
 )
-from linert.runtime.measuring.bench import Measured, NodeTime, Timings, measure, profile, step_work
+from linert.runtime.measuring.bench import Timings, measure, step_work
+from linert.runtime.measuring.measured import Measured
+from linert.runtime.measuring.step_profile import NodeTime, profile
 from linert.runtime.text import size_text
 
 TOP = 10

@@ -19,7 +19,8 @@ from gpu_phases.place import Place
 from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.drawing.generator import Generator
 from linert.runtime.drawing.samples import ClassLabel, list_samples
-from linert.runtime.measuring.bench import Measured, Timings, measure
+from linert.runtime.measuring.bench import Timings, measure
+from linert.runtime.measuring.measured import Measured
 
 FOLDER = "bundles"
 DEMO_SEED = 7

@@ -18,7 +18,8 @@ from linert.exporter.intervals import Interval
 from linert.exporter.report import tables
 from linert.graphs.policies import POLICIES as REGISTERED
 from linert.runtime.bundles.cache_settings import FULL
-from linert.runtime.measuring.bench import Limit, Start, Timings
+from linert.runtime.measuring.bench import Limit, Timings
+from linert.runtime.measuring.measured import Start
 from linert.runtime.measuring.metrics import ClassAccuracy, FrechetDistance, Metric
 from tests.conftest import cache_settings
 

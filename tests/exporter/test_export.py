@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 
 from linert.exporter import bundle_export
 from linert.exporter.bundle_folder import foreign_to_bundle
+from linert.exporter.bundle_request import BundleRequest
 from linert.exporter.cache_wishes import usual_cache
 from linert.exporter.models import ModelRequest, load_models
 from linert.exporter.sources import family_config, precision_settings
@@ -184,10 +185,10 @@ def test_a_tokenizer_of_another_codebook_is_refused(tiny_files: Files, golden_fi
         request_of(tiny_files[0], golden_files[1])
 
 
-def request_of(model: Path, vq_file: Path) -> bundle_export.BundleRequest:
+def request_of(model: Path, vq_file: Path) -> BundleRequest:
     transformer, decoder = load_models(model, vq_file, ModelRequest(grid=6, heads=4))
     cache = cache_settings()
-    return bundle_export.BundleRequest(
+    return BundleRequest(
         transformer=transformer,
         image_decoder=decoder,
         policies=("linear",),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from linert.exporter.bundle_export import BundleRequest
+from linert.exporter.bundle_request import BundleRequest
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.calibration import Calibration, calibrated, with_integer_decoder
 from linert.exporter.models import (

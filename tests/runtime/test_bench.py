@@ -19,7 +19,9 @@ from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.errors import RequestError
 from linert.runtime.machine import ReadBandwidth, forget_peak, peak_macs, peak_resident_bytes, resident_bytes
-from linert.runtime.measuring.bench import Limit, Measured, limit_of, profile
+from linert.runtime.measuring.bench import Limit, limit_of
+from linert.runtime.measuring.measured import Measured
+from linert.runtime.measuring.step_profile import profile
 from tests.conftest import ROOT, TINY, Result
 
 Linert = Callable[..., Result]
