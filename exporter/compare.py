@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ class Comparison:
     """One comparison in its folder.
 
     Args:
-        generator: draws from the bundle.
+        generator: draws from the bundle's variant with the largest buffers.
         cells: the full cache first.
         request: what is compared; the folder belongs to it.
         metrics: quality metrics.
@@ -162,13 +163,30 @@ class Comparison:
         request = self.request
         run = RunRequest(request.samples, request.sampling, cell.cache, request.bundle_sha256)
         groups = list(self.generator.batches(request.samples))
-        first = 0
+        firsts = itertools.accumulate(map(len, groups), initial=0)
         with run_folder(path, run, resume=self.resume and path.exists(), force=False) as store:
-            for index, group in enumerate(groups):
-                self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
-                if any(image not in store.done for image in range(first, first + len(group))):
-                    store.record(first, self.generator.draw(group, request.sampling, cell.cache))
-                first += len(group)
+            missing = [
+                (index, first, group)
+                for index, (first, group) in enumerate(zip(firsts, groups, strict=False))
+                if any(image not in store.done for image in range(first, first + len(group)))
+            ]
+            if not missing:
+                return
+            with self._fitting(cell) as generator:
+                for index, first, group in missing:
+                    self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
+                    store.record(first, generator.draw(group, request.sampling, cell.cache))
+
+    @contextmanager
+    def _fitting(self, cell: Cell) -> Iterator[Generator]:
+        """One of the bundle's variant with the smallest buffers that hold the cell's budget; it draws the same, and reads less."""
+        widest = self.generator
+        fitting = widest.bundle.fitting(cell.cache)
+        if fitting.variant == widest.bundle.variant:
+            yield widest
+            return
+        with Generator(fitting, widest.options, widest.conditioner) as generator:
+            yield generator
 
     def _scored(self, cell: Cell, tokens: NDArray[np.int64]) -> list[ScoredImages]:
         """The cell's images under each metric."""

@@ -141,7 +141,7 @@ class LineEnd(Stage):
         self.policy = policy
         self.geometry = geometry = memory.geometry
         wanted = ["scores", "slot_pos"] + ["k_cache"] * policy.reads_keys
-        replaced = ["slot_pos"] if policy.carries_scores else ["scores", "slot_pos"]
+        replaced = ["scores", "slot_pos"] if policy.replaces_scores else ["slot_pos"]
         layers = memory.layer_state()
         loop = {spec.name: spec for spec in memory.state()}
         config = geometry.config
@@ -195,7 +195,7 @@ class LineEnd(Stage):
         chosen_slots, left_slots, restarted = zip(
             *(ends[layer] for layer in range(config.layers)), strict=True
         )
-        replaced = left_slots if self.policy.carries_scores else restarted + left_slots
+        replaced = restarted + left_slots if self.policy.replaces_scores else left_slots
         return joined([slots[None] for slots in chosen_slots]), line_number + ended.to(torch.int64), *replaced
 
     def plugin_attributes(self) -> dict[str, int] | None:
@@ -211,7 +211,7 @@ class LineEnd(Stage):
             "kv_heads": config.kv_heads,
             "branches": self.geometry.branches,
             "importance": int(self.policy.plugin_importance),
-            "carries_scores": int(self.policy.carries_scores),
+            "carries_scores": int(not self.policy.replaces_scores),
         }
 
     def _groups(self) -> list[list[int]]:

@@ -5,6 +5,7 @@
     python scripts/train_words.py vq           # the tokenizer
     python scripts/train_words.py lm           # the transformer, on the tokenizer's tokens
     python scripts/train_words.py pack         # demo/words, in Janus-Pro's published layout
+    python scripts/train_words.py prompts      # lists of prompts, for scripts/word_metrics.py
 
 All but `pack` write into one folder, given before the command's name with --out. Trainings are given their time, not their steps:
 the learning rate follows the clock, so that they end as planned on any machine.
@@ -74,6 +75,7 @@ def vq(out: Path, device: torch.device, seconds: float, **settings: Any) -> None
 @click.option("--canonical", default=0.5, show_default=True, help="Share of pictures as they are.")
 @click.option("--exact", default=0.4, show_default=True, help="Share of exact names.")
 @click.option("--dropped", default=0.1, show_default=True, help="Share without a prompt.")
+@click.option("--corrupted", default=0.05, show_default=True, help="Share of tokens read as others.")
 @click.option("--layers", default=language.LAYERS, show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Compile the layers.")
 @click.option("--resume", is_flag=True, help="Go on where a training of the same folder stopped.")
@@ -93,6 +95,15 @@ def lm(out: Path, device: torch.device, *, resume: bool, begun: bool, **settings
 def draw(out: Path, device: torch.device, guidances: tuple[float, ...], count: int) -> None:
     """Draw from names and paraphrases, log how many are recognised, and write sheets."""
     drawing.measure(out, device, guidances, count)
+
+
+@main.command("prompts")
+@click.pass_obj
+def lists(out: Path) -> None:
+    """Write lists of prompts to draw from, and what each asks for, as scripts/word_metrics.py reads it."""
+    named, _ = pictures.load(out)
+    for name, count in prompts.write_lists(named, out).items():
+        click.echo(f"{out / name}.txt: {count} prompts")
 
 
 @main.command("pack")

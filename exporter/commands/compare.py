@@ -21,9 +21,10 @@ from linert.exporter.compare import CellResult, CompareRequest, Comparison
 from linert.exporter.compare_grid import Grid
 from linert.exporter.intervals import require_images
 from linert.exporter.report import render_page, tables
-from linert.runtime.backends.options import BackendOptions
+from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.setting import settings_of
+from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
 from linert.runtime.commands.option_group import Decorator, option_group
@@ -118,9 +119,13 @@ def grid_options() -> Decorator:
     help="Images whose logits are compared with the full cache's, both fed the same tokens. Default: a batch.",
 )
 @grid_options()
-@click.option("--timing/--no-timing", default=True, show_default=True, help="Time decode at every budget.")
+@click.option(
+    "--timing/--no-timing",
+    default=None,
+    help="Time decode at every budget. Default: where the bundle runs on the CPU.",
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted comparison in OUT.")
-@click.option("--threads", default=0, help="CPU threads. Default: one a core.")
+@backend_options()
 @output_options()
 def command(
     place: BundlePlace,
@@ -132,9 +137,9 @@ def command(
     seed: int,
     metric_source: str | None,
     forced_images: int | None,
-    timing: bool,
+    timing: bool | None,
     resume: bool,
-    threads: int,
+    options: BackendOptions,
     output: Output,
     tried: dict[str, tuple[Any, ...]],
 ) -> None:
@@ -143,10 +148,15 @@ def command(
     Every combination of the lists draws the same images. OUT gets compare.json and a self-contained compare.html.
     """
     _check_out(out, resume=resume)
-    # One variant draws all cells.
+    on_cpu = options.name is BackendName.CPU
+    if timing and not on_cpu:
+        raise RequestError(
+            f"--timing is of the CPU alone: leave it out, or time {options.name} with linert bench"
+        )
+    # This one holds all budgets.
     opened = place.open()
     *_, widest = opened.capacities
-    generator = Generator(opened.other(widest), BackendOptions(threads=threads))
+    generator = Generator(opened.other(widest), options)
     manifest = generator.manifest
     listed = Grid(policies or tuple(manifest.policies), budgets, tried)
     cells, refused = listed.cells(manifest)
@@ -192,7 +202,7 @@ def command(
                 task, description=phase, completed=done, total=total
             ),
         )
-        results = comparison.run(timing=timing)
+        results = comparison.run(timing=on_cpu if timing is None else timing)
         strips = [comparison.pictures(cell, STRIP_IMAGES) for cell in cells]
         progress.update(task, completed=progress.tasks[0].total)
     facts = {
@@ -204,7 +214,8 @@ def command(
             f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
         ),
         "by default": manifest.cache.text,
-        "machine": f"{processor()}, {threads or os.cpu_count()} threads, ONNX Runtime {onnxruntime.__version__}",
+        "machine": f"{processor()}, {options.threads or os.cpu_count()} threads, backend {options.name}, ONNX Runtime "
+        f"{onnxruntime.__version__}",
     }
     if comparison.cautions:
         facts["caution"] = "; ".join(comparison.cautions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy, choose_slots, end_line, evict
+from linert.graphs.policies.fading import Fading
 from linert.graphs.policies.full import Full
 from linert.graphs.policies.h2o import H2O
 from linert.graphs.policies.linear import Linear
@@ -25,7 +26,7 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-for _policy in (Linear, Streaming, H2O, SnapKV, RKV, Full):
+for _policy in (Linear, Streaming, H2O, Fading, SnapKV, RKV, Full):
     register(_policy)
 
 __all__ = [

@@ -64,20 +64,25 @@ class Policy(ABC):
     """A cache policy. Subclasses set ``name`` and say how important each slot is.
 
     ``window``: only the last so many queries of a line count in the scores; None counts all of them.
-    ``carries_scores``: scores of kept tokens go on from line to line instead of starting again.
+    ``carried``: share of a kept token's score that goes on from line to line; 0 starts again.
     ``reads_keys``: the policy looks at keys as well. ``plugin_importance``: which of the LineEvict plugin's kinds of importance
     it is; None where a GPU runs the standard operators.
     """
 
     name: ClassVar[str]
     window: ClassVar[int | None] = None
-    carries_scores: ClassVar[bool] = False
+    carried: ClassVar[float] = 0.0
     reads_keys: ClassVar[bool] = False
     plugin_importance: ClassVar[Importance | None] = None
 
     @abstractmethod
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         """Importance ``[R, C]`` float32, between -1e30 and infinity; the least important unprotected slots go first."""
+
+    @property
+    def replaces_scores(self) -> bool:
+        """Whether a line's end leaves other scores than it found."""
+        return self.carried != 1
 
     def score_window(self, line_width: int) -> int:
         """The ``score_window`` input of decode: scores restart this many queries before a line's end; 0 never."""
@@ -178,8 +183,14 @@ def end_line(
     protected = protected_slots(line, capacity, params)
     importance = shared_importance(policy.importance(line, params), line, params)
     chosen = choose_slots(importance, line.slot_pos, protected, line.line_width)
-    scores = line.scores if policy.carries_scores else restarted(line)
-    return chosen, evict(line.slot_pos, chosen, params.strict), scores
+    return chosen, evict(line.slot_pos, chosen, params.strict), carried_scores(policy, line)
+
+
+def carried_scores(policy: Policy, line: FinishedLine) -> Tensor:
+    """Scores ``[R, C]`` that the next line begins with."""
+    if not policy.replaces_scores:
+        return line.scores
+    return line.scores * policy.carried if policy.carried else restarted(line)
 
 
 def restarted(line: FinishedLine) -> Tensor:

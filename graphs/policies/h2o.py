@@ -12,7 +12,7 @@ class H2O(Policy):
     """Keep the recent window and the tokens that all queries so far, summed, attended to most, per head."""
 
     name = "h2o"
-    carries_scores = True
+    carried = 1.0
     plugin_importance = Importance.ATTENTION
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -144,19 +144,38 @@ def contact_sheet(
     columns = columns or math.ceil(math.sqrt(len(captions)))
     rows = math.ceil(len(captions) / columns)
     font = PIL.ImageFont.load_default(size=12)
-    gap, caption = 6, 16
+    gap, line = 6, 14
     sheet: PIL.Image.Image | None = None
-    for index, (text, image) in enumerate(zip(captions, pictures, strict=False)):
+    texts: list[list[str]] = []
+    for index, image in zip(range(len(captions)), pictures, strict=False):
         zoom = max(1, math.ceil(96 / image.width))
         width, height = image.width * zoom, image.height * zoom
-        cell = (width + gap, height + caption + gap)
+        texts = texts or [wrapped(text, width, font.getlength) for text in captions]
+        cell = (width + gap, height + max(map(len, texts)) * line + 2 + gap)
         sheet = sheet or PIL.Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), "white")
         x, y = gap + index % columns * cell[0], gap + index // columns * cell[1]
         sheet.paste(image.resize((width, height), PIL.Image.Resampling.NEAREST), (x, y))
-        PIL.ImageDraw.Draw(sheet).text((x, y + height + 1), text, fill="black", font=font)
+        for number, text in enumerate(texts[index]):
+            PIL.ImageDraw.Draw(sheet).text((x, y + height + 1 + number * line), text, fill="black", font=font)
     if sheet is None:
         raise ValueError("a contact sheet of no pictures")
     return sheet
+
+
+def wrapped(text: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """``text`` in lines of at most ``width`` by ``length``, one or more: broken between words, and within words that are too long."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if length(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if lines[-1] and length(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
 
 
 def sheet_columns(conditions: int, images: int) -> int | None:

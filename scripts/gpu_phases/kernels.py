@@ -67,7 +67,7 @@ def sanitize(place: Place, tool: str, seconds: float) -> Outcome:
     except subprocess.TimeoutExpired as error:
         raise NotRunError(f"{tool} took longer than the {seconds:.0f} seconds that were left") from error
     (out / "log").write_text(done.stdout + done.stderr)
-    summaries = [line.strip(" =") for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+    summaries = [line.strip(" =") for line in done.stdout.splitlines() if " SUMMARY: " in line]
     if done.returncode or not summaries:
         raise AssertionError(
             f"exit code {done.returncode}: {(done.stdout + done.stderr).strip()[-1500:] or 'no output'}"

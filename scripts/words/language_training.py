@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from training_log import Log
 
+from linert.graphs.families import janus
 from linert.runtime.files.atomic_files import atomic_file
 from words import image_tokens, language, pictures, prompts
 from words.clock import Average, Budget, Every, autocast, load_floats, optimizer, save_halves
@@ -35,6 +36,7 @@ class Settings:
         canonical: share of sequences with the picture as it is.
         exact: share of sequences with the exact name.
         dropped: share of sequences without a prompt.
+        corrupted: share of the image tokens that are read as others than they are, so that what is drawn survives a slip.
         layers: of the transformer.
         compiled: whether layers are compiled by torch.
     """
@@ -48,6 +50,7 @@ class Settings:
     canonical: float
     exact: float
     dropped: float
+    corrupted: float
     layers: int = language.LAYERS
     compiled: bool = False
 
@@ -194,6 +197,14 @@ def train(out: Path, device: torch.device, settings: Settings, *, resume: bool, 
     save(step)
 
 
+def corrupted(ids: Tensor, config: janus.JanusConfig, share: float, generator: torch.Generator) -> Tensor:
+    """``ids [B, S]`` where so large a share of the image tokens is replaced by any."""
+    chance = torch.rand(ids.shape, generator=generator, device=ids.device)
+    any_ = torch.randint(config.vocab_size, ids.shape, generator=generator, device=ids.device)
+    slips = (chance < share) & (ids >= config.text_vocab_size)
+    return torch.where(slips, any_ + config.text_vocab_size, ids)
+
+
 def training_loss(
     model: language.TrainedJanus,
     data: Data,
@@ -207,6 +218,7 @@ def training_loss(
     def loss_with(layer: language.Layer, last: Callable[..., Tensor]) -> Tensor:
         tokens, lengths, grids, dropped = data.batch(settings, generator)
         ids, targets = model.sequences(model.unconditional(tokens, lengths, dropped), lengths, grids)
+        ids = corrupted(ids, model.config, settings.corrupted, generator)
         with autocast(device):
             return last(model, model.hidden(ids, layer), targets)
 

@@ -19,6 +19,9 @@ from words.pictures import Picture
 
 FILE = "tokenizer.json"
 SETS_FILE = "prompts.npz"
+MEANT_FILE = "meant.json"
+"""The name that each prompt of the lists asks for."""
+
 VOCABULARY = 2048
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
@@ -210,6 +213,33 @@ def write_sets(pictures: Sequence[Picture], out: Path) -> None:
         arrays[f"{name}_tokens"] = prompts.tokens.numpy().astype(np.uint16)
         arrays[f"{name}_lengths"] = prompts.lengths.numpy().astype(np.uint8)
     np.savez_compressed(out / SETS_FILE, **arrays)
+
+
+def write_lists(pictures: Sequence[Picture], out: Path) -> dict[str, int]:
+    """Write lists of prompts to draw from, one a line and each in another order, and :data:`MEANT_FILE`.
+
+    ``names.txt`` and ``paraphrases.txt``: of what is learned by its name and by paraphrases, where these are of kinds that are
+    not learned; ``held_out_names.txt`` and ``held_out_paraphrases.txt``: of what is learned by its exact name alone.
+
+    Returns:
+        How many prompts each has.
+    """
+    tokens = PromptTokens(out)
+    unseen = paraphrases(pictures, tokens, 1, unseen=True, seed=5)
+    meant: dict[str, str] = {}
+    counts = {}
+    for held_out, prefix in ((False, ""), (True, "held_out_")):
+        chosen = [number for number, picture in enumerate(pictures) if picture.held_out is held_out]
+        random.Random(7).shuffle(chosen)
+        for kind in ("names", "paraphrases"):
+            asked = {
+                (pictures[n].name if kind == "names" else unseen[n][0]): pictures[n].name for n in chosen
+            }
+            meant |= asked
+            counts[prefix + kind] = len(asked)
+            (out / f"{prefix}{kind}.txt").write_text("".join(f"{prompt}\n" for prompt in asked))
+    (out / MEANT_FILE).write_text(json.dumps(meant, indent=0, sort_keys=True) + "\n")
+    return counts
 
 
 def load_sets(out: Path) -> PromptSets:

@@ -44,6 +44,10 @@ def h2o(row: Row) -> np.ndarray:
     return row.scores
 
 
+def fading(row: Row) -> np.ndarray:
+    return row.scores
+
+
 def _neighbours(row: Row, position: int, reach: int) -> list[float]:
     slots = row.slots()
     near = range(position - reach, position + reach + 1)
@@ -88,7 +92,7 @@ def rkv(row: Row) -> np.ndarray:
 
 
 IMPORTANCE: dict[str, Callable[[Row], np.ndarray]] = {
-    policy.__name__: policy for policy in (full, linear, streaming, h2o, snapkv, rkv)
+    policy.__name__: policy for policy in (full, linear, streaming, h2o, fading, snapkv, rkv)
 }
 
 

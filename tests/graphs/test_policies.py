@@ -170,7 +170,7 @@ def test_a_whole_image_against_the_reference(setting: Setting, name: str) -> Non
             assert (left[row] == after).all()
             resident = left[row][left[row] >= 0]
             assert len(set(resident.tolist())) == len(resident)
-        assert (scores == (buffer.scores if policy.carries_scores else 0)).all()
+        assert (scores == buffer.scores * policy.carried).all()
         if setting.average_heads:
             by_branch = chosen.reshape(setting.branches, HEADS, WIDTH)
             assert (by_branch == by_branch[:, :1]).all()

@@ -20,7 +20,7 @@ from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.commands import render
 from linert.runtime.drawing.conditions import conditions_of
-from linert.runtime.drawing.output import read_recipe
+from linert.runtime.drawing.output import contact_sheet, read_recipe, wrapped
 from linert.runtime.drawing.samples import ClassLabel, Sample, list_samples
 from linert.runtime.errors import LinertError
 from tests.conftest import ROOT, TINY, Result
@@ -68,6 +68,17 @@ def test_one_png_an_image_and_a_contact_sheet(linert: Linert, tiny_bundle: Path,
         assert arrays["tokens"].dtype == np.int64
         assert arrays["classes"].tolist() == [3, 1, 3, 1, 3]
         assert arrays["seeds"].tolist() == [40, 40, 41, 41, 42]
+
+
+def test_captions_stay_below_their_pictures() -> None:
+    assert wrapped("show me an icon of t... · 1", 9, len) == ["show me", "an icon", "of t... ·", "1"]
+    assert wrapped("jack-o-lantern · 1", 9, len) == ["jack-o-la", "ntern · 1"]
+    assert wrapped("", 9, len) == [""]
+    tiles = [PIL.Image.new("RGB", (96, 96), "red")] * 4
+    sheet = np.asarray(contact_sheet(tiles, ["a prompt that is long · 1", "x", "", "y"], columns=2))
+    # Nothing is written between the columns.
+    assert (sheet[:, 6 + 96 : 6 + 96 + 4] == 255).all()
+    assert (sheet[6 + 96 :, 6:60] < 100).all(-1).any()
 
 
 def test_the_metadata_makes_an_image_again(linert: Linert, tiny_bundle: Path, tmp_path: Path) -> None:
