@@ -1,4 +1,4 @@
-# make demo: from the demo checkpoint to a validated contact sheet.
+# make demo: from two demo checkpoints, digits by class and pictures from words, to validated contact sheets.
 # make test: lint, types, documentation, tests.   make check: the same without the slow tests, for every edit.
 # make docs: the documentation as a site, in build/site.
 # All set up a virtual environment first; nothing needs to be installed by hand but Python 3.11 or newer.
@@ -23,7 +23,12 @@ demo: setup
 	    --budget-lines 4 --batch 10 --guidance 3 --out $(OUT)/bundle --force
 	$(BIN)/linert run $(OUT)/bundle --classes 0-9 --num-images 40 --seed 1 --out $(OUT)/images --force
 	$(BIN)/linert validate $(OUT)/bundle
-	@echo 'The pictures are in $(OUT)/images; all of them: $(OUT)/images/contact_sheet.png'
+	$(BIN)/linert export demo/words --budget-lines 1/2 --batch 10 --prompt-tokens 28 --guidance 1.5 \
+	    --temperature 0.5 --out $(OUT)/words --force
+	$(BIN)/linert run $(OUT)/words --prompt-file demo/words_prompts.txt --num-images 20 --seed 1 \
+	    --out $(OUT)/drawn --force
+	$(BIN)/linert validate $(OUT)/words
+	@echo 'Digits: $(OUT)/images/contact_sheet.png. Drawn from words: $(OUT)/drawn/contact_sheet.png'
 
 lint: setup docs
 	$(BIN)/ruff check .

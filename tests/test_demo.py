@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 DEMO = ROOT / "demo"
 FILES = DEMO / "c2i_demo.pt", DEMO / "vq_demo.pt"
 LASADGEN = DEMO / "lasadgen_demo"
+WORDS = DEMO / "words"
 PAIRS = DEMO / "c2i_pairs.pt", DEMO / "vq_pairs.pt"
 OPTIONS = ("--grid", 16, "--heads", 4, "--guidance", 3)
 IMAGES = 100
@@ -35,7 +36,8 @@ def full_cache(export: Callable[..., Path]) -> Path:
 
 def test_the_demo_files_are_small() -> None:
     assert sum(path.stat().st_size for path in FILES) <= 10e6
-    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 13e6
+    assert sum(path.stat().st_size for path in WORDS.iterdir()) <= 12e6
+    assert sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file()) <= 24e6
 
 
 def test_guided_samples_are_recognised(full_cache: Path, classifier: DigitClassifier) -> None:
@@ -84,3 +86,30 @@ def test_pairs_are_repeated_from_far_above(export: Callable[..., Path], classifi
         repeated[policy] = metric.score(metric.measure(pixels, np.zeros(30, np.int64)))
     assert repeated["full"] >= 0.9
     assert repeated["streaming"] <= 0.5
+
+
+def test_words_become_pictures_of_their_colours(linert: Callable[..., Result], tmp_path: Path) -> None:
+    """Names and paraphrases are read: what is drawn is of the colour of what they name."""
+    import numpy as np
+
+    from linert import Generator
+
+    bundle = tmp_path / "bundle"
+    options = ("--prompt-tokens", 28, "--guidance", 1.5, "--temperature", 0.5)
+    result = linert("export", WORDS, "--policy", "full", "--batch", 6, *options, "--out", bundle)
+    assert result.code == 0, result.err
+    colours = {
+        "a red apple": (1, 0, 0),
+        "tomato": (1, 0, 0),
+        "green heart": (0, 1, 0),
+        "show me a cactus": (0, 1, 0),
+        "blue heart": (0, 0, 1),
+        "draw a blue book": (0, 0, 1),
+    }
+    with Generator(bundle) as generator:
+        images = generator.generate(list(colours), seed=1)
+    of_prompt = np.array([np.argmax(colours[image.sample.condition.text]) for image in images])
+    levels = np.stack([(image.pixels.clip(-1, 1) + 1) / 2 for image in images])
+    coloured = np.ptp(levels, axis=1, keepdims=True) > 0.25
+    means = (levels * coloured).sum((2, 3)) / coloured.sum((2, 3))
+    assert (means.argmax(1) == of_prompt).sum() >= 5
