@@ -146,6 +146,7 @@ def _stages(request: BundleRequest) -> list[stages.Stage]:
             module.by_phase = not request.precision.convolutions
     all_stages: list[stages.Stage] = [
         stages.Prefill(model, memory),
+        stages.Admit(model, memory),
         stages.Decode(model, memory),
         stages.Decode(model, memory, filtered=False),
         *(

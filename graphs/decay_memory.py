@@ -34,6 +34,7 @@ class DecayMemory(Memory):
     """
 
     written = SPATIAL_DECAY_STEP.replaced
+    unseen = SPATIAL_DECAY_STEP.replaced
 
     def __init__(self, geometry: Geometry, decays: Decays, matrices: int) -> None:
         super().__init__(geometry)

@@ -39,6 +39,7 @@ class LineBuffer(Memory):
     """Keys and values of so many lines, in slots of which the next line overwrites those that a policy chose."""
 
     written = LINE_ATTENTION.replaced
+    unseen = ("k_cache", "v_cache")
     empty: ClassVar[Mapping[str, int]] = {"slot_pos": -1}
 
     def layer_state(self) -> list[StateTensor]:

@@ -90,10 +90,12 @@ class WindowStep(ABC):
 class Memory(ABC):
     """The state of all layers.
 
-    ``written``: kinds that decode replaces, where they lie. ``empty``: what kinds hold at first, where it is not 0.
+    ``written``: kinds that decode replaces, where they lie. ``unseen``: kinds of which nothing is read that a batch did not write
+    before. ``empty``: what kinds hold at first, where it is not 0.
     """
 
     written: ClassVar[tuple[str, ...]]
+    unseen: ClassVar[tuple[str, ...]]
     empty: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, geometry: Geometry) -> None:

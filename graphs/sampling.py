@@ -34,7 +34,7 @@ def noise_size(vocab_size: int) -> int:
 
 
 class SamplingParams(NamedTuple):
-    """Run-time scalars (shape ``[]``) of the sampler.
+    """Run-time numbers of the sampler: one a row (shape ``[I, 1]``), or one for all (``[]``).
 
     ``guidance`` float32: scale s of ``u + s (c - u)``; 1 or less means the conditional logits alone.
     ``guidance_interval`` int64: decode steps after this one (counted from 0) are unguided; -1 never.
@@ -68,10 +68,10 @@ def guide(logits: Tensor, params: SamplingParams, image_index: Tensor) -> Tensor
         ``[I, V]`` float32.
     """
     conditional, unconditional = logits.chunk(2)
-    step = image_index - 1
+    step = image_index[:, None] - 1
     unlimited = params.guidance_interval < 0
     guided = (params.guidance > 1.0) & (unlimited | (step <= params.guidance_interval))
-    return torch.where(guided[:, None], mix(conditional, unconditional, params.guidance), conditional)
+    return torch.where(guided, mix(conditional, unconditional, params.guidance), conditional)
 
 
 class Bracket(NamedTuple):
@@ -152,7 +152,7 @@ def top_p_threshold(x: Tensor, mass: Tensor, top_p: Tensor) -> Tensor:
     Args:
         x: ``[I, V]`` scores, at most 0; their order is the order of the mass.
         mass: ``[I, V]`` unnormalised probabilities, zero where already filtered.
-        top_p: scalar; 1 or more keeps everything.
+        top_p: ``[I, 1]`` or ``[]``; 1 or more keeps everything.
     """
     size = x.shape[-1]
     total = mass.sum(-1, keepdim=True)
@@ -236,4 +236,4 @@ def sample(logits: Tensor, params: SamplingParams, noise: Tensor, *, filtered: b
     ``filtered=False`` builds the sampler without top-k and top-p.
     """
     mass = filtered_mass(logits, params) if filtered else tempered(logits, params).exp()
-    return torch.where(params.greedy != 0, logits.argmax(-1), draw(mass, noise))
+    return torch.where(params.greedy.flatten() != 0, logits.argmax(-1), draw(mass, noise))

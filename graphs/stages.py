@@ -1,6 +1,7 @@
-"""The four stages, each a torch module with named, static-shape inputs and outputs.
+"""The stages, each a torch module with named, static-shape inputs and outputs.
 
     prefill      condition -> state
+    admit        conditions of some images, state -> state'         when these take rows that are free
     decode       state -> state', next token                        once a token, or once a window of them
     line_end     state -> state'                                    once a line, one a policy
     vq_decoder   token grid -> pixels
@@ -44,7 +45,7 @@ def sampling_inputs(geometry: Geometry) -> list[StageTensor]:
     table = (geometry.images, config.image_tokens, noise_size(config.vocab_size))
     return [
         StageTensor("noise", torch.float32, table),
-        *(StageTensor(name, dtype, ()) for name, dtype in SAMPLING_INPUTS.items()),
+        *(StageTensor(name, dtype, (geometry.images, 1)) for name, dtype in SAMPLING_INPUTS.items()),
     ]
 
 
@@ -71,11 +72,14 @@ class Prefill(Stage):
         self.outputs = [spec.next() for spec in memory.state()]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        condition, starts = self.model.condition(inputs, guided=self.geometry.guided)
+        return self.empty(condition, starts, starts.amin(0, keepdim=True).repeat(self.geometry.sequences))
+
+    def empty(self, condition: Tensor, starts: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        """The state with nothing fed; ``position [B]`` is fed first."""
         geometry, config = self.geometry, self.geometry.config
-        condition, starts = self.model.condition(inputs, guided=geometry.guided)
         token = torch.zeros(geometry.images, dtype=torch.int64)
         tokens = torch.full((geometry.images, config.image_tokens), NO_DRAFT)
-        position = starts.amin(0, keepdim=True).repeat(geometry.sequences)
         memory = self.memory
         layers = [
             torch.full(spec.shape, memory.empty.get(spec.kind, 0), dtype=spec.dtype)
@@ -93,6 +97,46 @@ class Prefill(Stage):
             *memory.first_shared(),
             *layers,
         )
+
+
+class Admit(Stage):
+    """Let new images take the rows of some; the rows of all others stay as they are, bit by bit.
+
+    ``admitted [I]`` int64 is not 0 for the images that begin, whose conditions the other inputs are. An image begins where its own
+    conditions do, whatever the others of the batch are. What caches hold of the image before is left there, and nothing sees it.
+    """
+
+    name = "admit"
+
+    def __init__(self, model: RasterTransformer, memory: Memory) -> None:
+        super().__init__()
+        self.prefill = Prefill(model, memory)
+        self.geometry = geometry = memory.geometry
+        self.replaced = [spec for spec in memory.state() if spec.kind not in memory.unseen]
+        self.inputs = [
+            *self.prefill.inputs,
+            StageTensor("admitted", torch.int64, (geometry.images,)),
+            *self.replaced,
+        ]
+        self.outputs = [spec.next() for spec in self.replaced]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        geometry, prefill = self.geometry, self.prefill
+        conditions = len(prefill.inputs)
+        condition, starts = prefill.model.condition(tensors[:conditions], guided=geometry.guided)
+        position = starts.unflatten(0, (geometry.branches, -1)).amin(0).repeat(geometry.branches)
+        state = zip(prefill.memory.state(), prefill.empty(condition, starts, position), strict=True)
+        fresh = {spec.name: tensor for spec, tensor in state}
+        images = tensors[conditions] != 0
+        sequences = images.repeat(geometry.branches)
+        begins = {"image": images, "sequence": sequences, "row": geometry.per_row(sequences)}
+        after = []
+        for spec, before in zip(self.replaced, tensors[conditions + 1 :], strict=True):
+            [axis] = [number for number, name in enumerate(spec.axes) if name in begins]
+            shape = [1] * len(spec.axes)
+            shape[axis] = -1
+            after.append(torch.where(begins[spec.axes[axis]].reshape(shape), fresh[spec.name], before))
+        return tuple(after)
 
 
 class DecodeStage(Stage):
@@ -224,7 +268,8 @@ class WindowDecode(DecodeStage):
         index = window.drawn_index()[:images]
         noise = inputs["noise"]
         drawn_with = noise.gather(1, index[:, :, None].expand(-1, -1, noise.shape[2]))
-        params = SamplingParams(*(inputs[name] for name in SAMPLING_INPUTS))
+        # One a position.
+        params = SamplingParams(*(inputs[name].repeat(1, self.width).reshape(-1, 1) for name in SAMPLING_INPUTS))
         drawn = _next_token(
             geometry, logits.flatten(0, 1), params, drawn_with.flatten(0, 1), index.flatten(), self.filtered
         )

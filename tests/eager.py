@@ -31,7 +31,8 @@ def usual_inputs(geometry: stages.Geometry, **settings: float) -> dict[str, torc
     integers |= dict.fromkeys((name for name in LineEndParams._fields if name != "capacity"), 0)
     for name, usual in (reals | integers).items():
         kind = torch.float32 if name in reals else torch.int64
-        tensors[name] = torch.tensor(settings.get(name, usual), dtype=kind)
+        shape = (geometry.images, 1) if name in stages.SAMPLING_INPUTS else ()
+        tensors[name] = torch.full(shape, settings.get(name, usual), dtype=kind)
     return tensors
 
 

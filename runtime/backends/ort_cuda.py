@@ -28,7 +28,7 @@ PROVIDER = "CUDAExecutionProvider"
 DISABLED_OPTIMIZERS = ("WeightBiasQuantization",)
 """It makes 32-bit integers of biases for convolutions in int8, and there is no CUDA kernel that widens those."""
 
-NOT_CAPTURED = frozenset({"prefill"})
+NOT_CAPTURED = frozenset({"prefill", "admit"})
 """Stages that run without a CUDA graph. ONNX Runtime copies outputs that are constants from the host once the operators have
 run, and does not when it replays a graph; an empty state is constants."""
 

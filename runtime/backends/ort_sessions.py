@@ -114,7 +114,7 @@ class SessionBackend(Backend):
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         # What it calls errors is raised as well.
         options.log_severity_level = 4
-        if stage == "prefill":
+        if stage in ("prefill", "admit"):
             # An empty state is a constant, which would be made when the session is and held beside the state for good.
             options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", "4096")
         path = self.bundle.stage_path(stage)

@@ -13,7 +13,7 @@ from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.errors import RequestError
 
-SCHEMA = 9
+SCHEMA = 10
 MANIFEST_NAME = "manifest.json"
 CONTRACT_KEY = "linert.contract"
 """Of the entry in an ONNX file's metadata that holds :func:`linert.runtime.bundles.manifest_file.contract`."""

@@ -218,7 +218,7 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
     raster, states = manifest.raster, {spec.name: spec for spec in manifest.state}
     if len(states) != len(manifest.state):
         yield "two states of one name"
-    wanted = {"prefill", "vq_decoder"}
+    wanted = {"prefill", "admit", "vq_decoder"}
     wanted |= {
         decode_stage(window, filtered=filtered) for window in manifest.windows for filtered in (True, False)
     }

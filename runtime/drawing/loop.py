@@ -82,7 +82,10 @@ def rows_of(manifest: Manifest, images: Sequence[int], rows: int) -> NDArray[np.
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
     """The stages' inputs that sampling and cache settings decide."""
     cache = batch.cache
-    inputs = stage_inputs(batch.sampling, manifest.raster)
+    inputs: dict[str, NDArray[np.generic]] = {
+        name: np.full((manifest.images, 1), value)
+        for name, value in stage_inputs(batch.sampling, manifest.raster).items()
+    }
     if cache is None:
         return inputs
     policy = manifest.policies.get(cache.policy)
