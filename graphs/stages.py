@@ -99,7 +99,7 @@ class Prefill(Stage):
         )
 
 
-class Admit(Stage):
+class Admit(Prefill):
     """Let new images take the rows of some; the rows of all others stay as they are, bit by bit.
 
     ``admitted [I]`` int64 is not 0 for the images that begin, whose conditions the other inputs are. An image begins where its own
@@ -109,23 +109,22 @@ class Admit(Stage):
     name = "admit"
 
     def __init__(self, model: RasterTransformer, memory: Memory) -> None:
-        super().__init__()
-        self.prefill = Prefill(model, memory)
-        self.geometry = geometry = memory.geometry
+        super().__init__(model, memory)
+        geometry = self.geometry
+        self.conditions = len(self.inputs)
         self.replaced = [spec for spec in memory.state() if spec.kind not in memory.unseen]
         self.inputs = [
-            *self.prefill.inputs,
+            *self.inputs,
             StageTensor("admitted", torch.int64, (geometry.images,)),
             *self.replaced,
         ]
         self.outputs = [spec.next() for spec in self.replaced]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        geometry, prefill = self.geometry, self.prefill
-        conditions = len(prefill.inputs)
-        condition, starts = prefill.model.condition(tensors[:conditions], guided=geometry.guided)
+        geometry, conditions = self.geometry, self.conditions
+        condition, starts = self.model.condition(tensors[:conditions], guided=geometry.guided)
         position = starts.unflatten(0, (geometry.branches, -1)).amin(0).repeat(geometry.branches)
-        state = zip(prefill.memory.state(), prefill.empty(condition, starts, position), strict=True)
+        state = zip(self.memory.state(), self.empty(condition, starts, position), strict=True)
         fresh = {spec.name: tensor for spec, tensor in state}
         images = tensors[conditions] != 0
         sequences = images.repeat(geometry.branches)
@@ -269,7 +268,9 @@ class WindowDecode(DecodeStage):
         noise = inputs["noise"]
         drawn_with = noise.gather(1, index[:, :, None].expand(-1, -1, noise.shape[2]))
         # One a position.
-        params = SamplingParams(*(inputs[name].repeat(1, self.width).reshape(-1, 1) for name in SAMPLING_INPUTS))
+        params = SamplingParams(
+            *(inputs[name].repeat(1, self.width).reshape(-1, 1) for name in SAMPLING_INPUTS)
+        )
         drawn = _next_token(
             geometry, logits.flatten(0, 1), params, drawn_with.flatten(0, 1), index.flatten(), self.filtered
         )

@@ -64,6 +64,16 @@ class Conditioner(ABC):
             RequestError: as :meth:`check` does.
         """
 
+    def begins(self, inputs: Inputs) -> NDArray[np.int64]:
+        """The first position ``[I]`` of each image's conditions that is not padding, of what :meth:`inputs` made."""
+        starts = [
+            np.where(values < 0, self.prefix_len, values)
+            for name, values in inputs.items()
+            if name.endswith("_starts")
+        ]
+        images = len(next(iter(inputs.values())))
+        return np.min(starts, axis=0).astype(np.int64) if starts else np.zeros(images, np.int64)
+
     @abstractmethod
     def usual(self) -> list[Condition]:
         """Conditions for a command that needs any and was given none."""

@@ -99,10 +99,8 @@ def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.ge
     )
 
 
-def begin(backend: Backend, batch: Batch) -> None:
-    """Load the batch's stages, write its inputs and feed the condition: the whole state is laid out and the first token drawn.
-
-    Of conditions that are shorter than the prefix, no more is fed than the longest needs.
+def lay_out(backend: Backend, batch: Batch) -> None:
+    """Load the batch's stages, write its inputs, and lay out the whole state with nothing fed.
 
     Raises:
         RequestError: a condition or setting does not fit the bundle.
@@ -124,6 +122,19 @@ def begin(backend: Backend, batch: Batch) -> None:
         if name in backend.specs:
             backend.write(name, value)
     backend.run("prefill")
+
+
+def begin(backend: Backend, batch: Batch) -> None:
+    """Lay out the state and feed the condition: the first token is drawn.
+
+    Of conditions that are shorter than the prefix, no more is fed than the longest needs.
+
+    Raises:
+        RequestError: a condition or setting does not fit the bundle.
+        GeometryError: the cache settings do not fit it.
+    """
+    manifest = backend.bundle.manifest
+    lay_out(backend, batch)
     prefix = manifest.raster.prefix_len
     fed = int(backend.read("position")[0]) if prefix > 1 else 0
     widest = max(batch.widths)

@@ -46,6 +46,7 @@ TINY_OPTIONS = ("--grid", 6, "--heads", 4)
 def test_a_bundle_holds_static_stages_and_one_weights_file(tiny_bundle: Path) -> None:
     names = {path.name for path in tiny_bundle.iterdir()}
     stages = {
+        "admit.onnx",
         "prefill.onnx",
         "decode.onnx",
         "decode.unfiltered.onnx",
