@@ -21,6 +21,7 @@ COMMANDS = {
     "export": ("linert.exporter.commands.export", "Turn a checkpoint into a bundle (needs torch)."),
     "run": ("linert.runtime.commands.run", "Draw images from a bundle."),
     "render": ("linert.runtime.commands.render", "Turn saved tokens into images again."),
+    "serve": ("linert.runtime.commands.serve", "Serve images over HTTP, as OpenAI's clients ask for them."),
     "validate": (
         "linert.exporter.commands.validate",
         "Prove that a bundle computes what PyTorch computes (needs torch).",
@@ -63,7 +64,7 @@ class LazyCommands(click.Group):
             missing = (error.name or "").split(".")[0]
             if missing == "linert":
                 raise
-            extra = cmd_name if cmd_name in ("compare", "build") else "export"
+            extra = cmd_name if cmd_name in ("compare", "build", "serve") else "export"
             raise LinertError(
                 f"linert {cmd_name} needs {missing}, which is not installed: pip install 'linert[{extra}]'"
             ) from error

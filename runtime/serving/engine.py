@@ -9,7 +9,9 @@ rows, and would be run once for each of them otherwise. That takes a lone image 
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +31,7 @@ from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Inputs
-from linert.runtime.drawing.generator import Image, PixelDecoder, Tokens, make_batch
+from linert.runtime.drawing.generator import Image, PixelDecoder, Pixels, Tokens, make_batch
 from linert.runtime.drawing.loop import Batch, lay_out
 from linert.runtime.drawing.noise import noise_rows
 from linert.runtime.drawing.samples import Sample
@@ -75,6 +77,7 @@ class _Row:
     fed: int
     lines: int = 0
     shown: int = 0
+    begun: float = field(default_factory=time.monotonic)
 
 
 @dataclass
@@ -124,6 +127,7 @@ class Engine(Closing):
         self._awake = threading.Event()
         self._closing = False
         self._error: LinertError | None = None
+        self._image_seconds = 0.0
         self._ready = threading.Event()
         self._pixels = ThreadPoolExecutor(1, "linert-pixels")
         self._decoder = PixelDecoder(bundle, self.options)
@@ -144,6 +148,12 @@ class Engine(Closing):
     def busy(self) -> int:
         """Rows that an image has."""
         return sum(row is not None for row in self._rows)
+
+    @property
+    def seconds_until_free(self) -> int:
+        """About how long it takes until all that wait have a row: whole seconds, at least 1."""
+        rounds = (len(self._waiting) + 1) / len(self._rows)
+        return max(1, math.ceil(self._image_seconds * rounds))
 
     @property
     def queued(self) -> int:
@@ -263,6 +273,11 @@ class Engine(Closing):
         for handle in handles:
             self.counts.failed += 1
             handle.tell(partial(Failed, error=reason))
+
+    def pixels(self, tokens: Tokens) -> Pixels:
+        """Pixels ``[3, H, W]`` of ``tokens [N]``, once the images before are decoded."""
+        pixels: Pixels = self._pixels.submit(lambda: self._decoder(tokens[None])[0]).result()
+        return pixels
 
     def _finish(self, handle: Handle, tokens: Tokens) -> None:
         """Decode an image's pixels, in a thread of its own."""
@@ -442,6 +457,7 @@ class _Loop:
             if handle.lines:
                 handle.tell(partial(LinesDrawn, lines=drawn, tokens=mine))
             if drawn == self.raster.lines:
+                engine._image_seconds = time.monotonic() - self._row(number).begun
                 engine._rows[number] = None
                 engine._finish(handle, mine)
 
