@@ -40,25 +40,28 @@ class Residency:
 
     def __call__(self, backend: Backend, ends: LineEnds) -> None:
         """Look at what slots hold after line ends."""
-        slot_pos = [backend.read(spec.name) for spec in self.manifest.states_of(SLOT_POSITIONS)]
-        shares = np.stack([self._shares(cast("NDArray[np.int32]", slots)) for slots in slot_pos], axis=1)
+        shares = resident_shares(backend, self.manifest)
         for image, line in ends.pairs():
             self.shares[image, line] = shares[image]
-
-    def _shares(self, slot_pos: NDArray[np.int32]) -> Shares:
-        """``[I, N]``: share of an image's branches and heads that hold each image token, of ``slot_pos [R, C]``."""
-        manifest = self.manifest
-        raster = manifest.raster
-        resident = np.zeros((len(slot_pos), raster.slots(raster.lines) + 1), np.float32)
-        np.put_along_axis(resident, np.where(slot_pos < 0, resident.shape[1] - 1, slot_pos), 1.0, axis=1)
-        image_part = resident[:, raster.prefix_len : -1]
-        split = image_part.reshape(manifest.branches, manifest.images, -1, raster.image_tokens)
-        return cast("Shares", split.mean(axis=(0, 2)))
 
     def image(self, number: int) -> Shares:
         """``[lines - 1, layers, N]`` of the batch's image ``number``."""
         shares: Shares = self.shares[number]
         return shares
+
+
+def resident_shares(backend: Backend, manifest: Manifest) -> Shares:
+    """``[I, layers, N]``: share of an image's branches and heads that hold each of its tokens now."""
+    raster = manifest.raster
+    layers = []
+    for spec in manifest.states_of(SLOT_POSITIONS):
+        slot_pos = cast("NDArray[np.int32]", backend.read(spec.name))
+        resident = np.zeros((len(slot_pos), raster.slots(raster.lines) + 1), np.float32)
+        np.put_along_axis(resident, np.where(slot_pos < 0, resident.shape[1] - 1, slot_pos), 1.0, axis=1)
+        image_part = resident[:, raster.prefix_len : -1]
+        split = image_part.reshape(manifest.branches, manifest.images, -1, raster.image_tokens)
+        layers.append(split.mean(axis=(0, 2)))
+    return np.stack(layers, axis=1)
 
 
 def draw_map(picture: PIL.Image.Image, shares: Shares, manifest: Manifest, kind: MapKind) -> PIL.Image.Image:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 from linert.runtime.bundles.manifest import ClassInput, Manifest
@@ -59,7 +60,7 @@ class ImagesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     OpenAI's: ``prompt``, ``model``, ``n``, ``size``, ``response_format``, ``output_format``, ``output_compression``, ``stream``,
     ``partial_images`` and ``user``, which is not used. Beyond it: ``seed`` of the first image, the next has one more; ``class_id`` of a
-    model of classes; ``negative_prompt`` and how tokens are drawn.
+    model of classes; ``negative_prompt`` and how tokens are drawn; ``eviction_map`` to be shown what the cache kept.
     """
 
     prompt: str | None = None
@@ -79,6 +80,7 @@ class ImagesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    eviction_map: bool | None = None
 
     def check(self, most_images: int) -> None:
         """Raise :class:`ApiError` for numbers out of range, by the field's name."""
@@ -132,10 +134,14 @@ class ImagesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     def encoded(self, pixels: NDArray[np.float32]) -> str:
         """``pixels [3, H, W]`` as base64 of a file of the format that is asked for."""
+        return self.file(picture(pixels))
+
+    def file(self, image: PIL.Image.Image) -> str:
+        """``image`` as base64 of a file of that format."""
         buffer = io.BytesIO()
         quality = 100 if self.output_compression is None else self.output_compression
         options: Mapping[str, Any] = {} if self.format == "png" else {"quality": quality}
-        picture(pixels).save(buffer, self.format, **options)
+        image.save(buffer, self.format, **options)
         return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -23,6 +23,7 @@ from starlette.routing import Route
 
 from linert.runtime.bundles.manifest import ClassInput
 from linert.runtime.drawing.conditions import PromptConditioner
+from linert.runtime.drawing.eviction_map import MapKind, draw_map
 from linert.runtime.drawing.samples import Prompt
 from linert.runtime.errors import LinertError, RequestError
 from linert.runtime.serving.api import ApiError, ImagesRequest, bad, parse, usage
@@ -173,13 +174,7 @@ class Server:
                 events, media_type="text/event-stream", headers={"Cache-Control": "no-store"}
             )
         images = await self._images(request, handles)
-        data = [
-            {
-                "b64_json": await run_in_threadpool(asked.encoded, done.image.pixels),
-                "seed": done.image.sample.seed,
-            }
-            for done in images
-        ]
+        data = [await run_in_threadpool(finished, asked, engine, done) for done in images]
         return answer({**told, "data": data})
 
     async def _body(self, request: Request) -> bytes:
@@ -198,7 +193,7 @@ class Server:
         handles: list[Handle] = []
         try:
             for sample in asked.samples(engine.manifest):
-                handles.append(engine.submit(sample, sampling, lines=True))
+                handles.append(engine.submit(sample, sampling, lines=True, kept=bool(asked.eviction_map)))
         except LinertError as error:
             for handle in handles:
                 handle.cancel()
@@ -261,14 +256,8 @@ class Server:
                     elif isinstance(event, (Failed, Cancelled)):
                         require_done(event)
                     elif isinstance(event, Done):
-                        image = await run_in_threadpool(asked.encoded, event.image.pixels)
-                        content = {
-                            **told,
-                            "b64_json": image,
-                            "usage": counts,
-                            "seed": event.image.sample.seed,
-                        }
-                        yield server_sent("image_generation.completed", content)
+                        whole = await run_in_threadpool(finished, asked, engine, event)
+                        yield server_sent("image_generation.completed", {**told, **whole, "usage": counts})
         except TimeoutError:
             error = ApiError(HTTPStatus.GATEWAY_TIMEOUT, f"not drawn within {self.limits.seconds:g} s")
             yield server_sent("error", error.body)
@@ -276,6 +265,16 @@ class Server:
             yield server_sent("error", error.body)
         finally:
             handle.cancel()
+
+
+def finished(asked: ImagesRequest, engine: Engine, done: Done) -> dict[str, Any]:
+    """What is told of an image: its file, its seed, and where that was asked for its eviction map."""
+    image = done.image
+    told: dict[str, Any] = {"b64_json": asked.encoded(image.pixels), "seed": image.sample.seed}
+    if done.kept is not None:
+        drawn = draw_map(image.picture(), done.kept, engine.manifest, MapKind.AVERAGED)
+        told["eviction_map_b64_json"] = asked.file(drawn)
+    return told
 
 
 async def last_event(handle: Handle) -> Event:
@@ -328,7 +327,8 @@ def prompt_tokens(engine: Engine, handles: Sequence[Handle]) -> int:
 
 def described(model: Model) -> dict[str, Any]:
     """A model as OpenAI lists them; ``sizes``, ``classes`` and how tokens are drawn by default beyond it."""
-    manifest = next(iter(model.engines.values())).manifest
+    first = next(iter(model.engines.values()))
+    manifest = first.manifest
     condition = manifest.condition
     return {
         "id": model.name,
@@ -338,6 +338,7 @@ def described(model: Model) -> dict[str, Any]:
         "sizes": list(model.engines),
         "classes": condition.num_classes if isinstance(condition, ClassInput) else None,
         "lines": manifest.raster.lines,
+        "cache": None if first.cache is None else first.cache.text,
         "sampling": msgspec.to_builtins(manifest.sampling),
     }
 

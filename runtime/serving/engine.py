@@ -31,6 +31,7 @@ from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Inputs
+from linert.runtime.drawing.eviction_map import resident_shares
 from linert.runtime.drawing.generator import Image, PixelDecoder, Pixels, Tokens, make_batch
 from linert.runtime.drawing.loop import Batch, lay_out
 from linert.runtime.drawing.noise import noise_rows
@@ -166,7 +167,12 @@ class Engine(Closing):
         return self.ready
 
     def submit(
-        self, sample: Sample, sampling: SamplingSettings | None = None, *, lines: bool = False
+        self,
+        sample: Sample,
+        sampling: SamplingSettings | None = None,
+        *,
+        lines: bool = False,
+        kept: bool = False,
     ) -> Handle:
         """Ask for an image.
 
@@ -174,6 +180,7 @@ class Engine(Closing):
             sample: what it shows, and its seed.
             sampling: how its tokens are drawn; the bundle's defaults if None.
             lines: whether the handle tells what is drawn line by line.
+            kept: whether it tells in the end what the cache kept.
 
         Raises:
             RequestError: the bundle cannot draw it.
@@ -186,7 +193,11 @@ class Engine(Closing):
         self.conditioner.check([sample.condition])
         inputs = self.conditioner.inputs([sample.condition])
         first = int(self.conditioner.begins(inputs)[0])
-        handle = Handle(sample, sampling, lines, self._wake)
+        if kept:
+            self.manifest.require_cache("what the cache kept")
+        raster, layers = self.manifest.raster, self.manifest.model.layers
+        shares = np.zeros((raster.lines - 1, layers, raster.image_tokens), np.float32) if kept else None
+        handle = Handle(sample, sampling, lines, shares, self._wake)
         with self._lock:
             if self._closing or self._error is not None:
                 raise EngineClosedError(
@@ -291,7 +302,7 @@ class Engine(Closing):
                 handle.tell(partial(Failed, error=reason))
             else:
                 self.counts.done += 1
-                handle.tell(partial(Done, image=Image(handle.sample, tokens, pixels)))
+                handle.tell(partial(Done, image=Image(handle.sample, tokens, pixels), kept=handle.kept))
 
         self._pixels.submit(decode)
 
@@ -468,15 +479,19 @@ class _Loop:
 
     def _end_lines(self) -> None:
         raster = self.raster
-        due = [
-            row
-            for _, row in self.rows()
+        due = {
+            number: row
+            for number, row in self.rows()
             if row.fed >= (row.lines + 1) * raster.line_width and row.lines < raster.lines - 1
-        ]
+        }
         if due:
             self.backend.run(self.batch.stages["line_end"])
             self.engine.counts.line_ends += 1
-            for row in due:
+            watched = any(row.handle.kept is not None for row in due.values())
+            shares = resident_shares(self.backend, self.manifest) if watched else None
+            for number, row in due.items():
+                if row.handle.kept is not None and shares is not None:
+                    row.handle.kept[row.lines] = shares[number]
                 row.lines += 1
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from threading import Condition
 
 from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.drawing.eviction_map import Shares
 from linert.runtime.drawing.generator import Image, Tokens
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import LinertError
@@ -41,9 +42,11 @@ class LinesDrawn(Event):
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The image is drawn and decoded."""
+    """The image is drawn and decoded. ``kept [lines - 1, layers, N]``: what was in the cache behind each line, if that was asked for
+    (:func:`linert.runtime.drawing.eviction_map.resident_shares`)."""
 
     image: Image
+    kept: Shares | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,13 @@ class Handle:
     """An image that was asked for. Iterating over it, with ``for`` or ``async for``, gives its events, from the first one on and however
     often; the last is one of :data:`Last`. Threads may share it.
 
-    ``lines``: whether :class:`LinesDrawn` is wanted.
+    ``lines``: whether :class:`LinesDrawn` is wanted. ``kept``: what the cache kept, where that is.
     """
 
     sample: Sample
     sampling: SamplingSettings
     lines: bool = False
+    kept: Shares | None = None
     _wake: Callable[[], object] = lambda: None
     _begun: float = field(default_factory=time.monotonic)
     _events: list[Event] = field(default_factory=list)

@@ -74,11 +74,21 @@ def test_pictures_appear_line_by_line(browser: Any, running: Running) -> None:
     browser.find_element("id", "count").send_keys("3")
     browser.find_element("css selector", "button").click()
     wait(browser, "document.querySelectorAll('img[data-state=done]').length === 3")
-    sizes = browser.execute_script("return [...document.querySelectorAll('img')].map((i) => i.naturalWidth)")
+    sizes = browser.execute_script("return [...document.querySelectorAll('#images img')].map((i) => i.naturalWidth)")
     assert min(sizes) > 0
     assert "partial" in browser.execute_script("return states")
+    assert not browser.find_elements("css selector", "figure button")
+    browser.find_element("id", "map").click()
+    browser.find_element("css selector", "form#ask button").click()
+    wait(browser, "document.querySelectorAll('figure button').length === 3")
+    browser.find_element("css selector", "figure button").click()
+    wait(
+        browser,
+        "document.getElementById('kept').open && document.querySelector('#kept img').naturalWidth > 100",
+    )
+    browser.find_element("css selector", "dialog button").click()
     captions = [caption.text for caption in browser.find_elements("css selector", "figcaption")]
-    assert captions == ["class 0 · 1", "class 0 · 2", "class 0 · 3"]
+    assert captions == ["class 0 · 1", "class 0 · 2", "class 0 · 3"] * 2
 
 
 def test_models_that_read_are_asked_in_words(browser: Any, running: Running) -> None:

@@ -27,7 +27,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from linert import Generator
-from linert.runtime.drawing.samples import ClassLabel
+from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
+from linert.runtime.drawing.generator import picture as generator_picture
+from linert.runtime.drawing.samples import ClassLabel, Sample
 from tests.conftest import Result
 from tests.runtime.test_engine import SECONDS, prompts_bundle
 
@@ -180,6 +182,22 @@ def test_streamed_pictures_grow_line_by_line(server: Running) -> None:
         rows = whole.shape[0] * event.lines // 6
         assert (shown[rows:] == 128).all()
     assert events[-1].usage.output_tokens == 36
+
+
+def test_what_the_cache_kept_is_told(server: Running, windowed_bundle: Path) -> None:
+    """The map is the one that run draws."""
+    status, content, _ = server.post(
+        b'{"model": "classes", "class_id": 1, "seed": 3, "n": 2, "eviction_map": true}'
+    )
+    assert status == 200
+    with Generator(windowed_bundle) as generator:
+        samples = [Sample(ClassLabel(1), seed) for seed in (3, 4)]
+        residency = Residency(generator.manifest)
+        tokens = generator.draw(samples, watcher=residency)
+        for number, image in enumerate(content["data"]):
+            drawn = generator_picture(generator.decoder(tokens[number : number + 1])[0])
+            wanted = draw_map(drawn, residency.image(number), generator.manifest, MapKind.AVERAGED)
+            assert (picture(image["eviction_map_b64_json"]) == np.asarray(wanted)).all()
 
 
 def test_models_are_listed(server: Running) -> None:
