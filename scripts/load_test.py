@@ -44,12 +44,14 @@ SECONDS = 600
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: ``label`` of a class or a prompt, a seed, and what the client does: wait, cancel, drop or ask badly."""
+    """A request: ``label`` of a class or a prompt, a seed, and what the client does: wait, cancel, drop or ask badly. ``partial``: images
+    that it wants to see before the whole."""
 
     label: str
     seed: int
     conduct: str
     patience: float
+    partial: int = 0
 
 
 @dataclass
@@ -92,7 +94,12 @@ class Client:
 
     def ask(self, asked: Asked) -> Got:
         """Send one request as a stream, and read what comes of it."""
-        body: dict[str, Any] = {"stream": True, "partial_images": 1, "seed": asked.seed, "model": self.model}
+        body: dict[str, Any] = {
+            "stream": True,
+            "partial_images": asked.partial,
+            "seed": asked.seed,
+            "model": self.model,
+        }
         body["class_id" if self.classes else "prompt"] = int(asked.label) if self.classes else asked.label
         if asked.conduct == "bad":
             body["nonsense"] = True
@@ -146,6 +153,7 @@ def pixels_digest(file: bytes) -> str:
 @click.option("--cancelled", default=0.1, show_default=True, help="Share of clients that cancel.")
 @click.option("--dropped", default=0.05, show_default=True, help="Share of connections that are dropped.")
 @click.option("--bad", default=0.01, show_default=True, help="Share of requests that are bad.")
+@click.option("--watching", default=0.1, show_default=True, help="Share of clients that see every line.")
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="What is served, to compare every image with."
 )
@@ -160,6 +168,7 @@ def main(
     cancelled: float,
     dropped: float,
     bad: float,
+    watching: float,
     bundle: Path | None,
     pid: int | None,
     seed: int,
@@ -186,6 +195,7 @@ def main(
                 chance.randrange(1000),
                 chance.choices(conducts, weights)[0],
                 chance.uniform(0.001, max(away, 0.002)),
+                described["lines"] - 1 if away and chance.random() < watching else 0,
             )
             for _ in range(count)
         ]

@@ -74,7 +74,9 @@ def test_pictures_appear_line_by_line(browser: Any, running: Running) -> None:
     browser.find_element("id", "count").send_keys("3")
     browser.find_element("css selector", "button").click()
     wait(browser, "document.querySelectorAll('img[data-state=done]').length === 3")
-    sizes = browser.execute_script("return [...document.querySelectorAll('#images img')].map((i) => i.naturalWidth)")
+    sizes = browser.execute_script(
+        "return [...document.querySelectorAll('#images img')].map((i) => i.naturalWidth)"
+    )
     assert min(sizes) > 0
     assert "partial" in browser.execute_script("return states")
     assert not browser.find_elements("css selector", "figure button")
