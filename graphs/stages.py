@@ -126,8 +126,9 @@ class Admit(Prefill):
         position = starts.unflatten(0, (geometry.branches, -1)).amin(0).repeat(geometry.branches)
         state = zip(self.memory.state(), self.empty(condition, starts, position), strict=True)
         fresh = {spec.name: tensor for spec, tensor in state}
-        images = tensors[conditions] != 0
-        sequences = images.repeat(geometry.branches)
+        admitted = tensors[conditions]
+        # Not a repetition of truths, which ONNX Runtime has no CUDA kernel for.
+        images, sequences = admitted != 0, admitted.repeat(geometry.branches) != 0
         begins = {"image": images, "sequence": sequences, "row": geometry.per_row(sequences)}
         after = []
         for spec, before in zip(self.replaced, tensors[conditions + 1 :], strict=True):
