@@ -62,7 +62,7 @@ def test_the_wheel_owns_one_package_with_everything_in_it(wheel: Path) -> None:
         path.relative_to(ROOT).as_posix()
         for folder in ("linert", "linert/exporter", "linert/graphs", "linert/runtime")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix in (".py", ".j2", ".json", ".typed")
+        if path.is_file() and path.suffix in (".py", ".j2", ".json", ".html", ".typed")
     }
     assert kept == wanted
     assert "linert/py.typed" in kept
