@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,11 +32,13 @@ class SignalledServer(uvicorn.Server):
     """A server that SIGTERM and SIGINT stop: what is running is finished, and the process ends well.
 
     ``server``: the app's, which refuses what is new from then on. ``listening``: called once clients can connect.
+    ``stopped``: when it was told to stop, or was made, by the monotonic clock.
     """
 
     def __init__(self, config: uvicorn.Config, server: Server, listening: Callable[[], None]) -> None:
         super().__init__(config)
         self.server, self.listening = server, listening
+        self.stopped = time.monotonic()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -57,6 +60,7 @@ class SignalledServer(uvicorn.Server):
     def _stop(self) -> None:
         # A second signal does not wait.
         self.force_exit = self.should_exit
+        self.stopped = time.monotonic()
         self.should_exit = self.server.draining = True
 
 
@@ -152,7 +156,7 @@ def command(
             told = f"{', '.join(models.by_name)}: http://{named}:{number}"
             signalled = SignalledServer(config, server, lambda: console.print(told, soft_wrap=True))
             asyncio.run(signalled.serve([bound]))
-        if not models.drain(drain_seconds):
+        if not models.drain(max(0.0, signalled.stopped + drain_seconds - time.monotonic())):
             console.print(f"not all images were finished within {drain_seconds:g} s")
     finally:
         models.close()

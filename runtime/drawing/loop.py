@@ -159,11 +159,16 @@ def require_finite(backend: Backend) -> None:
     logits = backend.read("logits")
     if not np.isfinite(logits).all():
         wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1)) % backend.bundle.manifest.images
-        raise BundleError(
-            f"logits that are not finite in image {', '.join(map(str, sorted(set(wrong.tolist()))))} of the batch: the checkpoint "
-            "holds numbers that are none, or its activations leave the range of "
-            f"{backend.bundle.manifest.precision.activations}: export with --activations fp32"
-        )
+        images = ", ".join(map(str, sorted(set(wrong.tolist()))))
+        raise not_finite(backend.bundle.manifest, f"image {images} of the batch")
+
+
+def not_finite(manifest: Manifest, where: str) -> BundleError:
+    """What is said of logits that are not finite, and where."""
+    return BundleError(
+        f"logits that are not finite in {where}: the checkpoint holds numbers that are none, or its activations leave the range of "
+        f"{manifest.precision.activations}: export with --activations fp32"
+    )
 
 
 def generate(

@@ -225,6 +225,45 @@ def test_a_backend_that_fails_fails_all(windowed_bundle: Path, monkeypatch: pyte
             engine.submit(Sample(ClassLabel(0), 0))
 
 
+def test_a_row_that_a_cancelled_image_spoiled_is_not_used_again(
+    windowed_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its caches hold would fail the next image; it waits until the whole state is laid out anew."""
+    bundle = open_bundle(windowed_bundle)
+    asked = [(Sample(ClassLabel(number % 3), number), bundle.manifest.sampling) for number in range(5)]
+    wanted = drawn_alone(windowed_bundle, asked)
+    read, run = OrtBackend._read, OrtBackend._run
+    spoilt: list[bool] = []
+    admitted: list[list[int]] = []
+
+    def spoiled(self: OrtBackend, spec: object) -> np.ndarray:
+        values = read(self, spec)  # type: ignore[arg-type]
+        if spec.name == "logits" and spoilt == [True]:  # type: ignore[attr-defined]
+            values[0] = np.nan
+        return values
+
+    def noted(self: OrtBackend, stage: str) -> None:
+        if stage == "prefill":
+            spoilt.clear()
+        if stage == "admit":
+            admitted.append(self.read("admitted").tolist())
+        run(self, stage)
+
+    monkeypatch.setattr(OrtBackend, "_read", spoiled)
+    monkeypatch.setattr(OrtBackend, "_run", noted)
+    with Engine(bundle) as engine:
+        first = engine.submit(*asked[0])
+        while not admitted:
+            time.sleep(0.001)
+        assert admitted.pop() == [1, 0]
+        spoilt.append(True)
+        first.cancel()
+        handles = [engine.submit(sample, sampling) for sample, sampling in asked]
+        for handle, tokens in zip(handles, wanted, strict=True):
+            assert (handle.result(SECONDS).tokens == tokens).all()
+        assert not spoilt
+
+
 def test_logits_that_are_no_numbers_fail_one_image_alone(
     windowed_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
