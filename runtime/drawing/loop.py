@@ -79,13 +79,16 @@ def rows_of(manifest: Manifest, images: Sequence[int], rows: int) -> NDArray[np.
     return np.arange(rows).reshape(manifest.branches, manifest.images, -1)[:, list(images)].ravel()
 
 
+def sampling_inputs(manifest: Manifest, sampling: SamplingSettings) -> dict[str, NDArray[np.generic]]:
+    """The stages' inputs ``[I, 1]`` that ``sampling`` decides, the same for every image."""
+    scalars = stage_inputs(sampling, manifest.raster)
+    return {name: np.full((manifest.images, 1), value) for name, value in scalars.items()}
+
+
 def settings_inputs(manifest: Manifest, batch: Batch) -> dict[str, NDArray[np.generic]]:
     """The stages' inputs that sampling and cache settings decide."""
     cache = batch.cache
-    inputs: dict[str, NDArray[np.generic]] = {
-        name: np.full((manifest.images, 1), value)
-        for name, value in stage_inputs(batch.sampling, manifest.raster).items()
-    }
+    inputs = sampling_inputs(manifest, batch.sampling)
     if cache is None:
         return inputs
     policy = manifest.policies.get(cache.policy)

@@ -22,7 +22,7 @@ from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.drawing.conditions import Conditioner, Inputs
 from linert.runtime.drawing.eviction_map import resident_shares
 from linert.runtime.drawing.generator import Tokens, make_batch
-from linert.runtime.drawing.loop import lay_out, not_finite
+from linert.runtime.drawing.loop import lay_out, not_finite, sampling_inputs
 from linert.runtime.drawing.noise import noise_rows
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.serving.handle import Admitted, Cancelled, Failed, Handle, LinesDrawn
@@ -107,10 +107,7 @@ class Rows:
         )
         self._inputs: dict[str, NDArray[np.generic]] = {
             **self.batch.conditions,
-            **{
-                name: np.full((manifest.images, 1), value)
-                for name, value in stage_inputs(manifest.sampling, self.raster).items()
-            },
+            **sampling_inputs(manifest, manifest.sampling),
             "noise": self.batch.noise,
         }
         for stage in (*(decode_stage(window, filtered=filtered) for filtered in (True, False)), "admit"):
