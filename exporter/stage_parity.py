@@ -150,10 +150,9 @@ def feeds_of(backend: Backend, batch: Batch) -> dict[str, Feed]:
         run_step(backend, batch, step)
         if (step.stage, step.line, step.column) == ("decode", middle, raster.line_width // 2):
             keep("decode")
-            if "admit" in backend.stages:
-                # Every other image begins anew.
-                backend.write("admitted", (np.arange(manifest.images) + 1) % 2)
-                keep("admit")
+            # Every other image begins anew.
+            backend.write("admitted", (np.arange(manifest.images) + 1) % 2)
+            keep("admit")
     tokens = backend.read("tokens")[: backend.specs["grid_tokens"].shape[0]]
     backend.write("grid_tokens", tokens)
     keep("vq_decoder")

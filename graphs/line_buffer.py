@@ -201,7 +201,8 @@ class LineEnd(Stage):
 
     def plugin_attributes(self) -> dict[str, int] | None:
         """Attributes of the LineEvict operation that this stage is; None where its plugin has no such policy."""
-        if self.policy.plugin_importance is None:
+        # It restarts scores or leaves them as they are.
+        if self.policy.plugin_importance is None or self.policy.carried not in (0, 1):
             return None
         config = self.geometry.config
         return {

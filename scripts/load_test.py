@@ -126,7 +126,7 @@ class Client:
                     got.first_line = got.first_line or time.monotonic() - begun
                 elif data["type"] == "image_generation.completed":
                     got.whole, got.status = time.monotonic() - begun, 200
-                    got.digest = pixels_digest(base64.b64decode(data["b64_json"]))
+                    got.digest = digest(PIL.Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))))
                 else:
                     got.status = 500
         except (TimeoutError, ConnectionError, http.client.HTTPException):
@@ -139,8 +139,9 @@ class Client:
         return got
 
 
-def pixels_digest(file: bytes) -> str:
-    return hashlib.sha256(np.asarray(PIL.Image.open(io.BytesIO(file)).convert("RGB")).tobytes()).hexdigest()
+def digest(image: PIL.Image.Image) -> str:
+    """Of an image's pixels."""
+    return hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()
 
 
 @click.command(help=__doc__)
@@ -326,21 +327,19 @@ def percentile(values: Sequence[float], which: float) -> float:
 
 def compare(bundle: Path, every: Sequence[Got]) -> int:
     """How many images are not those that the bundle draws by itself."""
-    wanted = {(g.asked.label, g.asked.seed): g for g in every if g.digest}
+    wanted = list(dict.fromkeys((g.asked.label, g.asked.seed) for g in every if g.digest))
+
+    def condition(label: str) -> Condition:
+        return ClassLabel(int(label)) if label.isdigit() else Prompt(label)
+
     with Generator(bundle) as generator:
-
-        def condition(label: str) -> Condition:
-            return ClassLabel(int(label)) if label.isdigit() else Prompt(label)
-
         samples = [Sample(condition(label), seed) for label, seed in wanted]
-        digests = {}
-        for group in generator.batches(samples):
-            tokens = generator.draw(group)
-            for sample, key, pixels in zip(
-                group, list(wanted)[len(digests) :], generator.decoder(tokens), strict=False
-            ):
-                digests[key] = hashlib.sha256(np.asarray(picture(pixels)).tobytes()).hexdigest()
-                assert sample.seed == key[1]
+        drawn = [
+            digest(picture(pixels))
+            for group in generator.batches(samples)
+            for pixels in generator.decoder(generator.draw(group))
+        ]
+    digests = dict(zip(wanted, drawn, strict=True))
     return sum(g.digest != digests[g.asked.label, g.asked.seed] for g in every if g.digest)
 
 
