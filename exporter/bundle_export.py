@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,14 @@ from linert.exporter.weights_file import WeightsFile
 from linert.exporter.work import work_of
 from linert.graphs import stages
 from linert.graphs.families import vq
+from linert.graphs.group_memory import GroupMemory
+from linert.graphs.group_stages import GroupDecode
+from linert.graphs.group_transformer import GroupTransformer
+from linert.graphs.memory import Memory, RasterMemory
 from linert.graphs.policies import POLICIES
 from linert.graphs.stage_tensor import StageTensor
 from linert.graphs.text_encoder import EncodeText
+from linert.graphs.transformer import RasterTransformer, Transformer
 from linert.runtime.bundles.bundle import file_sha256, manifest_name
 from linert.runtime.bundles.manifest import (
     CONTRACT_KEY,
@@ -36,6 +41,7 @@ from linert.runtime.bundles.manifest import (
     Work,
 )
 from linert.runtime.bundles.manifest_file import check, contract, encode, seal
+from linert.runtime.bundles.schedule import Groups, Lines
 from linert.runtime.errors import ExportError, OutputError
 from linert.runtime.files.replacement import new_folder
 
@@ -147,15 +153,7 @@ def _stages(request: BundleRequest) -> list[stages.Stage]:
     all_stages: list[stages.Stage] = [
         stages.Prefill(model, memory),
         stages.Admit(model, memory),
-        stages.Decode(model, memory),
-        stages.Decode(model, memory, filtered=False),
-        *(
-            stages.WindowDecode(model, memory, window, filtered=filtered)
-            for window in request.windows
-            if window > 1
-            for filtered in (True, False)
-        ),
-        *memory.line_ends(model, request.policies),
+        *_drawing_stages(request, model, memory),
         stages.VQDecoder(
             pixels, images=1, rows=raster.lines, columns=raster.columns, line_width=raster.line_width
         ),
@@ -163,6 +161,26 @@ def _stages(request: BundleRequest) -> list[stages.Stage]:
     if request.text_encoder is not None:
         all_stages.append(EncodeText(request.text_encoder.hollow(), raster.prefix_len))
     return all_stages
+
+
+def _drawing_stages(request: BundleRequest, model: Transformer, memory: Memory) -> Iterator[stages.Stage]:
+    """The stages that decode, with and without filters, and that end lines."""
+    if isinstance(memory, GroupMemory) and isinstance(model, GroupTransformer):
+        widths = request.schedule.widths if isinstance(request.schedule, Groups) else ()
+        for width in widths:
+            for filtered in (True, False):
+                yield GroupDecode(model, memory, width, filtered=filtered)
+        return
+    if not isinstance(memory, RasterMemory) or not isinstance(model, RasterTransformer):
+        raise TypeError(f"{type(model).__name__} has no stages that draw")
+    windows = request.schedule.windows if isinstance(request.schedule, Lines) else (1,)
+    for window in windows:
+        for filtered in (True, False):
+            if window == 1:
+                yield stages.Decode(model, memory, filtered=filtered)
+            else:
+                yield stages.WindowDecode(model, memory, window, filtered=filtered)
+    yield from memory.line_ends(model, request.policies)
 
 
 def _manifest(variant: _Variant, files: dict[str, FileRecord]) -> Manifest:
@@ -189,10 +207,10 @@ def _manifest(variant: _Variant, files: dict[str, FileRecord]) -> Manifest:
             source=decoder.source,
         ),
         raster=request.raster,
+        schedule=request.schedule,
         images=request.images,
         guided=request.guided,
         capacity_lines=request.capacity_lines,
-        windows=request.windows,
         policies={
             policy: PolicySpec(POLICIES[policy]().score_window(request.raster.line_width))
             for policy in request.policies

@@ -22,6 +22,7 @@ from linert.runtime.bundles.manifest import (
 )
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.schedule import Groups, Lines, Schedule
 from linert.runtime.drawing.conditions import Conditioner, conditioner_of
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import ExportError
@@ -45,7 +46,7 @@ class BundleRequest:
     """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`.
 
     ``policies``: those that the bundle holds. ``capacity_lines``: lines of each layer's buffer. ``cache``: the default
-    settings of its runs. A model without a cache has none of the three. ``windows``: positions that a decode step may take, 1 among them.
+    settings of its runs. A model without a cache has none of the three. ``schedule``: in which order tokens are drawn.
     """
 
     transformer: LoadedTransformer
@@ -56,7 +57,7 @@ class BundleRequest:
     images: int
     sampling: SamplingSettings
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
-    windows: tuple[int, ...] = (1,)
+    schedule: Schedule = field(default_factory=Lines)
     text_encoder: LoadedTextEncoder | None = None
 
     def __post_init__(self) -> None:
@@ -71,9 +72,10 @@ class BundleRequest:
                 f"{self.transformer.path} predicts {config.vocab_size} tokens and "
                 f"{self.image_decoder.path} has {decoder.codebook_size} codes: they do not belong together"
             )
-        if 1 not in self.windows or not all(1 <= window <= config.line_width for window in self.windows):
+        windows = self.schedule.windows if isinstance(self.schedule, Lines) else (1,)
+        if 1 not in windows or not all(1 <= window <= config.line_width for window in windows):
             faults.append(
-                f"windows of {', '.join(map(str, self.windows))} positions; must be 1 and others up to a line's {config.line_width}"
+                f"windows of {', '.join(map(str, windows))} positions; must be 1 and others up to a line's {config.line_width}"
             )
         if self.text_encoder is not None:
             made, seen = self.text_encoder.config.dim, self._caption_dim
@@ -157,6 +159,8 @@ class BundleRequest:
     @property
     def memory(self) -> Memory:
         """What the layers remember between steps."""
+        if isinstance(self.schedule, Groups):
+            return self._memory([self.schedule.slots] * self.transformer.config.layers)
         return self._memory([self.raster.slots(lines) for lines in self.capacity_lines])
 
     def _memory(self, capacities: Sequence[int]) -> Memory:

@@ -35,8 +35,9 @@ class CacheWishes:
         """
         if not transformer.family.cached:
             if self.policies or not self.request.empty or self.capacities:
+                why = "whose cache evicts nothing" if transformer.family.grouped else "which has no KV cache"
                 raise RequestError(
-                    f"{transformer.path} is a {transformer.family.title}, which has no KV cache: leave policies, budgets and "
+                    f"{transformer.path} is {transformer.family.a_title}, {why}: leave policies, budgets and "
                     "--capacity-lines out"
                 )
             return [CacheShape()]

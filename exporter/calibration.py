@@ -10,8 +10,9 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,18 +29,22 @@ from linert.exporter.precision import (
     round_to_nearest,
     to_integers,
 )
-from linert.exporter.reference_loop import draw_tokens, sampler
+from linert.exporter.reference_loop import draw_groups, draw_tokens, sampler
 from linert.exporter.sampling_params import sampling_params
+from linert.graphs.group_history import GroupHistory
+from linert.graphs.group_transformer import GroupTransformer, group_visibility
 from linert.graphs.history import full_history
 from linert.graphs.memory import memory_of
 from linert.graphs.sampling import noise_size
-from linert.graphs.transformer import Condition, RasterTransformer, part_of
+from linert.graphs.transformer import Condition, RasterTransformer, Transformer, part_of
 from linert.runtime.bundles.manifest import CaptionInput
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.schedule import Groups
 from linert.runtime.drawing import samples
 from linert.runtime.drawing.conditions import Conditioner
 from linert.runtime.drawing.noise import noise_table
+from linert.runtime.drawing.orders import order_of
 from linert.runtime.errors import ExportError
 from linert.runtime.machine import available_bytes
 from linert.runtime.text import size_text
@@ -108,11 +113,21 @@ def calibrated(
     inputs = conditioner.inputs(calibration.chosen(calibration.conditions or conditioner.usual()))
     specs = model.condition_inputs(calibration.images, guided=request.guided)
     condition = [torch.from_numpy(inputs[spec.name]) for spec in specs]
-    tokens = draw_images(model, condition, request.sampling, calibration.seed, report)
+    seeds = range(calibration.seed, calibration.seed + calibration.images)
+    if isinstance(request.schedule, Groups) and isinstance(model, GroupTransformer):
+        in_groups = InGroups.of(request.schedule, seeds, request.raster.line_width)
+        tokens = draw_in_groups(model, condition, request.sampling, in_groups, seeds, report)
+    elif isinstance(model, RasterTransformer):
+        in_groups = None
+        tokens = draw_images(model, condition, request.sampling, seeds, report)
+    else:
+        raise TypeError(f"{type(model).__name__} draws in no order that is known")
     report("quantising the image decoder")
     precision = with_integer_decoder(precision, request.image_decoder, tokens, request.raster)
     if precision.method is Method.GPTQ and precision.integers:
-        integers = gptq_weights(model, precision, condition, tokens, guided=request.guided, report=report)
+        integers = gptq_weights(
+            model, precision, condition, tokens, guided=request.guided, in_groups=in_groups, report=report
+        )
         precision = replace(precision, quantized=integers)
     return replace(request, precision=precision)
 
@@ -162,13 +177,29 @@ def with_integer_decoder(
     return replace(precision, convolutions=convolutions)
 
 
+@dataclass(frozen=True)
+class InGroups:
+    """How I images are drawn in groups: ``orders [I, N]`` int64, the cell of the token of every rank, and ``sizes`` of the groups."""
+
+    orders: Tensor
+    sizes: tuple[int, ...]
+
+    @staticmethod
+    def of(groups: Groups, seeds: Sequence[int], grid: int) -> InGroups:
+        """As a bundle draws the images with these ``seeds``, of ``grid`` x ``grid`` tokens."""
+        sizes = groups.sizes[0]
+        orders = [order_of(seed, grid, sizes, groups.repulsion) for seed in seeds]
+        return InGroups(torch.from_numpy(np.stack(orders)), sizes)
+
+
 def gptq_weights(
-    model: RasterTransformer,
+    model: Transformer,
     settings: PrecisionSettings,
     condition: Sequence[Tensor],
     tokens: Tensor,
     *,
     guided: bool,
+    in_groups: InGroups | None = None,
     report: Report = print,
 ) -> dict[str, Quantized]:
     """Quantise every product of ``model`` whose part ``settings`` have in integers; the model becomes the quantised one.
@@ -176,6 +207,7 @@ def gptq_weights(
     Args:
         condition, tokens: of I images that the layers are to see: the prefill stage's inputs, and ``[I, N]``.
         guided: let them see the unconditional rows as well.
+        in_groups: how the images were drawn, of a model that draws in groups.
         report: called with a line before each piece of work.
 
     Returns:
@@ -203,10 +235,7 @@ def gptq_weights(
                     ) from error
                 module.weight = nn.Parameter(quantized[name].dequantized(), requires_grad=False)
 
-    x = torch.cat([embedded.embeddings, model.embed(fed[:, :-1])], dim=1)
-    alone = [Condition(*(part[row : row + 1] for part in embedded)) for row in range(len(x))]
-    ropes = [model.rope(torch.arange(x.shape[1])[None], one.starts) for one in alone]
-    visible = [one.visible(x.shape[1]) for one in alone]
+    x, ropes, visible = _whole_pass(model, embedded, fed, in_groups)
     blocks = list(model.blocks())
     with torch.no_grad():
         for number, block in enumerate(blocks):
@@ -219,32 +248,76 @@ def gptq_weights(
             x = torch.cat([run() for run in runs])
         report("quantising the output")
         outputs = [linear for linear, name in names.items() if part_of(name) == "output"]
+        if in_groups is not None:
+            # Tokens are drawn of queries alone.
+            x = x[:, -tokens.shape[1] :]
         _quantize_in_order(outputs, [functools.partial(model.logits, rows) for rows in x.split(1)], quantize)
     return quantized
+
+
+def _whole_pass(
+    model: Transformer, condition: Condition, tokens: Tensor, in_groups: InGroups | None
+) -> tuple[Tensor, list[Any], list[Tensor]]:
+    """What layers see of whole images in one pass: ``x [B, S, dim]``, and row by row what encodes positions and what is visible."""
+    if isinstance(model, GroupTransformer) and in_groups is not None:
+        orders = in_groups.orders.repeat(len(tokens) // len(in_groups.orders), 1)
+        x = model.rows(condition, tokens, orders, in_groups.sizes)
+        return x, [None] * len(x), [group_visibility(in_groups.sizes)[None]] * len(x)
+    if not isinstance(model, RasterTransformer):
+        raise TypeError(f"{type(model).__name__} draws in no order that is known")
+    x = torch.cat([condition.embeddings, model.embed(tokens[:, :-1])], dim=1)
+    alone = [Condition(*(part[row : row + 1] for part in condition)) for row in range(len(x))]
+    ropes = [model.rope(torch.arange(x.shape[1])[None], one.starts) for one in alone]
+    return x, ropes, [one.visible(x.shape[1]) for one in alone]
+
+
+def require_finite_logits(logits: Tensor, index: int) -> None:
+    """Raise :class:`ExportError` where a model that is to be calibrated computes no numbers, first for token ``index``."""
+    if not logits.isfinite().all():
+        raise ExportError(
+            f"the model computes numbers that are not finite, first at token {index} of the images that it draws to be calibrated: "
+            "its checkpoint is damaged, or belongs to another model"
+        )
+
+
+def draw_in_groups(
+    model: GroupTransformer,
+    condition: Sequence[Tensor],
+    sampling: SamplingSettings,
+    in_groups: InGroups,
+    seeds: Sequence[int],
+    report: Report,
+) -> Tensor:
+    """Tokens ``[I, N]`` int64 that ``model`` draws in groups, one image a seed."""
+    config = model.config
+    noise = torch.from_numpy(noise_table(seeds, config.image_tokens, noise_size(config.vocab_size)))
+    history = GroupHistory(model, guided=sampling.guidance > 1)
+    tokens = torch.zeros_like(in_groups.orders)
+    groups = draw_groups(history, condition, in_groups.orders, in_groups.sizes, sampling, noise)
+    for number, group in enumerate(groups):
+        report(f"drawing calibration images: step {number + 1} of {len(in_groups.sizes)}")
+        require_finite_logits(group.logits, group.rank)
+        tokens.scatter_(1, group.cells, group.tokens)
+    return tokens
 
 
 def draw_images(
     model: RasterTransformer,
     condition: Sequence[Tensor],
     sampling: SamplingSettings,
-    seed: int,
+    seeds: Sequence[int],
     report: Report,
 ) -> Tensor:
-    """Tokens ``[I, N]`` int64 that ``model`` draws with the full cache; image k has seed ``seed + k``."""
+    """Tokens ``[I, N]`` int64 that ``model`` draws with the full cache, one image a seed."""
     config, images = model.config, len(condition[0])
     slots = (config.prefix_len + config.image_tokens,) * config.layers
     memory = memory_of(config, images=images, guided=sampling.guidance > 1, capacities=slots)
     history = full_history(model, memory)
-    seeds = range(seed, seed + images)
     noise = torch.from_numpy(noise_table(seeds, config.image_tokens, noise_size(config.vocab_size)))
     draw = sampler(sampling_params(sampling), noise, guided=memory.geometry.guided)
 
     def choose(logits: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        if not logits.isfinite().all():
-            raise ExportError(
-                f"the model computes numbers that are not finite, first at token {index} of the images that it draws to be calibrated: "
-                "its checkpoint is damaged, or belongs to another model"
-            )
+        require_finite_logits(logits, index)
         return draw(logits, index)
 
     tokens = []

@@ -43,4 +43,4 @@ def check_options(path: Path, family: Family, options: Mapping[ModelOption, obje
         option for option, value in options.items() if value is not None and option not in family.takes
     ]:
         shown = " and ".join(f"{FLAGS[option]} (for {takers(option)})" for option in wrong)
-        raise RequestError(f"{path} is a {family.title}, which takes no {shown}: leave that out")
+        raise RequestError(f"{path} is {family.a_title}, which takes no {shown}: leave that out")

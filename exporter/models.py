@@ -23,7 +23,7 @@ from linert.graphs.families.base import Family, PromptFormat
 from linert.graphs.families.model_facts import DERIVED, Layout, ModelFacts, ModelOption
 from linert.graphs.families.settings import Settings
 from linert.graphs.text_encoder import TextEncoder, TextEncoderConfig
-from linert.graphs.transformer import FamilyConfig, RasterTransformer
+from linert.graphs.transformer import FamilyConfig, Transformer
 from linert.runtime.bundles.manifest import Source
 from linert.runtime.errors import CheckpointError, RequestError
 
@@ -93,7 +93,7 @@ class LoadedTextEncoder(Loaded[TextEncoderConfig, TextEncoder]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedTransformer(Loaded[Any, RasterTransformer]):
+class LoadedTransformer(Loaded[Any, Transformer]):
     """A family's transformer.
 
     ``layout``: how its files name the tensors. ``prompts``: how its prompts become tokens, by ``tokenizer``; None if it reads none.
@@ -216,10 +216,10 @@ def load_transformer(
         prompts = family.prompt_format(config, facts)
         order = family.code_order(facts)
     except KeyError as error:
-        raise _lacks(path, f"a {family.title} transformer", error, checkpoint.tensors) from error
+        raise _lacks(path, f"{family.a_title} transformer", error, checkpoint.tensors) from error
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    what = f"a {family.title} transformer of {config.layers} layers of width {config.dim}"
+    what = f"{family.a_title} transformer of {config.layers} layers of width {config.dim}"
     others = {name: checkpoint.tensors[name] for name in unknown}
     tensors = checked_tensors(path, tensors, config.tensor_shapes(), what=what, unknown=others)
     if prompts is not None and request.template is not None:

@@ -55,7 +55,7 @@ class BothSides:
         batch: what to draw. Its ``replay`` is imposed on both sides.
         report: receives what is measured; its ``choices`` say whose evictions both sides live with while they are
             fed the same tokens.
-        report_line: called with a phase's name and the lines done.
+        report_part: called with a phase's name and the lines done.
 
     Attributes:
         reference: the model in PyTorch. ``cached``: the same where it has a cache.
@@ -65,7 +65,7 @@ class BothSides:
     model: RasterTransformer
     batch: Batch
     report: Report
-    report_line: Callable[[str, int], None]
+    report_part: Callable[[str, int], None]
 
     def __post_init__(self) -> None:
         manifest = self.backend.bundle.manifest
@@ -103,7 +103,7 @@ def validate(
     tokens: np.ndarray | None = None,
     choices: Choices = Choices.PYTORCH,
     bounds: Bounds | None = None,
-    report_line: Callable[[str, int], None] = lambda phase, line: None,
+    report_part: Callable[[str, int], None] = lambda phase, line: None,
 ) -> Report:
     """Compare a loaded bundle with the checkpoints it came from.
 
@@ -120,11 +120,11 @@ def validate(
         choices: whose evictions both sides use while they are fed the same tokens; a replay leaves no choice.
         bounds: what must hold of a float32 bundle. One of another precision is compared by logits and pixels alone and
             held to what that precision may cost (:func:`cost_of`): it draws other tokens, rightly.
-        report_line: called with a phase's name and the lines done.
+        report_part: called with a phase's name and the lines done.
     """
     bounds = bounds or Bounds()
     report = Report(choices, list(asked), seed)
-    both = BothSides(backend, transformer.eager(), batch, report, report_line)
+    both = BothSides(backend, transformer.eager(), batch, report, report_part)
     runs = {window: _drawn(both, window) for window in backend.bundle.manifest.windows}
     drawn = fed = runs[1].tokens
     if tokens is not None:
@@ -137,7 +137,7 @@ def validate(
             _compression(both, fed)
         if cost is None:
             _free_running(both, list(runs.values()))
-        _pixels(decoder, image_decoder, drawn, report)
+        compare_pixels(decoder, image_decoder, drawn, report)
     report.runs = {window: run.report for window, run in runs.items()}
     if cost is None:
         report.checks = parity_checks(report, bounds, replayed=batch.replay is not None)
@@ -163,7 +163,7 @@ def _teacher_forced(both: BothSides, tokens: Tensor) -> None:
             line = tokens[:, step.line * raster.line_width :][:, : len(measured)]
             _compare(both.report, reference.feed(line), measured, index + 2 - len(measured))
             measured = []
-            both.report_line("same tokens on both sides", step.line + 1)
+            both.report_part("same tokens on both sides", step.line + 1)
         if step.stage == "line_end":
             if both.cached:
                 both.report.lines.append(_line_end(both, both.cached, step))
@@ -224,7 +224,7 @@ def _compression(both: BothSides, tokens: Tensor) -> None:
         lined.append(reference.feed(tokens[:, line * width : (line + 1) * width - last]))
         if not last:
             reference.end_line(both.imposed(line))
-        both.report_line("line buffer against full cache", line + 1)
+        both.report_part("line buffer against full cache", line + 1)
     for row in range(geometry.sequences):
         # Row by row: the parallel pass holds the logits of every position.
         alone = Condition(*(part[row : row + 1] for part in condition))
@@ -280,7 +280,7 @@ def _drawn(both: BothSides, window: int) -> FreeRun:
     tokens = generate(
         backend,
         batch,
-        lambda line: both.report_line(phase, line),
+        lambda line: both.report_part(phase, line),
         None if evicted is None else partial(evicted, backend),
         # Both sides' logits are looked at elsewhere, where it can be said whose are not finite.
         finite=False,
@@ -303,7 +303,7 @@ def _free_running(both: BothSides, runs: Sequence[FreeRun]) -> None:
         if both.batch.replay is None:
             for run in runs:
                 run.end_line(line, own, geometry, strict=_strict(both.batch))
-        both.report_line("PyTorch draws", line + 1)
+        both.report_part("PyTorch draws", line + 1)
 
     drawn = []
     choose = sampler(params, noise, guided=geometry.guided)
@@ -330,7 +330,9 @@ def _by_image(same: Tensor, geometry: Geometry) -> np.ndarray:
     return split.double().mean((0, 1, 3)).numpy()
 
 
-def _pixels(decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Tensor, report: Report) -> None:
+def compare_pixels(
+    decoder: PixelDecoder, image_decoder: LoadedImageDecoder, tokens: Tensor, report: Report
+) -> None:
     """Compare with PyTorch in float64, so that only the bundle's own rounding counts."""
     raster = decoder.manifest.raster
     model = image_decoder.eager().double()

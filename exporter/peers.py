@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+import msgspec
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
@@ -17,17 +18,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
-from linert.exporter.reference_loop import draw_tokens
+from linert.exporter.reference_loop import draw_groups, draw_tokens
 from linert.graphs.decay_memory import DecayMemory, DecayStep
+from linert.graphs.group_history import GroupHistory
+from linert.graphs.group_transformer import GroupTransformer
 from linert.graphs.memory import Projections, StepPosition, memory_of
 from linert.graphs.sampling import mix
 from linert.graphs.spatial_decay import DecayState, fold
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.drawing.conditioning import open_conditioner
-from linert.runtime.drawing.generator import picture
+from linert.runtime.drawing.generator import make_batch, picture
+from linert.runtime.drawing.loop import Batch
 from linert.runtime.drawing.samples import list_samples
 from linert.runtime.measuring.bench import Timings, measure
-from linert.runtime.measuring.measured import Measured
+from linert.runtime.measuring.measured import Measured, milliseconds
 
 PEER_STEPS = 4
 """Decode steps that a peer takes in every round, after one that is not counted."""
@@ -251,8 +255,62 @@ class StatePeer(PyTorchPeer):
             state.above.copy_(fold(state, self.model.config.line_width, decay))
 
 
+class GroupPeer:
+    """Draws a batch of images in groups, as :class:`linert.graphs.group_history.GroupHistory` does, in eager PyTorch.
+
+    Args:
+        transformer, image_decoder: the checkpoints.
+        batch: what is drawn.
+        guided: whether every image has an unconditional row.
+    """
+
+    note = "everything is kept"
+
+    def __init__(
+        self,
+        transformer: LoadedTransformer,
+        image_decoder: LoadedImageDecoder,
+        batch: Batch,
+        *,
+        guided: bool,
+    ) -> None:
+        model = transformer.eager()
+        if not isinstance(model, GroupTransformer) or batch.orders is None:
+            raise TypeError(f"{type(model).__name__} does not draw in groups")
+        self.image_decoder, self.config = image_decoder.eager(), model.config
+        self.images = len(batch.orders)
+        self.history = GroupHistory(model, guided=guided)
+        self.sampling, self.sizes = batch.sampling, [step.drawn for step in batch.groups]
+        self.orders, self.noise = torch.from_numpy(batch.orders), torch.from_numpy(batch.noise)
+        specs = model.condition_inputs(self.images, guided=guided)
+        self.inputs = [torch.from_numpy(batch.conditions[spec.name]) for spec in specs]
+
+    @torch.inference_mode()
+    def _draw(self) -> Tensor:
+        tokens = torch.zeros_like(self.orders)
+        groups = draw_groups(self.history, self.inputs, self.orders, self.sizes, self.sampling, self.noise)
+        for group in groups:
+            tokens.scatter_(1, group.cells, group.tokens)
+        return tokens
+
+    def steps(self, count: int) -> list[float]:
+        """Milliseconds of the mean step of an image, twice: once to warm up."""
+        return [milliseconds(self._draw) / len(self.sizes) for _ in range(2)]
+
+    @torch.inference_mode()
+    def image(self) -> float:
+        """Seconds of a whole batch, from the condition to encoded PNGs."""
+        start = time.perf_counter()
+        for grid in self._draw().unflatten(1, (self.config.lines, self.config.line_width)):
+            picture(self.image_decoder.decode(grid[None])[0].numpy()).save(io.BytesIO(), format="PNG")
+        return time.perf_counter() - start
+
+
+Peer = PyTorchPeer | GroupPeer
+
+
 def peer_of(transformer: LoadedTransformer, *arguments: Any, **options: Any) -> PyTorchPeer:
-    """The peer that fits a transformer; the other arguments are :class:`PyTorchPeer`'s."""
+    """The peer that fits a transformer that draws line by line; the other arguments are :class:`PyTorchPeer`'s."""
     kind = CachePeer if transformer.family.cached else StatePeer
     return kind(transformer, *arguments, **options)
 
@@ -264,15 +322,21 @@ def peers_of(
     threads: int,
     batch: int,
     console: Console,
-) -> dict[str, PyTorchPeer]:
-    """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works."""
+) -> dict[str, Peer]:
+    """PyTorch with ``loaded`` checkpoints of ``bundle``: eager, and compiled where that works and steps are alike."""
+    manifest = bundle.manifest
     conditioner = open_conditioner(bundle)
     samples = list_samples(conditioner.usual(), batch, seed=0)
     inputs = conditioner.inputs([sample.condition for sample in samples])
-    conditioner.close()
-    guidance = bundle.manifest.sampling.guidance
     torch.set_num_threads(threads)
-    made: dict[str, PyTorchPeer] = {}
+    if manifest.groups is not None:
+        sized = msgspec.structs.replace(manifest, images=batch)
+        drawn = make_batch(sized, conditioner, samples, manifest.sampling, None)
+        conditioner.close()
+        return {"eager": GroupPeer(*loaded, drawn, guided=manifest.guided)}
+    conditioner.close()
+    guidance = manifest.sampling.guidance
+    made: dict[str, Peer] = {}
     for name, compiled in (("eager", False), ("compiled", True)):
         peer = peer_of(*loaded, inputs, guidance, compiled=compiled)
         try:
@@ -291,7 +355,7 @@ def peers_of(
 
 def measure_beside(
     under_test: Sequence[Measured],
-    peers: Mapping[str, PyTorchPeer],
+    peers: Mapping[str, Peer],
     *,
     threads: int,
     rounds: int,

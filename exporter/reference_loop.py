@@ -8,9 +8,20 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from linert.graphs.sampling import SamplingParams, draw, draw_margin, filtered_mass, guide, tempered
+from linert.exporter.sampling_params import sampling_params
+from linert.graphs.group_history import GroupHistory
+from linert.graphs.sampling import (
+    SamplingParams,
+    draw,
+    draw_margin,
+    filtered_mass,
+    guide,
+    scheduled,
+    tempered,
+)
 from linert.graphs.stages import with_newlines
 from linert.graphs.transformer import FamilyConfig
+from linert.runtime.bundles.sampling_settings import GuidanceSchedule, SamplingSettings
 
 
 class Drawing(Protocol):
@@ -74,6 +85,53 @@ def sampler(params: SamplingParams, noise: Tensor, *, guided: bool) -> Choose:
         return logits, draw(filtered_mass(logits, params), noise[:, index])
 
     return choose
+
+
+class DrawnGroup(NamedTuple):
+    """One group of every image: the ``rank`` of its first token, its ``cells [I, n]``, the guided ``logits [I, n, V]``, and the ``tokens [I, n]``
+    int64."""
+
+    rank: int
+    cells: Tensor
+    logits: Tensor
+    tokens: Tensor
+
+
+def draw_groups(
+    model: GroupHistory,
+    inputs: Sequence[Tensor],
+    orders: Tensor,
+    sizes: Sequence[int],
+    sampling: SamplingSettings,
+    noise: Tensor,
+) -> Iterator[DrawnGroup]:
+    """Draw every token of a batch in groups.
+
+    Args:
+        model: fed with what is drawn.
+        inputs: the condition.
+        orders: ``[I, N]``, the cell of the token of every rank.
+        sizes: of the groups.
+        noise: ``[I, N, S]``, by cell.
+    """
+    images, tokens = orders.shape
+    params = sampling_params(sampling)
+    linear = torch.tensor([[int(sampling.guidance_schedule == GuidanceSchedule.LINEAR)]])
+    model.begin(inputs)
+    rank = 0
+    for size in sizes:
+        cells = orders[:, rank : rank + size]
+        logits = model.ask(cells).flatten(0, 1)
+        ranks = torch.arange(rank, rank + size).repeat(images)
+        if model.guided:
+            scale = scheduled(params.guidance.expand(len(ranks), 1), linear, ranks, tokens)
+            logits = guide(logits, params._replace(guidance=scale), ranks)
+        drawn_with = noise.gather(1, cells[:, :, None].expand(-1, -1, noise.shape[2])).flatten(0, 1)
+        drawn = logits.argmax(-1) if sampling.greedy else draw(filtered_mass(logits, params), drawn_with)
+        group = drawn.unflatten(0, (images, size))
+        yield DrawnGroup(rank, cells, logits.unflatten(0, (images, size)), group)
+        model.tell(cells, group)
+        rank += size
 
 
 def undecidedness(logits: Tensor, params: SamplingParams, noise: Tensor, other: int) -> float:

@@ -163,7 +163,7 @@ def request_like(
         capacity_lines=manifest.capacity_lines,
         cache=manifest.cache,
         images=manifest.images,
-        windows=manifest.windows,
+        schedule=manifest.schedule,
         sampling=manifest.sampling,
         precision=precision,
     )

@@ -70,6 +70,10 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
         for axis in ("policy", "budget"):
             if axis in labels:
                 manifest.require_cache(f"--axis {axis}")
+        if "grid" in labels and manifest.groups is not None:
+            raise RequestError(
+                f"--axis grid: a {manifest.model.family} bundle draws the image that its checkpoint was trained for; leave that out"
+            )
         if policy is not None and policy not in POLICIES:
             raise RequestError(f"no policy {policy}; there are {', '.join(POLICIES)}")
         if precision not in list(Precision):
@@ -135,6 +139,7 @@ def cell_request(
         capacity_lines=cache.budget_lines if cache else (),
         cache=cache,
         images=cell.batch,
+        schedule=manifest.schedule,
         sampling=manifest.sampling,
         precision=precision,
     )

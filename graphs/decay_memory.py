@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linert.graphs.line_attention import scatter_rows
-from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition, WindowStep
+from linert.graphs.memory import LayerStep, Projections, RasterMemory, StepPosition, WindowStep
 from linert.graphs.pieces import joined
 from linert.graphs.spatial_decay import Decay, DecayState, attend, factors, fold, step_index
 from linert.graphs.spatial_decay_step import StepInputs, function_proto, spatial_decay_step
@@ -25,7 +25,7 @@ Decays = Callable[[RasterTransformer], Iterable[Decay]]
 """What a model's layers have learned, in order."""
 
 
-class DecayMemory(Memory):
+class DecayMemory(RasterMemory):
     """Keys and values of the prefix and of the line in progress, and what is above.
 
     Args:

@@ -18,7 +18,7 @@ from linert.graphs.line_attention import (
     line_attention,
 )
 from linert.graphs.line_window import LineWindowStep
-from linert.graphs.memory import LayerStep, Memory, Projections, StepPosition, WindowStep
+from linert.graphs.memory import LayerStep, Projections, RasterMemory, StepPosition, WindowStep
 from linert.graphs.pieces import joined, parted
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
 from linert.graphs.stage import Geometry, Stage
@@ -35,7 +35,7 @@ SCORE_INPUTS = {"score_window": torch.int64, "score_max": torch.int64}
 (0 never); ``score_max`` nonzero keeps the largest probability instead of the sum."""
 
 
-class LineBuffer(Memory):
+class LineBuffer(RasterMemory):
     """Keys and values of so many lines, in slots of which the next line overwrites those that a policy chose."""
 
     written = LINE_ATTENTION.replaced
@@ -94,7 +94,7 @@ class LineBuffer(Memory):
 class KeyValueCache:
     """A part of the configurations of models whose layers keep keys and values: a line buffer is what they remember."""
 
-    def memory(self, geometry: Geometry) -> Memory:
+    def memory(self, geometry: Geometry) -> LineBuffer:
         return LineBuffer(geometry)
 
 

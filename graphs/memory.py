@@ -13,8 +13,8 @@ from torch import Tensor
 
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor, StateTensor
-from linert.graphs.transformer import FamilyConfig, RasterTransformer
-from linert.graphs.window import Accepted, Window
+from linert.graphs.transformer import Condition, FamilyConfig, RasterTransformer
+from linert.graphs.window import NO_DRAFT, Accepted, Window
 
 
 class Projections(NamedTuple):
@@ -103,7 +103,15 @@ class Memory(ABC):
 
     def state(self) -> list[StateTensor]:
         """The whole state of a batch: the loop's, what belongs to all layers, and every layer's."""
-        return self.geometry.loop_state() + self.shared_state() + self.layer_state()
+        return self.loop_state() + self.shared_state() + self.layer_state()
+
+    @abstractmethod
+    def loop_state(self) -> list[StateTensor]:
+        """Where every image is, and what was drawn of it."""
+
+    @abstractmethod
+    def first_loop(self, condition: Condition, position: Tensor) -> list[Tensor]:
+        """What :meth:`loop_state` holds at first; ``position [B]`` of a raster is fed first."""
 
     @abstractmethod
     def layer_state(self) -> list[StateTensor]:
@@ -116,6 +124,26 @@ class Memory(ABC):
     def first_shared(self) -> list[Tensor]:
         """What they hold at first."""
         return []
+
+    def by_layer(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+        """``tensors`` of :meth:`layer_state`, split."""
+        size = len(tensors) // self.geometry.config.layers
+        return [tensors[start : start + size] for start in range(0, len(tensors), size)]
+
+
+class RasterMemory(Memory):
+    """The memory of a model that draws token after token, line by line."""
+
+    def loop_state(self) -> list[StateTensor]:
+        return self.geometry.loop_state()
+
+    def first_loop(self, condition: Condition, position: Tensor) -> list[Tensor]:
+        geometry = self.geometry
+        token = torch.zeros(geometry.images, dtype=torch.int64)
+        tokens = torch.full((geometry.images, geometry.config.image_tokens), NO_DRAFT)
+        # A graph's output is no input of it.
+        rows, starts = (part.clone() for part in condition)
+        return [token, tokens, position, torch.zeros_like(position), rows, starts]
 
     def settings(self) -> list[StageTensor]:
         """Numbers that decode takes."""
@@ -152,11 +180,6 @@ class Memory(ABC):
     @abstractmethod
     def function(self) -> FunctionProto:
         """The body of the operation that a decode graph holds for every layer; its output ``x_next`` replaces ``x``."""
-
-    def by_layer(self, tensors: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-        """``tensors`` of :meth:`layer_state`, split."""
-        size = len(tensors) // self.geometry.config.layers
-        return [tensors[start : start + size] for start in range(0, len(tensors), size)]
 
 
 class RememberingConfig(FamilyConfig, Protocol):

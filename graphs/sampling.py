@@ -74,6 +74,18 @@ def guide(logits: Tensor, params: SamplingParams, image_index: Tensor) -> Tensor
     return torch.where(guided, mix(conditional, unconditional, params.guidance), conditional)
 
 
+def scheduled(guidance: Tensor, linear: Tensor, rank: Tensor, tokens: int) -> Tensor:
+    """The scale of every token: ``guidance``, or where ``linear`` is not 0, what lies as far on the way from 1 to it as the token in its image.
+
+    Args:
+        guidance: ``[n, 1]`` float32.
+        linear: ``[n, 1]`` int64.
+        rank: ``[n]`` int64, how many of the image's ``tokens`` are drawn before, whether or not in the same group (arXiv 2507.01957).
+    """
+    grown = 1.0 + (guidance - 1.0) * (rank[:, None].to(guidance.dtype) / tokens)
+    return torch.where(linear != 0, grown, guidance)
+
+
 class Bracket(NamedTuple):
     """Where a threshold lies: above ``low``, at or below ``high``; both ``[I, 1]``."""
 

@@ -23,12 +23,12 @@ from torch.nn import functional as F
 
 from linert.graphs.families.vq import VQModel
 from linert.graphs.line_attention import OPSET
-from linert.graphs.memory import Memory, Projections, StepPosition
+from linert.graphs.memory import Memory, Projections, RasterMemory, StepPosition
 from linert.graphs.sampling import SamplingParams, guide, noise_size, sample
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StageTensor
-from linert.graphs.transformer import FamilyConfig, RasterTransformer
-from linert.graphs.window import NO_DRAFT, Accepted, Window, drafts
+from linert.graphs.transformer import Condition, FamilyConfig, RasterTransformer, Transformer
+from linert.graphs.window import Accepted, Window, drafts
 from linert.runtime.bundles.manifest import decode_stage
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.setting import settings_of
@@ -36,8 +36,9 @@ from linert.runtime.bundles.setting import settings_of
 SAMPLING_INPUTS = {
     spec.name: getattr(torch, spec.dtype)
     for setting in settings_of(SamplingSettings)
-    if (spec := setting.declared.stage_input) is not None
+    if (spec := setting.declared.stage_input) is not None and spec.name in SamplingParams._fields
 }
+"""Dtypes of the numbers that every decode stage takes of the sampler."""
 
 
 def sampling_inputs(geometry: Geometry) -> list[StageTensor]:
@@ -63,7 +64,7 @@ class Prefill(Stage):
 
     name = "prefill"
 
-    def __init__(self, model: RasterTransformer, memory: Memory) -> None:
+    def __init__(self, model: Transformer, memory: Memory) -> None:
         super().__init__()
         self.model = model
         self.memory = memory
@@ -72,31 +73,17 @@ class Prefill(Stage):
         self.outputs = [spec.next() for spec in memory.state()]
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        condition, starts = self.model.condition(inputs, guided=self.geometry.guided)
-        return self.empty(condition, starts, starts.amin(0, keepdim=True).repeat(self.geometry.sequences))
+        condition = self.model.condition(inputs, guided=self.geometry.guided)
+        return self.empty(condition, condition.starts.amin(0, keepdim=True).repeat(self.geometry.sequences))
 
-    def empty(self, condition: Tensor, starts: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+    def empty(self, condition: Condition, position: Tensor) -> tuple[Tensor, ...]:
         """The state with nothing fed; ``position [B]`` is fed first."""
-        geometry, config = self.geometry, self.geometry.config
-        token = torch.zeros(geometry.images, dtype=torch.int64)
-        tokens = torch.full((geometry.images, config.image_tokens), NO_DRAFT)
         memory = self.memory
         layers = [
             torch.full(spec.shape, memory.empty.get(spec.kind, 0), dtype=spec.dtype)
             for spec in memory.layer_state()
         ]
-        line = torch.zeros_like(position)
-        # A graph's output is no input of it.
-        return (
-            token,
-            tokens,
-            position,
-            line,
-            condition.clone(),
-            starts.clone(),
-            *memory.first_shared(),
-            *layers,
-        )
+        return (*memory.first_loop(condition, position), *memory.first_shared(), *layers)
 
 
 class Admit(Prefill):
@@ -108,7 +95,7 @@ class Admit(Prefill):
 
     name = "admit"
 
-    def __init__(self, model: RasterTransformer, memory: Memory) -> None:
+    def __init__(self, model: Transformer, memory: Memory) -> None:
         super().__init__(model, memory)
         geometry = self.geometry
         self.conditions = len(self.inputs)
@@ -122,9 +109,9 @@ class Admit(Prefill):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, conditions = self.geometry, self.conditions
-        condition, starts = self.model.condition(tensors[:conditions], guided=geometry.guided)
-        position = starts.unflatten(0, (geometry.branches, -1)).amin(0).repeat(geometry.branches)
-        state = zip(self.memory.state(), self.empty(condition, starts, position), strict=True)
+        condition = self.model.condition(tensors[:conditions], guided=geometry.guided)
+        position = condition.starts.unflatten(0, (geometry.branches, -1)).amin(0).repeat(geometry.branches)
+        state = zip(self.memory.state(), self.empty(condition, position), strict=True)
         fresh = {spec.name: tensor for spec, tensor in state}
         admitted = tensors[conditions]
         # Not a repetition of truths, which ONNX Runtime has no CUDA kernel for.
@@ -153,7 +140,7 @@ class DecodeStage(Stage):
     advanced_in_place: ClassVar[bool]
     """Whether the loop's own state has one reader, so that it may be written where it lies."""
 
-    def __init__(self, model: RasterTransformer, memory: Memory, width: int, *, filtered: bool) -> None:
+    def __init__(self, model: RasterTransformer, memory: RasterMemory, width: int, *, filtered: bool) -> None:
         super().__init__()
         self.name = decode_stage(width, filtered=filtered)
         self.width, self.filtered = width, filtered
@@ -190,7 +177,7 @@ class Decode(DecodeStage):
 
     advanced_in_place = True
 
-    def __init__(self, model: RasterTransformer, memory: Memory, *, filtered: bool = True) -> None:
+    def __init__(self, model: RasterTransformer, memory: RasterMemory, *, filtered: bool = True) -> None:
         super().__init__(model, memory, 1, filtered=filtered)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -240,7 +227,7 @@ class WindowDecode(DecodeStage):
     advanced_in_place = False
 
     def __init__(
-        self, model: RasterTransformer, memory: Memory, width: int, *, filtered: bool = True
+        self, model: RasterTransformer, memory: RasterMemory, width: int, *, filtered: bool = True
     ) -> None:
         super().__init__(model, memory, width, filtered=filtered)
 

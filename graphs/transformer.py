@@ -71,8 +71,8 @@ class Condition(NamedTuple):
         return causal | (at == at[:, None])
 
 
-class RasterTransformer(nn.Module, ABC):
-    """A decoder over image tokens in raster order. Axes: B sequences, S positions."""
+class Transformer(nn.Module, ABC):
+    """What the transformers of all families have, in whatever order they draw. Axes: B sequences, S positions."""
 
     config: FamilyConfig
 
@@ -94,6 +94,22 @@ class RasterTransformer(nn.Module, ABC):
         """
 
     @abstractmethod
+    def logits(self, x: Tensor) -> Tensor:
+        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
+
+    def block(self, block: Block, x: Tensor, rope: Any, visible: Tensor) -> Tensor:
+        """One of :meth:`blocks` over whole sequences ``x [B, S, dim]`` that see ``visible [B or 1, S, S]``."""
+        q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible[:, None], scale=1.0, enable_gqa=True
+        )
+        return block.finish(x, attended.transpose(1, 2))
+
+
+class RasterTransformer(Transformer):
+    """A decoder over image tokens in raster order."""
+
+    @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings ``[B, S, dim]`` of image tokens ``[B, S]``."""
 
@@ -103,10 +119,6 @@ class RasterTransformer(nn.Module, ABC):
 
         ``starts``: as in :class:`Condition`.
         """
-
-    @abstractmethod
-    def logits(self, x: Tensor) -> Tensor:
-        """Float32 logits ``[..., vocab_size]`` of the residual stream ``x [..., dim]``."""
 
     def forward(self, condition: Condition, tokens: Tensor) -> Tensor:
         """Parallel causal pass with nothing evicted: the full-cache model.
@@ -124,14 +136,6 @@ class RasterTransformer(nn.Module, ABC):
         for block in self.blocks():
             x = self.block(block, x, rope, visible)
         return self.logits(x[:, self.config.prefix_len - 1 :])
-
-    def block(self, block: Block, x: Tensor, rope: Any, visible: Tensor) -> Tensor:
-        """One of :meth:`blocks` over whole sequences ``x [B, S, dim]`` that see ``visible [B, S, S]``."""
-        q, k, v = (part.transpose(1, 2) for part in block.qkv(x, rope))
-        attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible[:, None], scale=1.0, enable_gqa=True
-        )
-        return block.finish(x, attended.transpose(1, 2))
 
 
 def part_of(name: str) -> str:

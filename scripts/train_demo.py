@@ -13,7 +13,8 @@ the left one only, so that the right one below can only be known from the tokens
     python scripts/train_demo.py --task demo slim   # leaves the encoder out of demo/vq_demo.pt
 
 `ar --attention manhattan` trains a LASADGen of the same size on the same tokens with the same budget, and writes the folder
-demo/lasadgen_demo; `signed`, `raster` and `none` are its other decays.
+demo/lasadgen_demo; `signed`, `raster` and `none` are its other decays. `ar --attention lpd` trains an LPD likewise, in random orders
+and groups of the published sizes, and writes demo/lpd_demo.pth.
 """
 
 from __future__ import annotations
@@ -33,15 +34,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from training_log import Log
 
+from linert.exporter.group_tables import group_sizes
 from linert.exporter.lasadgen_folder import write_lasadgen
-from linert.graphs.families import lasadgen, llamagen, vq
-from linert.graphs.transformer import RasterTransformer
+from linert.exporter.lpd_file import published_tensors
+from linert.graphs.families import lasadgen, llamagen, lpd, vq
+from linert.graphs.transformer import Transformer
 from linert.runtime.files.atomic_files import atomic_file
 
 GRID = 16
 SPLIT_SEED = 0
 PATCH = 4
 SOFTMAX = "softmax"
+LPD = "lpd"
 IMAGE_SIDE = GRID * PATCH
 
 
@@ -65,12 +69,19 @@ class Task:
     def ar_file(self) -> str:
         return f"c2i_{self.name}.pt"
 
-    def transformer(self, attention: str) -> RasterTransformer:
-        """A model to train: LlamaGen's, or a LASADGen of its size with another ``attention``."""
+    @property
+    def lpd_file(self) -> str:
+        return f"lpd_{self.name}.pth"
+
+    def transformer(self, attention: str) -> Transformer:
+        """A model to train: LlamaGen's, an LPD, or a LASADGen with another ``attention``, of about its size."""
         if attention == SOFTMAX:
             return llamagen.LlamaGen(self.ar)
         same = ("layers", "dim", "heads", "ffn_dim", "vocab_size", "num_classes", "grid")
         sizes = {name: getattr(self.ar, name) for name in same}
+        if attention == LPD:
+            # Two matrices with as many numbers as LlamaGen's three.
+            return lpd.LPD(lpd.LPDConfig(**sizes | {"ffn_dim": sizes["ffn_dim"] * 3 // 2}))
         variant = lasadgen.Variant(attention)
         return lasadgen.LASADGen(
             lasadgen.LASADGenConfig(**sizes, variant=variant, gate_rank=self.ar.head_dim)
@@ -290,10 +301,10 @@ def load_vq(path: Path) -> vq.VQModel:
 @out_option
 @click.option(
     "--attention",
-    type=click.Choice([SOFTMAX, *(str(v) for v in lasadgen.Variant)]),
+    type=click.Choice([SOFTMAX, LPD, *(str(v) for v in lasadgen.Variant)]),
     default=SOFTMAX,
     show_default=True,
-    help="Softmax attention, or linear attention with one of LASADGen's decays.",
+    help="Softmax attention token by token, or in groups as LPD has it; or linear attention with one of LASADGen's decays.",
 )
 @click.option("--epochs", default=45, show_default=True)
 @click.option("--views", default=8, show_default=True, help="Moved copies of every digit.")
@@ -355,10 +366,17 @@ def train_ar(
     per_epoch = len(sets[0][0]) // batch
     steps, losses = epochs * per_epoch, []
 
+    tables = list(group_sizes(GRID).values())
+
     def loss_of(net: nn.Module, ids: Tensor, grids: Tensor) -> Tensor:
         with device, torch.autocast(device.type, torch.bfloat16):
-            logits = net(net.condition([ids], guided=False), grids[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1), grids.flatten())
+            condition = net.condition([ids], guided=False)
+            if not isinstance(net, lpd.LPD):
+                return F.cross_entropy(net(condition, grids[:, :-1]).flatten(0, 1), grids.flatten())
+            orders = torch.rand(grids.shape, generator=generator).argsort(1).to(device)
+            sizes = tables[int(torch.randint(len(tables), (), generator=generator))]
+            logits = net(condition, grids, orders, sizes)
+        return F.cross_entropy(logits.flatten(0, 1), grids.gather(1, orders).flatten())
 
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -393,6 +411,9 @@ def train_ar(
                 name = "lasadgen" if attention == lasadgen.Variant.MANHATTAN else f"lasadgen_{attention}"
                 halves = {key: tensor.half().cpu() for key, tensor in average.state_dict().items()}
                 write_lasadgen(halves, average.config, out / f"{name}_{task.name}")
+            elif isinstance(average, lpd.LPD):
+                halves = {key: tensor.half().cpu() for key, tensor in average.state_dict().items()}
+                save({"model": published_tensors(halves)}, out / task.lpd_file)
             else:
                 save(saved(average, task.ar_dtype), out / task.ar_file)
 

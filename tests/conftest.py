@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import io
@@ -30,7 +31,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from linert.exporter import onnx_export
-from linert.graphs.families import llamagen, vq
+from linert.exporter.lpd_file import published_tensors
+from linert.graphs.families import llamagen, lpd, vq
 from linert.runtime.bundles.cache_settings import Aggregation, CacheSettings, HeadScores, Mode
 from linert.runtime.cli import main
 from tests.golden_weights import golden_state
@@ -175,6 +177,9 @@ def cache_settings(**changed: Any) -> CacheSettings:
 
 TINY = llamagen.LlamaGenConfig(layers=2, dim=32, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=6)
 TINY_VQ = vq.VQConfig(codebook_size=64, code_dim=8, z_channels=32, channels=(32, 32), res_blocks=1)
+TINY_LPD = lpd.LPDConfig(layers=2, dim=32, heads=4, ffn_dim=64, vocab_size=64, num_classes=5, grid=4)
+TINY_GROUPS = ((1, 2, 4, 5, 4), (1, 7, 8))
+"""Sizes of the groups of :func:`grouped_bundle`."""
 
 
 @pytest.fixture(scope="session")
@@ -203,6 +208,23 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def tiny_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
     """Batch 2, guided, linear with 3 of 6 lines."""
     return export(*tiny_files, "--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
+
+
+@pytest.fixture(scope="session")
+def lpd_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of the trainer's: an LPD of 4 x 4 tokens, and what is left of its training."""
+    path = tmp_path_factory.mktemp("lpd") / "lpd.pth"
+    args = argparse.Namespace(model="lpd_tiny", lr=1e-4)
+    state = published_tensors(random_state(lpd.LPD(TINY_LPD)))
+    torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 3, "scaler": {}, "args": args}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def grouped_bundle(export: Callable[..., Path], lpd_file: Path, tiny_files: tuple[Path, Path]) -> Path:
+    """An LPD, batch 3, guided, drawn in 5 steps or in 3."""
+    sizes = [option for sizes in TINY_GROUPS for option in ("--group-sizes", ",".join(map(str, sizes)))]
+    return export(lpd_file, tiny_files[1], "--heads", 4, "--batch", 3, *sizes, "--repulsion", 1)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Regenerate the weights that the golden outputs in ``data/`` were made with.
 
-The outputs come from the published code (FoundationVision/LlamaGen, Alpha-VLLM/Lumina-mGPT) run on these weights. Every tensor is
+The outputs come from the published code (FoundationVision/LlamaGen, Alpha-VLLM/Lumina-mGPT, mit-han-lab/lpd) run on these weights. Every tensor is
 drawn from its own numpy stream, seeded by (seed, crc32 of its name), so nothing but the outputs is stored.
 """
 
@@ -17,7 +17,9 @@ import torch
 DATA = Path(__file__).parent / "data"
 
 
-def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
+def tensor_for(
+    name: str, shape: list[int], seed: int, *, gain: float = 1.0, embedding: float = 1.0
+) -> np.ndarray:
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     normal = rng.standard_normal(tuple(shape), dtype=np.float32)
     if name.endswith("codebook_used"):
@@ -30,11 +32,10 @@ def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
         part in name
         for part in (
             *("quantize.embedding", "tok_embeddings", "embedding_table", "uncond_embedding"),
-            "embed_tokens",
+            *("embed_tokens", "pos_embed"),
         )
     ):
-        return normal
-    gain = 1.0
+        return np.float32(embedding) * normal
     if name.endswith(("output.weight", "lm_head.weight")):
         gain = 3.0
     if name.endswith("conv_out.weight"):
@@ -44,10 +45,16 @@ def tensor_for(name: str, shape: list[int], seed: int) -> np.ndarray:
 
 
 def golden_state(name: str) -> dict[str, torch.Tensor]:
-    """State dict ``c2i``, ``t2i``, ``vq16`` or ``lumina``; its digest is checked."""
+    """State dict ``c2i``, ``t2i``, ``vq16``, ``lumina`` or ``lpd``; its digest is checked."""
     info = json.loads((DATA / "golden.json").read_text())[name]
+    aliases, kinds = info.get("fill_alias", {}), {"gain": "gain", "emb": "embedding"}
+    scales = {kinds[key]: value for key, value in info.get("fill_kw", {}).items()}
     state = {
-        key: torch.from_numpy(np.ascontiguousarray(tensor_for(key, shape, info["fill_seed"]), np.float32))
+        key: torch.from_numpy(
+            np.ascontiguousarray(
+                tensor_for(aliases.get(key, key), shape, info["fill_seed"], **scales), np.float32
+            )
+        )
         for key, shape in info["keys"].items()
     }
     digest = hashlib.sha256()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from linert.exporter.bundle_request import BundleRequest
-from linert.runtime.bundles.cache_settings import cache_text
+from linert.runtime.bundles.cache_settings import NOTHING_EVICTED, cache_text
+from linert.runtime.bundles.schedule import Groups
 from linert.runtime.text import lines_text, size_text
 
 
@@ -38,7 +39,12 @@ def announce(console: Console, request: BundleRequest) -> None:
 def announce_cache(console: Console, request: BundleRequest) -> None:
     """The part of it that variants with other buffers have of their own."""
     cache, raster = request.cache, request.raster
-    if cache is None:
+    if isinstance(request.schedule, Groups):
+        counts = " or ".join(map(str, request.schedule.counts))
+        widths = ", ".join(f"{width.fed} + {width.drawn}" for width in request.schedule.widths)
+        console.print(f"steps an image: {counts}, by stages that feed and draw up to {widths} tokens")
+        console.print(f"cache: {NOTHING_EVICTED}")
+    elif cache is None:
         console.print(f"cache: {cache_text(None)}")
     else:
         console.print(

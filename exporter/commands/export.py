@@ -19,11 +19,12 @@ from linert.exporter.commands.export_options import (
     PrecisionRequest,
     calibration_options,
     model_options,
-    parse_windows,
     precision_options,
+    schedule_options,
     wishes_options,
 )
 from linert.exporter.models import load_models, load_text_encoder, load_transformer
+from linert.exporter.schedule_wishes import ScheduleWishes
 from linert.runtime.bundles.bundle import open_bundle, sizes_of
 from linert.runtime.commands.output_options import Output, output_options
 from linert.runtime.commands.settings_options import SamplingRequest, sampling_options
@@ -39,15 +40,8 @@ from linert.runtime.files.text_files import is_utf8
 @model_options()
 @wishes_options()
 @click.option("--batch", default=1, show_default=True, help="Images drawn at once.")
-@click.option(
-    "--window",
-    "windows",
-    default="1",
-    show_default=True,
-    callback=lambda c, p, text: parse_windows(text),
-    help="Positions of every image that a decode step may take, a list like 1,4,8: longer windows need fewer steps for the same images.",
-)
-@sampling_options("By default; without it, as the model's authors recommend.")
+@schedule_options()
+@sampling_options("By default; without it, as the model's authors recommend.", exporting=True)
 @precision_options()
 @calibration_options()
 @click.option("--force", is_flag=True, help="Replace OUT if it is a bundle.")
@@ -58,14 +52,14 @@ def command(
     model: ModelFiles,
     cache: CacheWishes,
     batch: int,
-    windows: tuple[int, ...],
+    schedule: ScheduleWishes,
     sampling: SamplingRequest,
     precision: PrecisionRequest,
     calibration: CalibrationRequest,
     force: bool,
     output: Output,
 ) -> None:
-    """Turn CHECKPOINT, of LlamaGen, LASADGen, Janus or Lumina-mGPT, and its image decoder into a bundle.
+    """Turn CHECKPOINT, of LlamaGen, LASADGen, Janus, Lumina-mGPT or LPD, and its image decoder into a bundle.
 
     CHECKPOINT is a file or a folder. Published .pt/.pth/.bin containers, training files and safetensors, in one file or in
     shards, load as they are; no code in them is run.
@@ -87,7 +81,7 @@ def command(
         capacity_lines=shape.capacity_lines,
         cache=shape.cache,
         images=batch,
-        windows=windows,
+        schedule=schedule.settle(transformer),
         sampling=sampling.settle(transformer.family.usual_sampling(transformer.config)),
         precision=precision.settle(transformer.config.layers),
         text_encoder=load_text_encoder(model.request.text_encoder) if model.request.text_encoder else None,

@@ -12,9 +12,12 @@ import click
 
 from linert.exporter.cache_wishes import DEFAULT_POLICY, CacheWishes
 from linert.exporter.calibration import Calibration
+from linert.exporter.group_tables import USUAL_REPULSION, USUAL_STEPS
 from linert.exporter.model_options import help_text
 from linert.exporter.models import ModelRequest
 from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionSettings
+from linert.exporter.schedule_wishes import ScheduleWishes
+from linert.graphs.families import FAMILIES
 from linert.graphs.families.model_facts import ModelOption
 from linert.graphs.policies import POLICIES
 from linert.runtime.commands.bundle_argument import parse_size
@@ -162,12 +165,59 @@ def wishes_options() -> Decorator:
     return lambda function: settings(group(function))
 
 
-def parse_capacities(text: str) -> tuple[int, ...]:
-    """``4,24``: numbers of lines, each once; empty for none."""
+def schedule_options() -> Decorator:
+    """Give a command what tells it in which order tokens are drawn; it gets a ``schedule``, a :class:`ScheduleWishes`."""
+    listed = [
+        click.option(
+            "--window",
+            "windows",
+            default="1",
+            show_default=True,
+            callback=lambda c, p, text: parse_windows(text),
+            help="Positions of every image that a decode step may take, a list like 1,4,8: longer windows need fewer steps for the same images.",
+        ),
+        click.option(
+            "--steps",
+            metavar="20,32",
+            default="",
+            callback=lambda c, p, text: parse_counts(text, "steps like 20,32"),
+            help=f"{grouped_families()}: decode steps of an image, of the published tables; of a list, runs choose, and the first is the usual. "
+            f"Default: {', '.join(f'{steps} for {grid} x {grid} tokens' for grid, steps in USUAL_STEPS.items())}.",
+        ),
+        click.option(
+            "--group-sizes",
+            metavar="1,3,5,...",
+            multiple=True,
+            callback=lambda c, p, texts: tuple(parse_counts(text, "sizes like 1,3,5") for text in texts),
+            help=f"{grouped_families()}: tokens that each decode step draws, where no table is to be taken. Repeatable.",
+        ),
+        click.option(
+            "--repulsion",
+            type=float,
+            help=f"{grouped_families()}: tokens of a group that lie no farther apart are avoided where orders are made. Default: "
+            f"{', '.join(f'{repulsion:g} for {grid} x {grid} tokens' for grid, repulsion in USUAL_REPULSION.items())}.",
+        ),
+    ]
+    names = [field.name for field in fields(ScheduleWishes)]
+    return option_group("schedule", listed, names, ScheduleWishes)
+
+
+def grouped_families() -> str:
+    """The families that draw in groups, for people."""
+    return ", ".join(family.title for family in FAMILIES.values() if family.grouped)
+
+
+def parse_counts(text: str, example: str) -> tuple[int, ...]:
+    """``1,3,5``: whole numbers; none of an empty text. ``example``: what they are and look like, for people."""
     parts = [part.strip() for part in text.split(",")] if text.strip() else []
     if not all(re.fullmatch("-?[0-9]{1,6}", part) for part in parts):
-        raise click.BadParameter(f"{shortened(text, 60)!r} is no list of lines like 4,24")
-    return tuple(dict.fromkeys(map(int, parts)))
+        raise click.BadParameter(f"{shortened(text, 60)!r} is no list of {example}")
+    return tuple(map(int, parts))
+
+
+def parse_capacities(text: str) -> tuple[int, ...]:
+    """``4,24``: numbers of lines, each once; empty for none."""
+    return tuple(dict.fromkeys(parse_counts(text, "lines like 4,24")))
 
 
 def _wishes(policies: tuple[str, ...], cache: CacheRequest, capacities: tuple[int, ...]) -> CacheWishes:

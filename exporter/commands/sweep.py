@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from linert.exporter.peers import PeerTimes, PyTorchPeer, measure_beside, peers_of
+from linert.exporter.peers import Peer, PeerTimes, measure_beside, peers_of
 from linert.exporter.sources import Checkpoints
 from linert.exporter.sweep import cells, export_cells, parse_axes
 from linert.runtime.backends.options import BackendOptions
@@ -92,7 +92,7 @@ def command(
     if axes or compare_pytorch:
         checkpoints = Checkpoints.find(bundle, checkpoint, vq)
         loaded = {grid: checkpoints.load(grid) for grid in sorted({cell.grid for cell in wanted})}
-    peers: dict[str, PyTorchPeer] = {}
+    peers: dict[str, Peer] = {}
     with scratch_folder() as folder:
         options = BackendOptions(threads=threads)
         if axes:
@@ -161,7 +161,7 @@ def _print(
             f"{timing.decode_ms:.2f}",
             f"{timing.over_limit:.2f}",
             f"{timing.decode_ms / first.decode_ms:.2f}",
-            f"{timing.line_end_ms:.2f}",
+            "" if timing.line_end_ms is None else f"{timing.line_end_ms:.2f}",
             f"{seconds:.2f}" if seconds else "",
             size_text(timing.state_bytes),
         )

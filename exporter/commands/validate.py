@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from linert.exporter.group_parity import validate_groups
 from linert.exporter.parity import validate
 from linert.exporter.parity_report import Bounds, Check, Choices, Report, of_window
 from linert.exporter.sources import load_sources
@@ -129,8 +131,7 @@ def command(
         compared = list_samples(asked or conditioner.usual()[: manifest.images], manifest.images, seed)
         sampling = msgspec.structs.replace(manifest.sampling, greedy=greedy)
         batch, recorded = make_batch(manifest, conditioner, compared, sampling, settings), None
-    if faults := batch.sampling.faults(guided=manifest.guided):
-        raise RequestError("; ".join(faults))
+    manifest.check_sampling(batch.sampling)
     manifest.check_cache(batch.cache, replayed=trace is not None)
     if by_stages and options.name is BackendName.CPU:
         raise RequestError("--stages compares a backend with the CPU: say which with --backend")
@@ -142,11 +143,15 @@ def command(
         _with_extra("linert.exporter.intervals", "--metrics", "compare").require_images(measures, samples)
     staging = _with_extra("linert.exporter.stage_parity", "--stages", "stages") if by_stages else None
     console = Console(stderr=True)
+    parts = manifest.parts(batch.sampling)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
     ) as bar:
-        task = bar.add_task("loading", total=manifest.raster.lines)
-        report = validate(
+        task = bar.add_task("loading", total=parts)
+        compare = (
+            validate_groups if batch.groups else partial(validate, tokens=recorded, choices=Choices(choices))
+        )
+        report = compare(
             options.open(opened, _stages(manifest, batch)),
             PixelDecoder(opened, options),
             transformer,
@@ -154,12 +159,10 @@ def command(
             batch,
             seed=seed,
             asked=[sample.condition.label for sample in compared],
-            tokens=recorded,
-            choices=Choices(choices),
             bounds=Bounds(logits=max_logit_error),
-            report_line=lambda phase, line: bar.update(task, description=phase, completed=line),
+            report_part=lambda phase, part: bar.update(task, description=phase, completed=part),
         )
-        bar.update(task, completed=manifest.raster.lines)
+        bar.update(task, completed=parts)
         quality = []
         if comparing:
             drawn = list_samples(asked or conditioner.usual(), samples, seed)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from linert.graphs.families import janus, lasadgen, llamagen, lumina
+from linert.graphs.families import janus, lasadgen, llamagen, lpd, lumina
 from linert.graphs.families.base import Family
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (llamagen.FAMILY, lasadgen.FAMILY, janus.FAMILY, lumina.FAMILY)
+    family.name: family
+    for family in (llamagen.FAMILY, lasadgen.FAMILY, janus.FAMILY, lumina.FAMILY, lpd.FAMILY)
 }

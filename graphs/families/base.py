@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption
 from linert.graphs.stage_tensor import StageTensor
-from linert.graphs.transformer import RasterTransformer
+from linert.graphs.transformer import Transformer
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 
 MOST_LINES = 512
@@ -95,16 +95,25 @@ class Family(ABC):
     """A kind of model: how its files are read, and how it is asked for images.
 
     ``name``: in the manifest. ``title``: for people. ``reads_prompts``: needs a tokenizer. ``cached``: its layers
-    keep keys and values, for which there are policies. ``takes``: what may be said of its models when they are exported.
+    keep keys and values, for which there are policies. ``grouped``: it draws in groups (:mod:`linert.graphs.group_transformer`) instead of
+    line by line. ``takes``: what may be said of its models when they are exported.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     reads_prompts: ClassVar[bool] = False
     cached: ClassVar[bool] = True
+    grouped: ClassVar[bool] = False
     takes: ClassVar[frozenset[ModelOption]]
     layouts: ClassVar[tuple[Layout, ...]]
     config_type: ClassVar[type[Any]]
+
+    @property
+    def a_title(self) -> str:
+        """The title with its article: ``a LlamaGen``, ``an LPD``."""
+        # Of letters that are spelled, those whose names begin with a vowel.
+        spelled = self.title.isupper() and self.title[0] in "AEFHILMNORSX"
+        return f"{'an' if spelled else 'a'} {self.title}"
 
     @abstractmethod
     def configure(self, facts: ModelFacts) -> Any:
@@ -116,7 +125,7 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def build(self, config: Any) -> RasterTransformer:
+    def build(self, config: Any) -> Transformer:
         """The module, on whatever is torch's device."""
 
     @abstractmethod

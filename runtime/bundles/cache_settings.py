@@ -198,6 +198,10 @@ def cache_text(cache: CacheSettings | None) -> str:
     return cache.text if cache else "none: what the model remembers is of one size"
 
 
+NOTHING_EVICTED = "nothing is evicted: every token has a slot of its own"
+"""For people, of a model whose layers keep all that was drawn."""
+
+
 def least_budget(raster: Raster, recent_lines: float, anchor_tokens: int) -> int:
     """Lines that hold what is protected and the line in progress."""
     protected = recent_tokens(raster, recent_lines) + anchor_tokens

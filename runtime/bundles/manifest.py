@@ -10,10 +10,11 @@ import msgspec
 
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.raster import Raster
-from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.sampling_settings import GuidanceSchedule, SamplingSettings
+from linert.runtime.bundles.schedule import Groups, Lines, Schedule
 from linert.runtime.errors import RequestError
 
-SCHEMA = 10
+SCHEMA = 11
 MANIFEST_NAME = "manifest.json"
 CONTRACT_KEY = "linert.contract"
 """Of the entry in an ONNX file's metadata that holds :func:`linert.runtime.bundles.manifest_file.contract`."""
@@ -208,9 +209,9 @@ class Manifest(Record, frozen=True):
     """Everything that a runtime has to know about a bundle.
 
     ``sha256`` is the digest of the manifest with this field empty. As ``files`` holds the digest of every
-    file, it names the bundle. ``condition``: what it is drawn of. ``capacity_lines``: lines of each layer's buffer. ``windows``: positions that a
-    decode step may take, 1 among them. ``cache``: what a run keeps of them unless it says otherwise.
-    A model whose state is of one size has no cache: there are no capacities and no policies, and one ``line_end``.
+    file, it names the bundle. ``condition``: what it is drawn of. ``schedule``: in which order its tokens are drawn. ``capacity_lines``:
+    lines of each layer's buffer. ``cache``: what a run keeps of them unless it says otherwise.
+    A model whose state is of one size has no cache: there are no capacities and no policies, and one ``line_end``, if there are lines.
     """
 
     schema: int
@@ -220,10 +221,10 @@ class Manifest(Record, frozen=True):
     condition: ClassInput | PromptInput | CaptionInput
     image_decoder: ImageDecoder
     raster: Raster
+    schedule: Schedule
     images: int
     guided: bool
     capacity_lines: tuple[int, ...]
-    windows: tuple[int, ...]
     policies: dict[str, PolicySpec]
     cache: CacheSettings | None
     sampling: SamplingSettings
@@ -262,8 +263,23 @@ class Manifest(Record, frozen=True):
     @property
     def noise_size(self) -> int:
         """Numbers of noise that the draw of a token takes."""
-        [table] = [tensor for tensor in self.stages["decode"].inputs if tensor.name == "noise"]
+        decode = next(stage for name, stage in self.stages.items() if name.startswith("decode"))
+        [table] = [tensor for tensor in decode.inputs if tensor.name == "noise"]
         return table.shape[2]
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Positions that a decode step may take of a raster; 1 alone where images are drawn in groups."""
+        return self.schedule.windows if isinstance(self.schedule, Lines) else (1,)
+
+    @property
+    def groups(self) -> Groups | None:
+        """How images are drawn in groups; None where they are drawn line by line."""
+        return self.schedule if isinstance(self.schedule, Groups) else None
+
+    def parts(self, sampling: SamplingSettings) -> int:
+        """In how many parts an image is drawn: its lines, or its groups."""
+        return self.raster.lines if self.groups is None else len(self.groups.sizes_in(sampling.steps))
 
     def state_spec(self, name: str) -> StateSpec:
         """The state tensor of that name."""
@@ -281,11 +297,35 @@ class Manifest(Record, frozen=True):
             RequestError: there is none; the message says that ``what`` needs one.
         """
         if self.cache is None:
-            raise RequestError(f"{what}: a {self.model.family} bundle has no KV cache; leave that out")
+            why = (
+                "has no KV cache"
+                if self.groups is None
+                else "evicts nothing: its layers keep every token, each in a slot of its own"
+            )
+            raise RequestError(f"{what}: a {self.model.family} bundle {why}; leave that out")
         return self.cache
+
+    def check_sampling(self, sampling: SamplingSettings) -> None:
+        """Raise :class:`RequestError` for settings that this bundle cannot draw with."""
+        faults = sampling.faults(guided=self.guided)
+        if self.groups is None:
+            if sampling.steps:
+                faults.append("steps: the bundle draws line by line, a token a step; leave that out")
+            if sampling.guidance_schedule != GuidanceSchedule.CONSTANT:
+                faults.append(
+                    f"guidance_schedule {sampling.guidance_schedule}: the bundle draws line by line, by one scale"
+                )
+        if faults:
+            raise RequestError("; ".join(faults))
+        if self.groups is not None:
+            self.groups.sizes_in(sampling.steps)
 
     def check_window(self, window: int) -> None:
         """Raise :class:`RequestError` for a window that this bundle has no stage for."""
+        if window != 1 and self.groups is not None:
+            raise RequestError(
+                f"a window of {window} positions: the bundle draws in groups of its own; leave --window out"
+            )
         if window not in self.windows:
             widths = ", ".join(map(str, self.windows))
             raise RequestError(

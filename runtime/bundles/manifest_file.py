@@ -12,6 +12,7 @@ import msgspec
 from linert.runtime.bundles.manifest import (
     ITEM_BYTES,
     SCHEMA,
+    SLOT,
     CaptionInput,
     ClassInput,
     Manifest,
@@ -21,6 +22,7 @@ from linert.runtime.bundles.manifest import (
     TensorSpec,
     decode_stage,
 )
+from linert.runtime.bundles.schedule import Groups, pairs
 from linert.runtime.errors import BundleError, GeometryError, RequestError
 from linert.runtime.text import brief
 
@@ -53,6 +55,7 @@ METHODS = frozenset({"none", "rtn", "gptq"})
 
 DRIVEN = {
     "decode": frozenset({"noise", "token", "tokens", "position", "logits"}),
+    "decode.g": frozenset({"noise", "order", "group_size", "tokens", "drawn", "newest"}),
     "line_end.replay": frozenset({"replay_slots"}),
     "text_encoder": frozenset({"text_tokens", "text_lengths", "text_features"}),
     "vq_decoder": frozenset({"grid_tokens", "pixels"}),
@@ -159,6 +162,11 @@ def _out_of_bounds(manifest: Manifest) -> Iterable[str]:
         ("patch", manifest.image_decoder.patch, 1, MOST["pixels a token"]),
         ("lines", raster.lines, 2, MOST["lines"]),
         ("line_width", raster.line_width, 2, MOST["tokens a line"]),
+        *[
+            ("tokens of a group", size, 1, raster.image_tokens)
+            for sizes in (manifest.groups.sizes if manifest.groups else ())
+            for size in sizes
+        ],
         ("newlines", raster.newlines, 0, 1),
         ("prefix_len", raster.prefix_len, 1, MOST["prefix"]),
         *[("capacity_lines", lines, 1, raster.lines) for lines in manifest.capacity_lines],
@@ -219,13 +227,19 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
     if len(states) != len(manifest.state):
         yield "two states of one name"
     wanted = {"prefill", "admit", "vq_decoder"}
-    wanted |= {
-        decode_stage(window, filtered=filtered) for window in manifest.windows for filtered in (True, False)
-    }
+    if (groups := manifest.groups) is None:
+        wanted |= {
+            decode_stage(window, filtered=filtered)
+            for window in manifest.windows
+            for filtered in (True, False)
+        }
+    else:
+        wanted |= {width.stage(filtered=filtered) for width in groups.widths for filtered in (True, False)}
+        yield from _group_contradictions(groups, manifest)
     if 1 not in manifest.windows or not all(1 <= window <= raster.line_width for window in manifest.windows):
         yield f"windows of {', '.join(map(str, manifest.windows))} positions in lines of {raster.line_width}"
     if manifest.cache is None:
-        wanted.add("line_end")
+        wanted |= {"line_end"} if groups is None else set()
         if manifest.capacity_lines or manifest.policies:
             yield "capacities or policies of no cache"
     else:
@@ -273,13 +287,39 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
                 yield f"{spec.name} of shape {spec.shape} in a layer of {capacity} slots"
 
 
+def _group_contradictions(groups: Groups, manifest: Manifest) -> Iterable[str]:
+    """Groups that are none of the image, or that no stage draws."""
+    raster = manifest.raster
+    if not groups.sizes or len(set(groups.counts)) != len(groups.sizes):
+        yield "no groups, or two lists of as many"
+    if (
+        manifest.cache is not None
+        or raster.prefix_len != 1
+        or raster.newlines
+        or raster.lines != raster.line_width
+    ):
+        yield "groups of an image that is drawn line by line"
+    for sizes in groups.sizes:
+        if min(sizes, default=0) < 1 or sum(sizes) != raster.image_tokens:
+            yield f"groups of {sum(sizes)} tokens in an image of {raster.image_tokens}"
+        elif any(not any(width.fits(*pair) for width in groups.widths) for pair in pairs(sizes)):
+            yield f"groups of up to {max(sizes)} tokens, which no stage draws"
+    if not 0 <= groups.repulsion <= raster.lines:
+        yield f"a repulsion of {groups.repulsion}"
+    for spec in manifest.state:
+        slots = [side for axis, side in zip(spec.axes, spec.shape, strict=False) if axis == SLOT]
+        if slots not in ([], [groups.slots]):
+            yield f"{spec.name} of shape {spec.shape} for {groups.slots} slots"
+
+
 def _stage_contradictions(
     name: str, stage: StageSpec, manifest: Manifest, states: dict[str, StateSpec]
 ) -> Iterable[str]:
     if stage.file not in manifest.files:
         yield f"stage {name} names {stage.file}, which is not among the files"
     inputs, outputs = ({spec.name: spec for spec in side} for side in (stage.inputs, stage.outputs))
-    driven = DRIVEN["decode"] if name.startswith("decode") else DRIVEN.get(name, frozenset())
+    kinds = [kind for kind in ("decode.g", "decode") if name.startswith(kind)]
+    driven = DRIVEN[kinds[0]] if kinds else DRIVEN.get(name, frozenset())
     if missing := sorted(driven - inputs.keys() - outputs.keys()):
         yield f"stage {name} has no tensor {', '.join(missing)}"
     if len(inputs) != len(stage.inputs) or len(outputs) != len(stage.outputs):

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
+from enum import StrEnum
 from typing import Annotated
 
 import msgspec
 
+from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.setting import Setting, StageInput
 
 MOST_COUNT = 2**31 - 1
 """Largest number of steps or tokens that a setting takes."""
+
+
+class GuidanceSchedule(StrEnum):
+    """How the scale of guidance goes through an image that is drawn in groups: the same for all tokens, or linearly from 1 up to it."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+
+
+def _grows(schedule: GuidanceSchedule, raster: Raster) -> bool:
+    return schedule == GuidanceSchedule.LINEAR
 
 
 class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -18,7 +31,8 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 
     ``guidance``: scale of classifier-free guidance; 1 or less uses the conditional logits alone.
     ``guidance_interval``: decode steps after this one (from 0) are unguided; -1 never. ``top_k`` 0 and
-    ``top_p`` 1 keep every token. ``greedy`` takes the most likely token.
+    ``top_p`` 1 keep every token. ``greedy`` takes the most likely token. ``guidance_schedule`` and ``steps``
+    are of images that are drawn in groups: how the scale goes through the image, and the number of groups, 0 for the bundle's usual one.
     """
 
     guidance: Annotated[
@@ -35,6 +49,13 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             stage_input=StageInput(name="guidance_interval", dtype="int64"),
         ),
     ] = -1
+    guidance_schedule: Annotated[
+        GuidanceSchedule,
+        Setting(
+            help="Of models that draw in groups: one scale for all tokens, or one that grows linearly from 1.",
+            stage_input=StageInput(name="guidance_linear", dtype="int64", value=_grows),
+        ),
+    ] = GuidanceSchedule.CONSTANT
     temperature: Annotated[
         float,
         Setting(
@@ -64,6 +85,14 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         ),
     ] = False
 
+    steps: Annotated[
+        int,
+        Setting(
+            help="Of models that draw in groups: decode steps of an image, of the numbers that the bundle has; 0 takes its usual one.",
+            exported=False,
+        ),
+    ] = 0
+
     @property
     def filtered(self) -> bool:
         """Whether top-k or top-p have anything to do."""
@@ -85,6 +114,8 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
             faults.append(f"temperature {self.temperature} must be a finite number above 0")
         if not 0 <= self.top_k <= MOST_COUNT:
             faults.append(f"top_k {self.top_k} must be at least 0 and at most {MOST_COUNT}")
+        if self.steps < 0:
+            faults.append(f"steps {self.steps} must be at least 0")
         if not 0 < self.top_p <= 1:
             faults.append(f"top_p {self.top_p} must be above 0 and at most 1")
         return faults

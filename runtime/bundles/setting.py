@@ -41,7 +41,7 @@ class Setting:
 
     ``help``: of its option, a whole sentence. ``default``: of bundles whose export does not say. ``least``: a number below it
     is refused. ``label``: tells its value to people, as in ``16 anchor tokens``. ``stage_input``: None where the stages
-    get it by another way.
+    get it by another way. ``exported``: False where an export has another option for it.
     """
 
     help: str
@@ -49,6 +49,7 @@ class Setting:
     least: float | None = None
     label: Callable[[Any], str] = str
     stage_input: StageInput | None = None
+    exported: bool = True
 
 
 @dataclass(frozen=True)

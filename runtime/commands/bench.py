@@ -91,7 +91,7 @@ def _print_work(console: Console, manifest: Manifest) -> None:
     """What a step has to do; how long that takes at the least is known when the machine was measured beside it."""
     work = step_work(manifest)
     console.print(
-        f"one decode step reads {size_text(work.weight_bytes)} of weights and {size_text(work.state_bytes)} of state, and "
+        f"{'one decode step' if manifest.groups is None else 'the mean decode step'} reads {size_text(work.weight_bytes)} of weights and {size_text(work.state_bytes)} of state, and "
         f"multiplies {work.macs / 1e6:.0f} M times"
     )
 
@@ -109,17 +109,19 @@ def _print(console: Console, timings: Timings, peak: int | None) -> None:
         f"{timings.over_limit:.2f} x the limit; {timings.bandwidth_share:.0%} of the bandwidth"
         + (f", {timings.compute_share:.0%} of the float32 rate" if limit.mac_rate else ""),
     )
-    table.add_row(
-        "line end", f"{timings.line_end_ms:.2f} ms", f"{timings.to_json()['line_end_share']:.1%} of a line"
-    )
+    if timings.line_end_ms is not None:
+        share = timings.to_json()["line_end_share"]
+        table.add_row("line end", f"{timings.line_end_ms:.2f} ms", f"{share:.1%} of a line")
     table.add_row("image decoder", f"{timings.vq_decoder_ms:.0f} ms", "an image")
     console.print(table)
     if timings.windows:
         console.print(_window_table(timings))
+    if timings.groups:
+        console.print(_group_table(timings))
     rows = {
         "to the first token": f"{timings.start.verify + timings.start.first_token:.2f} s "
         f"({timings.start.verify:.2f} s of it to verify the files)",
-        "tokens a second": f"{timings.images * 1e3 / timings.decode_ms:.0f}",
+        "tokens a second": f"{timings.tokens_per_second:.0f}",
         "resident after the first token": size_text(timings.resident_bytes)
         if timings.resident_bytes
         else "unknown",
@@ -157,6 +159,14 @@ def _window_table(timings: Timings) -> Table:
                 f"{window.seconds:.3f}",
             ]
         table.add_row(*cells)
+    return table
+
+
+def _group_table(timings: Timings) -> Table:
+    """A row a decode stage of an image that is drawn in groups."""
+    table = Table("stage", "steps an image", "a step", title="groups", title_justify="left")
+    for stage, group in timings.groups.items():
+        table.add_row(stage, str(group.steps), f"{group.step_ms:.2f} ms")
     return table
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from linert.runtime.backends.trt_flavour import FLAVOURS, Flavour
 from linert.runtime.bundles.bundle import Bundle
-from linert.runtime.bundles.cache_settings import CacheSettings, cache_text
+from linert.runtime.bundles.cache_settings import NOTHING_EVICTED, CacheSettings, cache_text
 from linert.runtime.bundles.engines import built_flavours, read_engines
 from linert.runtime.bundles.manifest import SLOT, Manifest
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
@@ -111,7 +111,9 @@ def describe(bundle: Bundle) -> dict[str, object]:
         **(_cache_costs(manifest) if manifest.cache else {}),
         "state_bytes_by_kind": state_by_kind(manifest),
         "file_bytes": sum(record.bytes for record in manifest.files.values()),
-        "decode_steps": manifest.raster.image_tokens - 1,
+        "decode_steps": manifest.raster.image_tokens - 1
+        if manifest.groups is None
+        else manifest.parts(manifest.sampling),
         "engines": {
             flavour: msgspec.to_builtins(read_engines(bundle, flavour, digests=False))
             for flavour in built_flavours(bundle)
@@ -196,7 +198,8 @@ def _print(bundle: Bundle, console: Console) -> None:
         f"{raster.lines * decoder.patch} pixels",
         "batch": f"{manifest.images} images, "
         + ("guided (two rows an image)" if manifest.guided else "unguided (one row an image)"),
-        **(_cache_rows(manifest, cache) if cache else {"cache": cache_text(None)}),
+        **(_cache_rows(manifest, cache) if cache else {"cache": _no_cache(manifest)}),
+        **_group_row(manifest),
         "sampling": ", ".join(
             f"{name} {value}" for name, value in msgspec.to_builtins(manifest.sampling).items()
         ),
@@ -223,6 +226,22 @@ def _print(bundle: Bundle, console: Console) -> None:
     for name, record in sorted(manifest.files.items()):
         files.add_row(name, f"{record.bytes:,}", stage_of.get(name, "shared weights"))
     console.print(files)
+
+
+def _no_cache(manifest: Manifest) -> str:
+    return cache_text(None) if manifest.groups is None else NOTHING_EVICTED
+
+
+def _group_row(manifest: Manifest) -> dict[str, str]:
+    """In how many steps images are drawn, where they are drawn in groups."""
+    groups = manifest.groups
+    if groups is None:
+        return {}
+    widths = ", ".join(f"{width.fed} + {width.drawn}" for width in groups.widths)
+    counts = " or ".join(map(str, groups.counts))
+    return {
+        "steps": f"an image {counts}, by stages that feed and draw up to {widths} tokens; orders with repulsion {groups.repulsion:g}"
+    }
 
 
 def _capacity_row(bundle: Bundle) -> dict[str, str]:

@@ -121,8 +121,7 @@ def command(
     manifest = opened.manifest
     if window is not None:
         manifest.check_window(window)
-    if faults := drawn_by.faults(guided=manifest.guided):
-        raise RequestError("; ".join(faults))
+    manifest.check_sampling(drawn_by)
     manifest.check_cache(settings, replayed=trace is not None)
     generator = Generator(opened, options, conditioner)
     request = RunRequest(tuple(samples), drawn_by, settings, manifest.sha256, trace.digest if trace else "")

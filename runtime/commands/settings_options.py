@@ -46,12 +46,14 @@ def setting_option(setting: NamedSetting, default: str = "") -> Decorator:
     return click.option(setting.flag, type=kind, help=text)
 
 
-def sampling_options(default: str) -> Decorator:
+def sampling_options(default: str, *, exporting: bool = False) -> Decorator:
     """Give a command the sampling options; it gets them as one ``sampling``, a :class:`SamplingRequest`.
 
-    ``default``: what settings are that are not given, for people.
+    ``default``: what settings are that are not given, for people. ``exporting``: leaves out what an export has other options for.
     """
-    settings = settings_of(SamplingSettings)
+    settings = [
+        setting for setting in settings_of(SamplingSettings) if setting.declared.exported or not exporting
+    ]
     return option_group(
         "sampling",
         [setting_option(setting, default) for setting in settings],

@@ -18,11 +18,13 @@ from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.schedule import GroupStep
 from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner, conditions_of
 from linert.runtime.drawing.loop import Batch, LineEnds, generate
 from linert.runtime.drawing.noise import noise_table
+from linert.runtime.drawing.orders import Cells, order_of
 from linert.runtime.drawing.samples import Condition, Sample, list_samples
 from linert.runtime.drawing.trace import Trace
 from linert.runtime.drawing.window_choice import WindowChoice
@@ -69,8 +71,12 @@ def make_batch(
     samples: Sequence[Sample],
     sampling: SamplingSettings,
     cache: CacheSettings | None,
+    orders: Sequence[Cells] | None = None,
 ) -> Batch:
     """The batch that draws ``samples`` from a bundle; a short one is filled up with its last sample (rows do not see each other).
+
+    Args:
+        orders: of every sample, where images are drawn in groups; None makes them of the seeds.
 
     Raises:
         RequestError: no sample, more than the bundle's batch, or what the bundle cannot draw.
@@ -80,12 +86,35 @@ def make_batch(
         raise RequestError(f"{count} samples do not fit a batch of {size}")
     filled = [*samples, *[samples[-1]] * (size - count)]
     seeds = [sample.seed for sample in filled]
+    groups = manifest.groups
+    if groups is None:
+        if orders is not None:
+            raise RequestError("orders: the bundle draws line by line; leave them out")
+        steps: tuple[GroupStep, ...] = ()
+    else:
+        steps = tuple(groups.steps(groups.sizes_in(sampling.steps)))
+        own = orders or [seeded_order(manifest, sample.seed, sampling) for sample in samples]
+        orders = [*own, *[own[-1]] * (size - count)]
     return Batch(
         conditions=conditioner.inputs([sample.condition for sample in filled]),
         noise=noise_table(seeds, manifest.raster.image_tokens, manifest.noise_size),
         sampling=sampling,
         cache=cache,
+        groups=steps,
+        orders=None if orders is None else np.stack(orders),
     )
+
+
+def seeded_order(manifest: Manifest, seed: int, sampling: SamplingSettings) -> Cells:
+    """The order in which the image with this ``seed`` is drawn, ``[N]`` int64.
+
+    Raises:
+        RequestError: the bundle draws line by line, or not in so many steps.
+    """
+    groups = manifest.groups
+    if groups is None:
+        raise RequestError("an order: the bundle draws line by line")
+    return order_of(seed, manifest.raster.line_width, groups.sizes_in(sampling.steps), groups.repulsion)
 
 
 class Generator(Closing):
@@ -171,20 +200,27 @@ class Generator(Closing):
         watcher: LineEndWatcher | None = None,
         on_line: Callable[[int], None] | None = None,
         window: int | WindowChoice = 1,
+        orders: Sequence[Cells] | None = None,
     ) -> Tokens:
         """Draw the tokens ``[len(samples), N]`` int64 of at most one batch of samples.
 
         Args:
             replay: a trace and which of its images these samples are; its evictions are imposed.
             watcher: sees the state after every line end.
-            on_line: called after each line with the number of lines drawn (:meth:`tokens` has them).
+            on_line: called after each line, or group, with the number of those that are drawn (:meth:`tokens` has them).
             window: positions of every image that a decode step takes, of those that the bundle has, or what chooses among them. The
                 tokens are the same.
+            orders: as in :func:`make_batch`.
         """
         count = len(samples)
         manifest = self.manifest
         batch = make_batch(
-            manifest, self.conditioner, samples, sampling or manifest.sampling, cache or manifest.cache
+            manifest,
+            self.conditioner,
+            samples,
+            sampling or manifest.sampling,
+            cache or manifest.cache,
+            orders,
         )
         batch = (
             replace(batch, choice=window)
@@ -213,6 +249,18 @@ class Generator(Closing):
         with self._lock:
             # Of tokens that are not drawn yet there is none.
             return cast("Tokens", self.backend.read("tokens"))[:count].clip(min=0)
+
+    def undrawn(self, count: int) -> NDArray[np.bool_]:
+        """Which tokens ``[count, N]`` of the batch's first images no step has drawn yet; likewise for whoever is called back."""
+        with self._lock:
+            return cast("Tokens", self.backend.read("tokens"))[:count] < 0
+
+
+def drawn_pixels(manifest: Manifest, drawn: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which pixels ``[..., 1, H, W]`` belong to tokens that are ``drawn [..., N]``."""
+    raster, patch = manifest.raster, manifest.image_decoder.patch
+    cells = drawn.reshape(*drawn.shape[:-1], 1, raster.lines, raster.line_width)[..., : raster.columns]
+    return cells.repeat(patch, axis=-2).repeat(patch, axis=-1)
 
 
 class PixelDecoder(Closing):

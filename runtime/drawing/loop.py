@@ -1,4 +1,4 @@
-"""The raster loop: drive a backend through the stages. It knows nothing about models."""
+"""The loop: drive a backend through the stages, line by line or group by group. It knows nothing about models."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import Manifest, decode_stage
 from linert.runtime.bundles.raster import Step
 from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.schedule import GroupStep
 from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.drawing.window_choice import WindowChoice
-from linert.runtime.errors import BundleError, RequestError
+from linert.runtime.errors import BundleError
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Batch:
     ``conditions``: the model's inputs by name. ``noise``: of every image and token, ``[I, N, S]`` float32. ``replay``: write
     slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`linert.runtime.drawing.trace`).
     ``window``: positions of every image that a decode step takes; ``choice`` tries several and keeps to the quickest.
+    ``groups``: the decode steps of images that are drawn in groups, and ``orders [I, N]`` int64 the cell of the token of every rank.
     """
 
     conditions: Mapping[str, NDArray[Any]]
@@ -37,10 +39,15 @@ class Batch:
     replay: NDArray[np.int64] | None = None
     window: int = 1
     choice: WindowChoice | None = None
+    groups: tuple[GroupStep, ...] = ()
+    orders: NDArray[np.int64] | None = None
 
     @cached_property
     def stages(self) -> dict[str, str]:
         """The bundle's stage for every stage of the schedule that the batch runs through."""
+        if self.groups:
+            names = [self.group(step) for step in self.groups]
+            return {"prefill": "prefill", **dict(zip(names, names, strict=True))}
         return {
             "prefill": "prefill",
             "decode": self.decode(self.window),
@@ -55,6 +62,10 @@ class Batch:
     def decode(self, width: int) -> str:
         """The bundle's stage that decodes windows of so many positions."""
         return decode_stage(width, filtered=self.sampling.filtered)
+
+    def group(self, step: GroupStep) -> str:
+        """The bundle's stage that draws a group."""
+        return step.width.stage(filtered=self.sampling.filtered)
 
     @property
     def _line_end(self) -> str:
@@ -110,25 +121,27 @@ def lay_out(backend: Backend, batch: Batch) -> None:
         GeometryError: the cache settings do not fit it.
     """
     manifest = backend.bundle.manifest
-    if faults := batch.sampling.faults(guided=manifest.guided):
-        raise RequestError("; ".join(faults))
+    manifest.check_sampling(batch.sampling)
     manifest.check_cache(batch.cache, replayed=batch.replay is not None)
     for width in batch.widths:
         manifest.check_window(width)
-    for stage in dict.fromkeys([*batch.stages.values(), *map(batch.decode, batch.widths)]):
+    decode = [] if batch.groups else map(batch.decode, batch.widths)
+    for stage in dict.fromkeys([*batch.stages.values(), *decode]):
         backend.load(stage)
     for name, values in batch.conditions.items():
         backend.write(name, values)
     backend.write("noise", batch.noise)
+    if batch.orders is not None:
+        backend.write("order", batch.orders)
     for name, value in settings_inputs(manifest, batch).items():
-        # A replay has no policy's inputs.
+        # A replay has no policy's inputs, and a raster none of groups.
         if name in backend.specs:
             backend.write(name, value)
     backend.run("prefill")
 
 
 def begin(backend: Backend, batch: Batch) -> None:
-    """Lay out the state and feed the condition: the first token is drawn.
+    """Lay out the state and feed the condition: the first token is drawn. In groups, the first step feeds the condition.
 
     Of conditions that are shorter than the prefix, no more is fed than the longest needs.
 
@@ -138,6 +151,8 @@ def begin(backend: Backend, batch: Batch) -> None:
     """
     manifest = backend.bundle.manifest
     lay_out(backend, batch)
+    if batch.groups:
+        return
     prefix = manifest.raster.prefix_len
     fed = int(backend.read("position")[0]) if prefix > 1 else 0
     widest = max(batch.widths)
@@ -152,16 +167,23 @@ def run_step(backend: Backend, batch: Batch, step: Step) -> None:
     backend.run(batch.stages[step.stage])
 
 
-def require_finite(backend: Backend) -> None:
+def run_group(backend: Backend, batch: Batch, step: GroupStep) -> None:
+    """Feed the group before, or the condition, and draw the next one in every image."""
+    backend.write("group_size", np.full(backend.bundle.manifest.images, step.drawn))
+    backend.run(batch.group(step))
+
+
+def require_finite(backend: Backend, logits_name: str = "logits") -> None:
     """Look at the logits of the last decode step: one number that is none makes all of the image arbitrary, and goes on for ever
     in the state.
 
     Raises:
         BundleError: they are not all finite.
     """
-    logits = backend.read("logits")
+    logits = backend.read(logits_name)
     if not np.isfinite(logits).all():
-        wrong = np.flatnonzero(~np.isfinite(logits).all(axis=1)) % backend.bundle.manifest.images
+        finite = np.isfinite(logits).reshape(len(logits), -1).all(axis=1)
+        wrong = np.flatnonzero(~finite) % backend.bundle.manifest.images
         images = ", ".join(map(str, sorted(set(wrong.tolist()))))
         raise not_finite(backend.bundle.manifest, f"image {images} of the batch")
 
@@ -187,7 +209,8 @@ def generate(
     Args:
         backend: holds the stages of :attr:`Batch.stages`.
         batch: conditions, noise and settings.
-        on_line: called with the number of lines whose tokens are all drawn in every image, after each line.
+        on_line: called after each line with the number of lines whose tokens are all drawn in every image; or after each group, with
+            that of groups.
         on_line_end: called after every line end: write slots are chosen, nothing is overwritten yet.
         finite: False leaves it to the caller to look at the logits.
 
@@ -195,18 +218,22 @@ def generate(
         ``[I, N]`` int64 tokens in raster order.
 
     Raises:
-        BundleError: logits became infinite or no numbers; looked at once a line.
+        BundleError: logits became infinite or no numbers; looked at once a line or group.
     """
     begin(backend, batch)
 
-    def drawn(lines: int) -> None:
+    def drawn(parts: int, logits: str = "logits") -> None:
         if finite:
-            require_finite(backend)
+            require_finite(backend, logits)
         if on_line:
-            on_line(lines)
+            on_line(parts)
 
     ended = on_line_end or (lambda ends: None)
-    if list(batch.widths) == [1]:
+    if batch.groups:
+        for number, step in enumerate(batch.groups):
+            run_group(backend, batch, step)
+            drawn(number + 1, step.width.logits)
+    elif list(batch.widths) == [1]:
         _walk_together(backend, batch, drawn, ended)
     else:
         _walk_apart(backend, batch, drawn, ended)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from linert.runtime.backends.base import Backend
-from linert.runtime.bundles.manifest import Manifest, Work
+from linert.runtime.bundles.manifest import Manifest, Work, decode_stage
 from linert.runtime.machine import ReadBandwidth, peak_macs
 from linert.runtime.measuring.measured import Image, Measured, Passes, Start
 
@@ -21,7 +22,7 @@ class Limit:
 
     ``weight_bytes``, ``state_bytes``: what a step has to read. ``macs``: what it has to multiply. ``read_bandwidth``:
     bytes a second; on a GPU, of a copy. ``mac_rate``: a second, None where it was not measured. ``floor_ms``: the longer of
-    reading and multiplying.
+    reading and multiplying. ``steps``: of an image, where they differ, and the other numbers are their means.
     """
 
     weight_bytes: int
@@ -29,6 +30,7 @@ class Limit:
     macs: int
     read_bandwidth: float
     mac_rate: float | None
+    steps: tuple[Work, ...] = ()
 
     @property
     def read_ms(self) -> float:
@@ -40,26 +42,48 @@ class Limit:
 
     @property
     def floor_ms(self) -> float:
+        if self.steps:
+            alone = [replace_work(self, work).floor_ms for work in self.steps]
+            return sum(alone) / len(alone)
         return max(self.read_ms, self.compute_ms)
 
     def to_json(self) -> dict[str, Any]:
+        values = {name: value for name, value in asdict(self).items() if name != "steps"}
         return {
-            **asdict(self),
+            **values,
             "read_ms": self.read_ms,
             "compute_ms": self.compute_ms,
             "floor_ms": self.floor_ms,
         }
 
 
+def replace_work(limit: Limit, work: Work) -> Limit:
+    """The limit of other work on the same machine."""
+    return Limit(work.weight_bytes, work.state_bytes, work.macs, limit.read_bandwidth, limit.mac_rate)
+
+
+def step_works(manifest: Manifest) -> list[Work]:
+    """Of the decode steps of an image that differ: one of a raster, all of an image that is drawn in groups."""
+    filtered = manifest.sampling.filtered
+    if (groups := manifest.groups) is None:
+        return [manifest.stages[decode_stage(1, filtered=filtered)].work]
+    steps = groups.steps(groups.sizes_in(manifest.sampling.steps))
+    return [manifest.stages[step.width.stage(filtered=filtered)].work for step in steps]
+
+
 def step_work(manifest: Manifest) -> Work:
-    """Of one decode step of a bundle. All of its buffer is read, whatever the budget; of a matrix a column, one."""
-    return manifest.stages["decode" if manifest.sampling.filtered else "decode.unfiltered"].work
+    """Of one decode step of a bundle, the mean where they differ. All of its buffer is read, whatever the budget; of a matrix a column, one."""
+    works = step_works(manifest)
+    return Work(
+        *(sum(getattr(work, name) for work in works) // len(works) for name in Work.__struct_fields__)
+    )
 
 
 def limit_of(manifest: Manifest, read_bandwidth: float, mac_rate: float | None) -> Limit:
     """Of one decode step of a bundle."""
-    work = step_work(manifest)
-    return Limit(work.weight_bytes, work.state_bytes, work.macs, read_bandwidth, mac_rate)
+    work, works = step_work(manifest), step_works(manifest)
+    steps = tuple(works) if len(works) > 1 else ()
+    return Limit(work.weight_bytes, work.state_bytes, work.macs, read_bandwidth, mac_rate, steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,17 +100,28 @@ class WindowTimings:
     seconds: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupTimings:
+    """Of the decode stage of one width, in an image that is drawn in groups: how many ``steps`` it takes, and milliseconds of each."""
+
+    steps: int
+    step_ms: float
+
+
 @dataclass(kw_only=True)
 class Timings:
     """Medians of what was measured of one bundle; milliseconds and seconds as the names say. ``windows``: by their widths, if the
-    bundle has more than one."""
+    bundle has more than one. ``groups``: by stage, if images are drawn in groups, whose ``decode_ms`` is that of a mean step and which
+    end no lines. ``tokens_a_step``: of an image."""
 
     limit: Limit
     start: Start
     decode_ms: float
-    line_end_ms: float
+    line_end_ms: float | None
     vq_decoder_ms: float
     windows: dict[int, WindowTimings]
+    groups: dict[str, GroupTimings]
+    tokens_a_step: float
     image: Image | None
     images: int
     line_width: int
@@ -112,6 +147,10 @@ class Timings:
     def seconds_per_image(self) -> float | None:
         return self.image.total / self.images if self.image else None
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.images * self.tokens_a_step * 1e3 / self.decode_ms
+
     def to_json(self) -> dict[str, Any]:
         seconds = self.seconds_per_image
         return {
@@ -120,10 +159,10 @@ class Timings:
             "decode_over_limit": self.over_limit,
             "bandwidth_share": self.bandwidth_share,
             "compute_share": self.compute_share,
-            "line_end_share": self.line_end_ms / (self.decode_ms * self.line_width),
+            "line_end_share": self.line_end_ms and self.line_end_ms / (self.decode_ms * self.line_width),
             "seconds_per_image": seconds,
             "images_per_second": 1 / seconds if seconds else None,
-            "tokens_per_second": self.images * 1e3 / self.decode_ms,
+            "tokens_per_second": self.tokens_per_second,
         }
 
 
@@ -154,6 +193,7 @@ def measure(
     total = rounds + image_rounds
     for measured in under_test:
         measured.line()
+        measured.group_ms.clear()
         measured.vq_decode()
     for round_ in range(rounds):
         progress(round_, total)
@@ -161,7 +201,8 @@ def measure(
         for number, measured in enumerate(under_test):
             times = measured.line()
             decode[number] += times[min(WARM_UP, len(times) - 1) :]
-            line_ends[number].append(measured.line_end())
+            if measured.manifest.groups is None:
+                line_ends[number].append(measured.line_end())
             windows[number].time_steps()
             if round_ < 3:
                 vq[number].append(measured.vq_decode())
@@ -179,9 +220,13 @@ def measure(
             limit=limit_of(measured.manifest, read, rate),
             start=measured.start,
             decode_ms=statistics.median(decode[number]),
-            line_end_ms=statistics.median(line_ends[number]),
+            line_end_ms=statistics.median(line_ends[number]) if line_ends[number] else None,
             vq_decoder_ms=statistics.median(vq[number]),
-            windows=windows[number].timings(statistics.median(line_ends[number])),
+            windows=windows[number].timings(statistics.median(line_ends[number] or [0.0])),
+            groups=_groups(measured),
+            tokens_a_step=measured.manifest.raster.image_tokens / len(measured.batch.groups)
+            if measured.batch.groups
+            else 1.0,
             image=sorted(drawn[number], key=lambda image: image.total)[(len(drawn[number]) - 1) // 2]
             if drawn[number]
             else None,
@@ -193,6 +238,18 @@ def measure(
         )
         for number, measured in enumerate(under_test)
     ]
+
+
+def _groups(measured: Measured) -> dict[str, GroupTimings]:
+    """Every stage's medians of all rounds, of an image that is drawn in groups."""
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    for step, taken in zip(measured.batch.groups, zip(*measured.group_ms, strict=True), strict=False):
+        times[measured.batch.group(step)] += taken
+    rounds = len(measured.group_ms)
+    return {
+        stage: GroupTimings(steps=len(taken) // rounds, step_ms=statistics.median(taken))
+        for stage, taken in times.items()
+    }
 
 
 class _Windows:

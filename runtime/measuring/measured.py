@@ -19,8 +19,9 @@ from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import SLOT_POSITIONS, Manifest
 from linert.runtime.bundles.raster import Step
+from linert.runtime.bundles.schedule import GroupStep
 from linert.runtime.drawing.generator import Generator, Pixels, make_batch, picture
-from linert.runtime.drawing.loop import Batch, begin, run_step
+from linert.runtime.drawing.loop import Batch, begin, run_group, run_step
 from linert.runtime.drawing.output import write_png
 from linert.runtime.drawing.samples import Sample, list_samples
 from linert.runtime.files.replacement import scratch_folder
@@ -87,6 +88,8 @@ class Measured:
         self.resident = resident_bytes()
         self._line = 0
         self._loaded = {self.batch.decode(1)}
+        self.group_ms: list[list[float]] = []
+        """Milliseconds of every group of the images that :meth:`line` drew, of a bundle that draws in groups."""
 
     def _begun(self, cache: CacheSettings | None) -> tuple[Sequence[Sample], Batch]:
         """Samples and their batch, whose first token is drawn."""
@@ -95,6 +98,8 @@ class Measured:
         batch = make_batch(manifest, conditioner, samples, manifest.sampling, cache or manifest.cache)
         manifest.check_cache(batch.cache)
         begin(self.backend, batch)
+        if batch.groups:
+            run_group(self.backend, batch, batch.groups[0])
         self.backend.synchronize()
         return samples, batch
 
@@ -111,7 +116,14 @@ class Measured:
 
         Args:
             window: positions of every image that a step takes; a line's worth of steps is as many as fit it if all are accepted.
+
+        Of a bundle that draws in groups it is the mean of a whole image's steps.
         """
+        if self.batch.groups:
+            begin(self.backend, self.batch)
+            times = [self._timed_group(step) for step in self.batch.groups]
+            self.group_ms.append(times)
+            return [sum(times) / len(times)]
         stage = self.batch.decode(window)
         if stage not in self._loaded:
             # What the state holds afterwards is undefined.
@@ -137,6 +149,10 @@ class Measured:
 
         self.backend.synchronize()
         return [milliseconds(all_steps) / steps] * steps
+
+    def _timed_group(self, step: GroupStep) -> float:
+        self.backend.synchronize()
+        return milliseconds(lambda: self._finished(lambda: run_group(self.backend, self.batch, step)))
 
     def line_end(self) -> float:
         """Milliseconds of one line end, which is due in every image."""
@@ -166,8 +182,11 @@ class Measured:
             return result
 
         timed("prefill", lambda: begin(self.backend, self.batch))
-        for stage, steps in itertools.groupby(self.manifest.raster.schedule(), lambda step: step.stage):
-            timed(stage, partial(self._run_steps, list(steps)))
+        if self.batch.groups:
+            timed("decode", self._run_groups)
+        else:
+            for stage, steps in itertools.groupby(self.manifest.raster.schedule(), lambda step: step.stage):
+                timed(stage, partial(self._run_steps, list(steps)))
         tokens = self.backend.read("tokens")
         with scratch_folder() as folder:
             for index, row in enumerate(tokens):
@@ -189,6 +208,10 @@ class Measured:
     def _run_steps(self, steps: Sequence[Step]) -> None:
         for step in steps:
             run_step(self.backend, self.batch, step)
+
+    def _run_groups(self) -> None:
+        for step in self.batch.groups:
+            run_group(self.backend, self.batch, step)
 
     def _finished(self, action: Callable[[], Any]) -> Any:
         """What ``action`` returns, once everything that it asked of the backend is done."""

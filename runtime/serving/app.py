@@ -24,11 +24,12 @@ from starlette.routing import Route
 from linert.runtime.bundles.manifest import ClassInput
 from linert.runtime.drawing.conditions import PromptConditioner
 from linert.runtime.drawing.eviction_map import MapKind, draw_map
+from linert.runtime.drawing.generator import drawn_pixels
 from linert.runtime.drawing.samples import Prompt
 from linert.runtime.errors import LinertError, RequestError
 from linert.runtime.serving.api import ApiError, ImagesRequest, bad, parse, usage
 from linert.runtime.serving.engine import Engine, EngineClosedError, QueueFullError
-from linert.runtime.serving.handle import Cancelled, Done, Event, Failed, Handle, LinesDrawn
+from linert.runtime.serving.handle import Cancelled, Done, Event, Failed, Handle, PartDrawn
 from linert.runtime.serving.metrics import Metrics
 from linert.runtime.serving.models import Model, Models
 
@@ -193,7 +194,7 @@ class Server:
         handles: list[Handle] = []
         try:
             for sample in asked.samples(engine.manifest):
-                handles.append(engine.submit(sample, sampling, lines=True, kept=bool(asked.eviction_map)))
+                handles.append(engine.submit(sample, sampling, parts=True, kept=bool(asked.eviction_map)))
         except LinertError as error:
             for handle in handles:
                 handle.cancel()
@@ -228,21 +229,21 @@ class Server:
     async def _streamed(
         self, asked: ImagesRequest, engine: Engine, handle: Handle, told: dict[str, Any]
     ) -> AsyncIterator[bytes]:
-        """Server-sent events: partial images, each of so many lines more, then the image. One that nobody reads any more is cancelled."""
-        raster, wanted = engine.manifest.raster, asked.partial_images or 0
+        """Server-sent events: partial images, each of so many parts more, then the image. One that nobody reads any more is cancelled."""
+        parts, wanted = engine.manifest.parts(handle.sampling), asked.partial_images or 0
         told = {**told, "created_at": told["created"]}
         counts = told.pop("usage")
-        due = [-(-raster.lines * (number + 1) // (wanted + 1)) for number in range(wanted)]
+        due = [-(-parts * (number + 1) // (wanted + 1)) for number in range(wanted)]
         index = 0
         try:
             async with asyncio.timeout(self.limits.seconds):
                 async for event in handle:
                     # Of partial images that are late, the last is as good.
-                    if isinstance(event, LinesDrawn) and index < len(due) and event.lines >= due[index]:
-                        while index < len(due) and event.lines >= due[index]:
+                    if isinstance(event, PartDrawn) and index < len(due) and event.parts >= due[index]:
+                        while index < len(due) and event.parts >= due[index]:
                             index += 1
                         pixels = await run_in_threadpool(engine.pixels, event.tokens)
-                        pixels[:, event.lines * engine.manifest.image_decoder.patch :] = 0
+                        pixels *= drawn_pixels(engine.manifest, event.drawn)
                         image = await run_in_threadpool(asked.encoded, pixels)
                         yield server_sent(
                             "image_generation.partial_image",
@@ -250,7 +251,7 @@ class Server:
                                 **told,
                                 "b64_json": image,
                                 "partial_image_index": index - 1,
-                                "lines": event.lines,
+                                "parts": event.parts,
                             },
                         )
                     elif isinstance(event, (Failed, Cancelled)):
@@ -337,7 +338,7 @@ def described(model: Model) -> dict[str, Any]:
         "owned_by": manifest.model.family,
         "sizes": list(model.engines),
         "classes": condition.num_classes if isinstance(condition, ClassInput) else None,
-        "lines": manifest.raster.lines,
+        "parts": manifest.parts(manifest.sampling),
         "cache": None if first.cache is None else first.cache.text,
         "sampling": msgspec.to_builtins(manifest.sampling),
     }

@@ -21,10 +21,12 @@ from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.closing import Closing
 from linert.runtime.drawing.conditioning import open_conditioner
-from linert.runtime.drawing.generator import Image, PixelDecoder, Pixels, Tokens
+from linert.runtime.drawing.generator import Image, PixelDecoder, Pixels, Tokens, seeded_order
 from linert.runtime.drawing.samples import Sample
-from linert.runtime.errors import DeviceError, LinertError, RequestError
+from linert.runtime.errors import DeviceError, LinertError
+from linert.runtime.serving.group_rows import GroupRows
 from linert.runtime.serving.handle import Done, Failed, Handle
+from linert.runtime.serving.line_rows import LineRows
 from linert.runtime.serving.rows import Beginning, Counts, Rows
 
 WAITING = 64
@@ -70,7 +72,8 @@ class Engine(Closing):
         self.window, self.limit = window, waiting
         self.counts = Counts()
         self.conditioner = open_conditioner(bundle, self.options)
-        self._rows = Rows(self.manifest.images, self.counts, self._finish)
+        kind = LineRows if self.manifest.groups is None else GroupRows
+        self._rows: Rows = kind(self.manifest, self.counts, self._finish)
         self._waiting: deque[Beginning] = deque()
         self._lock = threading.Condition()
         self._awake = threading.Event()
@@ -118,7 +121,7 @@ class Engine(Closing):
         sample: Sample,
         sampling: SamplingSettings | None = None,
         *,
-        lines: bool = False,
+        parts: bool = False,
         kept: bool = False,
     ) -> Handle:
         """Ask for an image.
@@ -126,7 +129,7 @@ class Engine(Closing):
         Args:
             sample: what it shows, and its seed.
             sampling: how its tokens are drawn; the bundle's defaults if None.
-            lines: whether the handle tells what is drawn line by line.
+            parts: whether the handle tells what is drawn line by line, or group by group.
             kept: whether it tells in the end what the cache kept.
 
         Raises:
@@ -135,16 +138,16 @@ class Engine(Closing):
             EngineClosedError: the engine takes no images.
         """
         sampling = sampling or self.manifest.sampling
-        if faults := sampling.faults(guided=self.manifest.guided):
-            raise RequestError("; ".join(faults))
+        self.manifest.check_sampling(sampling)
         self.conditioner.check([sample.condition])
         inputs = self.conditioner.inputs([sample.condition])
         first = int(self.conditioner.begins(inputs)[0])
         if kept:
             self.manifest.require_cache("what the cache kept")
         raster, layers = self.manifest.raster, self.manifest.model.layers
+        order = seeded_order(self.manifest, sample.seed, sampling) if self.manifest.groups else None
         shares = np.zeros((raster.lines - 1, layers, raster.image_tokens), np.float32) if kept else None
-        handle = Handle(sample, sampling, lines, shares, self._wake)
+        handle = Handle(sample, sampling, parts, shares, self._wake)
         with self._lock:
             if self._closing or self._error is not None:
                 raise EngineClosedError(
@@ -154,7 +157,7 @@ class Engine(Closing):
                 self.counts.refused += 1
                 raise QueueFullError(f"{self.limit} images are waiting already")
             self.counts.submitted += 1
-            self._waiting.append(Beginning(handle, inputs, first))
+            self._waiting.append(Beginning(handle, inputs, first, order))
         self._wake()
         return handle
 
@@ -228,26 +231,23 @@ class Engine(Closing):
         Returns:
             Steps until one of those that still wait may begin, if a row is free then.
         """
-        rows, width = self._rows, self.manifest.raster.line_width
+        rows, pause = self._rows, self.manifest.raster.image_tokens
         rows.drop_cancelled()
         free = rows.free() if self._waiting else []
-        phase, pause = rows.phase(), width
         beginnings: dict[int, Beginning] = {}
         dropped = []
         with self._lock:
             for _ in range(len(self._waiting)):
                 beginning = self._waiting.popleft()
-                begins_at = rows.begins_at(beginning)
                 if beginning.handle.cancelled:
                     dropped.append(beginning.handle)
                 elif len(beginnings) == len(free):
                     self._waiting.append(beginning)
-                elif self.window > 1 or phase in (None, begins_at):
-                    beginnings[free[len(beginnings)]] = beginning
-                    phase = begins_at
-                else:
-                    pause = min(pause, (begins_at - phase) % width)
+                elif steps := rows.wait(beginning, beginnings.values()):
+                    pause = min(pause, steps)
                     self._waiting.append(beginning)
+                else:
+                    beginnings[free[len(beginnings)]] = beginning
         for handle in dropped:
             rows.drop(handle)
         if beginnings:

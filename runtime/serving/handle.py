@@ -9,6 +9,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from threading import Condition
 
+import numpy as np
+from numpy.typing import NDArray
+
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.eviction_map import Shares
 from linert.runtime.drawing.generator import Image, Tokens
@@ -33,11 +36,12 @@ class Admitted(Event):
 
 
 @dataclass(frozen=True)
-class LinesDrawn(Event):
-    """The first ``lines`` are drawn: ``tokens [N]`` int64, 0 where they are still to come."""
+class PartDrawn(Event):
+    """So many ``parts``, lines or groups, are drawn: ``tokens [N]`` int64, 0 where they are still to come, and which of them are ``drawn [N]``."""
 
-    lines: int
+    parts: int
     tokens: Tokens
+    drawn: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -70,12 +74,12 @@ class Handle:
     """An image that was asked for. Iterating over it, with ``for`` or ``async for``, gives its events, from the first one on and however
     often; the last is one of :data:`Last`. Threads may share it.
 
-    ``lines``: whether :class:`LinesDrawn` is wanted. ``kept``: what the cache kept, where that is.
+    ``parts``: whether :class:`PartDrawn` is wanted. ``kept``: what the cache kept, where that is.
     """
 
     sample: Sample
     sampling: SamplingSettings
-    lines: bool = False
+    parts: bool = False
     kept: Shares | None = None
     _wake: Callable[[], object] = lambda: None
     _begun: float = field(default_factory=time.monotonic)

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
-from linert.runtime.serving.handle import Admitted, Done, Handle, LinesDrawn
+from linert.runtime.serving.handle import Admitted, Done, Handle, PartDrawn
 from linert.runtime.serving.models import Model, Models
 
 LABELS = ("model", "size")
@@ -90,7 +90,7 @@ class Metrics:
             async for event in handle:
                 if isinstance(event, Admitted):
                     self.seconds["waiting"].labels(model.name, size).observe(event.seconds)
-                elif isinstance(event, LinesDrawn) and not drawn:
+                elif isinstance(event, PartDrawn) and not drawn:
                     drawn = True
                     self.seconds["first_line"].labels(model.name, size).observe(event.seconds)
                 elif isinstance(event, Done):

@@ -1,13 +1,10 @@
-"""The rows of a batch: which images have them, and the stages that let these begin and move them on.
-
-Where every step feeds one position, images begin so that all reach the ends of their lines at the same step: a line's end goes over all
-rows, and would be run once for each of them otherwise. That takes a lone image no time, and others less than a line.
-"""
+"""The rows of a batch: which images have them, and the stages that let these begin and move them on."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import cast
@@ -17,15 +14,15 @@ from numpy.typing import NDArray
 
 from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.cache_settings import CacheSettings
-from linert.runtime.bundles.manifest import decode_stage
+from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.drawing.conditions import Conditioner, Inputs
-from linert.runtime.drawing.eviction_map import resident_shares
 from linert.runtime.drawing.generator import Tokens, make_batch
 from linert.runtime.drawing.loop import lay_out, not_finite, sampling_inputs
 from linert.runtime.drawing.noise import noise_rows
+from linert.runtime.drawing.orders import Cells
 from linert.runtime.drawing.samples import Sample
-from linert.runtime.serving.handle import Admitted, Cancelled, Failed, Handle, LinesDrawn
+from linert.runtime.serving.handle import Admitted, Cancelled, Failed, Handle, PartDrawn
 
 
 @dataclass
@@ -49,30 +46,29 @@ class Counts:
 
 @dataclass(frozen=True)
 class Beginning:
-    """An image that is to have a row. ``inputs``: its condition, as of a batch of one. ``first``: the position that is fed first."""
+    """An image that is to have a row. ``inputs``: its condition, as of a batch of one. ``first``: the position that is fed first. ``order``: the
+    cell of the token of every rank, of an image that is drawn in groups."""
 
     handle: Handle
     inputs: Inputs
     first: int
+    order: Cells | None = None
 
 
 @dataclass
 class Row:
-    """An image in a row. ``fed``: its tokens that were fed, below 0 while its condition is. ``lines``: line ends that it had;
-    ``shown``: lines that are drawn."""
+    """An image in a row. ``shown``: parts of it that are drawn, lines or groups."""
 
     handle: Handle
-    fed: int
-    lines: int = 0
     shown: int = 0
     begun: float = field(default_factory=time.monotonic)
 
 
-class Rows:
+class Rows(ABC):
     """The rows of a backend's batch, in one thread; others may ask how many are :attr:`busy`.
 
     Args:
-        images: as many as the batch has.
+        manifest: of the bundle that is drawn.
         counts: of what is done.
         finish: called with an image's handle and tokens when they are drawn.
 
@@ -81,8 +77,9 @@ class Rows:
         image_seconds: that the last image took from its beginning.
     """
 
-    def __init__(self, images: int, counts: Counts, finish: Callable[[Handle, Tokens], None]) -> None:
-        self.taken: list[Row | None] = [None] * images
+    def __init__(self, manifest: Manifest, counts: Counts, finish: Callable[[Handle, Tokens], None]) -> None:
+        self.manifest, self.raster = manifest, manifest.raster
+        self.taken: list[Row | None] = [None] * manifest.images
         self.counts, self.finish = counts, finish
         self.image_seconds = 0.0
         self._spoiled: set[int] = set()
@@ -97,32 +94,57 @@ class Rows:
     def open(
         self, backend: Backend, conditioner: Conditioner, cache: CacheSettings | None, window: int
     ) -> None:
-        """Lay out the state on ``backend``, and feed ``window`` positions a step from then on."""
+        """Lay out the state on ``backend``, and feed ``window`` positions of a raster a step from then on."""
         self.backend, self.window = backend, window
-        self.manifest = manifest = backend.bundle.manifest
-        self.raster = manifest.raster
+        manifest = self.manifest
         usual = [Sample(conditioner.usual()[0], 0)]
-        self.batch = replace(
-            make_batch(manifest, conditioner, usual, manifest.sampling, cache), window=window
-        )
-        self._inputs: dict[str, NDArray[np.generic]] = {
+        batch = make_batch(manifest, conditioner, usual, manifest.sampling, cache)
+        self.batch = replace(batch, window=window)
+        inputs: dict[str, NDArray[np.generic]] = {
             **self.batch.conditions,
             **sampling_inputs(manifest, manifest.sampling),
             "noise": self.batch.noise,
         }
-        for stage in (*(decode_stage(window, filtered=filtered) for filtered in (True, False)), "admit"):
+        if self.batch.orders is not None:
+            inputs["order"] = self.batch.orders
+        self._inputs = {name: values for name, values in inputs.items() if name in backend.specs}
+        for stage in (*self.stages(), "admit"):
             backend.load(stage)
         self.reset()
 
     def reset(self) -> None:
-        """Lay out the state with every row idle: at its image's end."""
-        backend, raster, manifest = self.backend, self.raster, self.manifest
-        lay_out(backend, self.batch)
-        sequences = manifest.images * manifest.branches
-        backend.write("position", np.full(sequences, raster.prefix_len + raster.image_tokens))
-        backend.write("line", np.full(sequences, raster.lines - 1))
+        """Lay out the state with every row idle."""
+        lay_out(self.backend, self.batch)
         self._spoiled.clear()
         self._left.clear()
+
+    @abstractmethod
+    def stages(self) -> Iterator[str]:
+        """The stages that move images on."""
+
+    @abstractmethod
+    def row_of(self, beginning: Beginning) -> Row:
+        """The row of an image that begins."""
+
+    @abstractmethod
+    def wait(self, beginning: Beginning, chosen: Collection[Beginning]) -> int:
+        """Steps until an image may begin, where a row is free and those that are ``chosen`` begin now; 0 is at once."""
+
+    @abstractmethod
+    def advance(self, most: int, interrupted: Callable[[], bool]) -> None:
+        """Run decode steps until there is something to tell, at most so many, and no more once ``interrupted``."""
+
+    @abstractmethod
+    def logits(self) -> NDArray[np.float32] | None:
+        """Those of the last decode step, ``[B, ...]``; None where there was none."""
+
+    @abstractmethod
+    def drawn(self, row: Row, tokens: Tokens) -> NDArray[np.bool_]:
+        """Which of an image's ``tokens [N]``, as the state has them, are drawn."""
+
+    @abstractmethod
+    def part(self, row: Row) -> str:
+        """What of an image was drawn last, for people."""
 
     def images(self) -> Iterator[tuple[int, Row]]:
         """The rows that an image has, by number."""
@@ -154,31 +176,22 @@ class Rows:
             self.reset()
         return [n for n, row in enumerate(self.taken) if row is None and n not in self._spoiled]
 
-    def phase(self) -> int | None:
-        """Where in their lines all images are; None if there are none, or every image is where it is."""
-        if self.window > 1:
-            return None
-        return next((row.fed % self.raster.line_width for _, row in self.images()), None)
-
-    def begins_at(self, beginning: Beginning) -> int:
-        """Where in a line an image begins, were its condition a part of it."""
-        return (beginning.first - self.raster.prefix_len) % self.raster.line_width
-
     def begin(self, beginnings: Mapping[int, Beginning]) -> None:
         """Give rows to images, by number, and lay them out."""
         backend = self.backend
         for number, beginning in beginnings.items():
             handle = beginning.handle
             # They have their rows before anything can fail: whatever fails is told to all who have one.
-            self.taken[number] = Row(handle, beginning.first - self.raster.prefix_len)
+            self.taken[number] = self.row_of(beginning)
             self._left.discard(number)
             mine = {
                 **{name: values[0] for name, values in beginning.inputs.items()},
                 **stage_inputs(handle.sampling, self.raster),
                 "noise": noise_rows(handle.sample.seed, *self.batch.noise.shape[1:]),
+                "order": beginning.order,
             }
-            for name, value in mine.items():
-                self._inputs[name][number] = value
+            for name, array in self._inputs.items():
+                array[number] = mine[name]
         for name, array in self._inputs.items():
             backend.write(name, array)
         backend.write("admitted", np.array([n in beginnings for n in range(len(self.taken))], np.int64))
@@ -189,80 +202,33 @@ class Rows:
             beginning.handle.tell(Admitted)
         self._filtered = any(row.handle.sampling.filtered for _, row in self.images())
 
-    def advance(self, most: int, interrupted: Callable[[], bool]) -> None:
-        """Run decode steps until an image reaches the end of its line, at most so many, and no more once ``interrupted``; then end the
-        lines that are due."""
-        busy = dict(self.images())
-        if not busy:
-            return
-        raster, window = self.raster, self.window
-        end = raster.image_tokens - 1
-        stage = decode_stage(window, filtered=self._filtered)
-        left = (min((row.lines + 1) * raster.line_width, end) - row.fed for row in busy.values())
-        steps = min(-(-min(left) // window), most)
-        run = 0
-        while run < steps and not (run and interrupted()):
-            self.backend.run(stage)
-            run += 1
-        self.counts.steps += run
-        position = self.backend.read("position") if window > 1 else None
-        lines: dict[int, int] = {}
-        for number, row in busy.items():
-            fed = row.fed + run if position is None else int(position[number]) - raster.prefix_len
-            before, row.fed = row.fed, min(fed, end)
-            # One token more is drawn than is fed.
-            self.counts.tokens += max(0, row.fed + 1) - max(0, before + 1)
-            drawn = max(0, row.fed + 1) // raster.line_width
-            if drawn > row.shown:
-                row.shown = lines[number] = drawn
-        if lines:
-            self._show({number: busy[number] for number in lines})
-        self._end_lines()
-
     def _finite(self) -> NDArray[np.bool_]:
         """Of which images ``[I]`` the last logits are finite."""
-        manifest = self.manifest
-        logits = self.backend.read("logits").reshape(manifest.branches, manifest.images, -1)
-        return np.asarray(np.isfinite(logits).all((0, 2)))
+        manifest, logits = self.manifest, self.logits()
+        if logits is None:
+            return np.ones(manifest.images, bool)
+        by_image = logits.reshape(manifest.branches, manifest.images, -1)
+        return np.asarray(np.isfinite(by_image).all((0, 2)))
 
-    def _show(self, rows: Mapping[int, Row]) -> None:
-        """Look at images that have drawn a line: whether their numbers are finite, and whether they are done."""
-        whole = self.raster.lines
+    def show(self, rows: Mapping[int, Row]) -> None:
+        """Look at images that have drawn a part: whether their numbers are finite, and whether they are done."""
         finite = self._finite()
-        told = any(row.handle.lines or row.shown == whole for row in rows.values())
-        tokens = cast("Tokens", self.backend.read("tokens")).clip(min=0) if told else None
+        parts = self.manifest.parts
+        told = any(row.handle.parts or row.shown == parts(row.handle.sampling) for row in rows.values())
+        tokens = cast("Tokens", self.backend.read("tokens")) if told else None
         for number, row in rows.items():
             handle = row.handle
             if not finite[number]:
                 self.taken[number] = None
                 self._spoiled.add(number)
                 self.counts.failed += 1
-                where = f"line {row.shown} of the image of {handle.sample.label}"
+                where = f"{self.part(row)} of the image of {handle.sample.label}"
                 handle.tell(partial(Failed, error=not_finite(self.manifest, where)))
             elif tokens is not None:
-                mine = tokens[number].copy()
-                if handle.lines:
-                    handle.tell(partial(LinesDrawn, lines=row.shown, tokens=mine))
-                if row.shown == whole:
+                drawn, mine = self.drawn(row, tokens[number]), tokens[number].clip(min=0)
+                if handle.parts:
+                    handle.tell(partial(PartDrawn, parts=row.shown, tokens=mine, drawn=drawn))
+                if row.shown == parts(handle.sampling):
                     self.image_seconds = time.monotonic() - row.begun
                     self.taken[number] = None
                     self.finish(handle, mine)
-
-    def _end_lines(self) -> None:
-        """End the lines of the images that have fed all of one."""
-        raster = self.raster
-        due = {
-            number: row
-            for number, row in self.images()
-            if row.fed >= (row.lines + 1) * raster.line_width and row.lines < raster.lines - 1
-        }
-        if not due:
-            return
-        self.backend.run(self.batch.stages["line_end"])
-        self.counts.line_ends += 1
-        watched = any(row.handle.kept is not None for row in due.values())
-        shares = resident_shares(self.backend, self.manifest) if watched else None
-        for number, row in due.items():
-            if row.handle.kept is not None and shares is not None:
-                row.handle.kept[row.lines] = shares[number]
-            row.lines += 1

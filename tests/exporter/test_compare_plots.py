@@ -123,6 +123,8 @@ def test_the_legend_of_a_sweep_covers_no_bar(tmp_path: Path) -> None:
             line_end_ms=1,
             vq_decoder_ms=1,
             windows={},
+            groups={},
+            tokens_a_step=1.0,
             image=None,
             images=1,
             line_width=4,

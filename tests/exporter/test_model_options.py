@@ -34,7 +34,9 @@ VALUES: Mapping[ModelOption, object] = {
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_files: tuple[Path, Path]) -> dict[str, Any]:
+def checkpoints(
+    tmp_path_factory: pytest.TempPathFactory, tiny_files: tuple[Path, Path], lpd_file: Path
+) -> dict[str, Any]:
     """What to export of every family."""
     root = tmp_path_factory.mktemp("families")
     net = LASADGen(LASADGenConfig(2, 32, 4, 64, TINY_VQ.codebook_size, 5, 6, Variant.MANHATTAN, gate_rank=8))
@@ -47,6 +49,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_files: tuple[Path
         "lasadgen": (root / "lasadgen", "--vq", vq),
         "janus": (write_tiny_janus(root / "janus"),),
         "lumina": (lumina, "--vq", vqgan),
+        "lpd": (lpd_file, "--vq", vq),
     }
 
 
@@ -62,7 +65,7 @@ def test_an_option_is_taken_or_refused(
     result = linert("export", *checkpoints[family], FLAGS[option], VALUES[option], "--out", out)
     assert result.code == 2
     told = " ".join(result.err.split())
-    wanted = f"is a {FAMILIES[family].title}, which takes no {FLAGS[option]} (for {takers(option)}): leave that out"
+    wanted = f"is {FAMILIES[family].a_title}, which takes no {FLAGS[option]} (for {takers(option)}): leave that out"
     assert wanted in told
     assert not out.exists()
 

@@ -15,7 +15,7 @@ import pytest
 from linert import Generator
 from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import open_bundle
-from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.bundles.sampling_settings import GuidanceSchedule, SamplingSettings
 from linert.runtime.drawing.generator import make_batch
 from linert.runtime.drawing.loop import begin
 from linert.runtime.drawing.samples import ClassLabel, Condition, Prompt, Sample
@@ -28,7 +28,7 @@ from linert.runtime.serving.handle import (
     Done,
     Failed,
     Handle,
-    LinesDrawn,
+    PartDrawn,
 )
 from tests.conftest import run_linert
 from tests.text_models import write_tiny_janus
@@ -47,6 +47,13 @@ def settings(chance: random.Random, usual: SamplingSettings) -> SamplingSettings
         top_k=chance.choice([0, 0, 5]),
         top_p=chance.choice([1.0, 1.0, 0.8]),
         greedy=chance.random() < 0.1,
+    )
+
+
+def in_groups(chance: random.Random, sampling: SamplingSettings) -> SamplingSettings:
+    """The same, with any that a request of images in groups may have beyond."""
+    return msgspec.structs.replace(
+        sampling, steps=chance.choice([0, 3]), guidance_schedule=chance.choice(list(GuidanceSchedule))
     )
 
 
@@ -84,12 +91,12 @@ def conditions_of(bundle: Path) -> list[Condition]:
     return [ClassLabel(0), ClassLabel(1), ClassLabel(2)]
 
 
-@pytest.mark.parametrize("kind", ["classes", "windows of classes", "prompts"])
+@pytest.mark.parametrize("kind", ["classes", "windows of classes", "prompts", "groups"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_company_and_moment_of_arrival_change_nothing(
-    kind: str, seed: int, windowed_bundle: Path, prompts_bundle: Path
+    kind: str, seed: int, windowed_bundle: Path, prompts_bundle: Path, grouped_bundle: Path
 ) -> None:
-    bundle = prompts_bundle if kind == "prompts" else windowed_bundle
+    bundle = {"prompts": prompts_bundle, "groups": grouped_bundle}.get(kind, windowed_bundle)
     chance = random.Random(seed)
     window = 4 if kind.startswith("windows") else 1
     with Engine(open_bundle(bundle), window=window) as engine:
@@ -100,10 +107,12 @@ def test_company_and_moment_of_arrival_change_nothing(
             )
             for _ in range(24)
         ]
+        if engine.manifest.groups is not None:
+            asked = [(sample, in_groups(chance, sampling)) for sample, sampling in asked]
         wanted = drawn_alone(bundle, asked)
         handles, cancelled = [], []
         for sample, sampling in asked:
-            handles.append(engine.submit(sample, sampling, lines=chance.random() < 0.5))
+            handles.append(engine.submit(sample, sampling, parts=chance.random() < 0.5))
             if chance.random() < 0.25:
                 cancelled.append(engine.submit(sample, sampling))
             if cancelled and chance.random() < 0.5:
@@ -124,13 +133,13 @@ def test_company_and_moment_of_arrival_change_nothing(
 
 def test_events_tell_what_happens_in_order(engine: Engine) -> None:
     sample, raster = Sample(ClassLabel(1), 4), engine.manifest.raster
-    handle = engine.submit(sample, lines=True)
+    handle = engine.submit(sample, parts=True)
     events = list(handle)
-    assert [type(event) for event in events] == [Admitted, *[LinesDrawn] * raster.lines, Done]
+    assert [type(event) for event in events] == [Admitted, *[PartDrawn] * raster.lines, Done]
     image = handle.result(0)
     for number, event in enumerate(events[1:-1], 1):
-        assert isinstance(event, LinesDrawn)
-        assert event.lines == number
+        assert isinstance(event, PartDrawn)
+        assert event.parts == number
         whole = number * raster.line_width
         assert (event.tokens[:whole] == image.tokens[:whole]).all()
     assert [event.seconds for event in events] == sorted(event.seconds for event in events)
@@ -140,6 +149,17 @@ def test_events_tell_what_happens_in_order(engine: Engine) -> None:
         return [type(event) async for event in other]
 
     assert asyncio.run(again()) == [Admitted, Done]
+
+
+def test_groups_are_told_as_they_are_drawn(grouped_bundle: Path) -> None:
+    with Engine(open_bundle(grouped_bundle)) as engine:
+        handle = engine.submit(Sample(ClassLabel(1), 4), parts=True)
+        handle.result(SECONDS)
+        parts = [event for event in handle if isinstance(event, PartDrawn)]
+        assert [event.parts for event in parts] == [1, 2, 3, 4, 5]
+        assert [int(event.drawn.sum()) for event in parts] == [1, 3, 7, 12, 16]
+        tokens = handle.result(0).tokens
+        assert all((event.tokens[event.drawn] == tokens[event.drawn]).all() for event in parts)
 
 
 def test_admission_leaves_other_rows_bit_identical(windowed_bundle: Path) -> None:

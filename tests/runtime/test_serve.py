@@ -179,7 +179,7 @@ def test_streamed_pictures_grow_line_by_line(server: Running) -> None:
     assert partial
     for event in partial:
         shown = picture(event.b64_json)
-        rows = whole.shape[0] * event.lines // 6
+        rows = whole.shape[0] * event.parts // 6
         assert (shown[rows:] == 128).all()
     assert events[-1].usage.output_tokens == 36
 
