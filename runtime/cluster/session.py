@@ -84,16 +84,16 @@ def with_share(options: BackendOptions, share: Share) -> BackendOptions:
     return replace(options, threads=share.cpus)
 
 
-def import_ray() -> Any:
-    """Ray's module.
+def import_ray(name: str = "ray") -> Any:
+    """A module of Ray's.
 
     Raises:
-        LinertError: it is not installed.
+        LinertError: it is not installed, or not with what it needs.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
     try:
-        return importlib.import_module("ray")
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise LinertError(
             f"--ray needs {error.name}, which is not installed: pip install 'linert[ray]'"
@@ -115,6 +115,12 @@ class Cluster:
         ]
 
 
+def joined_address(address: str | None) -> str | None:
+    """Where the cluster is that is to be joined; None if one of this machine is to be started."""
+    where = address or os.environ.get(ADDRESS_VARIABLE)
+    return None if where == LOCAL else where
+
+
 @contextlib.contextmanager
 def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
     """Join the cluster at ``address``, or of the variable ``RAY_ADDRESS``; without either start one of this machine.
@@ -133,7 +139,7 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
     if ray.is_initialized():
         yield Cluster(ray, ours=False)
         return
-    where = address or os.environ.get(ADDRESS_VARIABLE) or LOCAL
+    where = joined_address(address) or LOCAL
     if "://" in where:
         raise RequestError(
             f"--ray-address {where}: join from a machine of the cluster, by an address as 10.0.0.1:6379 or auto"

@@ -60,6 +60,15 @@ class BundleCopy:
             )
 
 
+def check_version(wanted: str) -> None:
+    """Raise :class:`LinertError` unless this machine has the linert that the one has that gives out the work."""
+    here = version("linert")
+    if here != wanted:
+        raise LinertError(
+            f"linert {here} is installed on {platform.node()}, and {wanted} on the machine that gives out the work: install the same"
+        )
+
+
 @dataclass(frozen=True)
 class Opening:
     """What a worker needs before its first batch. ``version``: of linert."""
@@ -101,12 +110,7 @@ class DrawWorker:
             BundleError: it is not there, damaged, or another one.
             LinertError: linert is of another version here.
         """
-        here = version("linert")
-        if here != opening.version:
-            raise LinertError(
-                f"linert {here} is installed on {platform.node()}, and {opening.version} on the machine that gives out the work: install "
-                "the same"
-            )
+        check_version(opening.version)
         self._drawer = BatchDrawer(Generator(opening.bundle.open(), opening.options), opening.settings)
         return Place(platform.node(), os.getpid())
 

@@ -67,3 +67,44 @@ def workers_options() -> Decorator:
         ),
     ]
     return option_group("ray", listed, ("wanted", "address", "workers"), WorkersRequest)
+
+
+@dataclass(frozen=True)
+class ReplicasRequest(RayRequest):
+    """Replicas of a server as asked for; None was not given."""
+
+    replicas: int | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+
+    def check(self) -> None:
+        """Raise :class:`RequestError` for options that need ``--ray``, or that contradict each other."""
+        bounds = [("--min-replicas", self.min_replicas), ("--max-replicas", self.max_replicas)]
+        self.refuse_alone([("--replicas", self.replicas), *bounds])
+        if given := [option for option, value in bounds if value is not None]:
+            if self.replicas is not None:
+                raise RequestError(f"--replicas is a fixed number: leave {' and '.join(given)} out")
+            if self.max_replicas is None:
+                raise RequestError("--min-replicas: say with --max-replicas how many there may be")
+
+
+def replicas_options() -> Decorator:
+    """Give a command the options of a server on a cluster; it gets them as one ``ray``, a :class:`ReplicasRequest`."""
+    listed: list[Decorator] = [
+        *ray_flags("Serve from a Ray cluster"),
+        click.option(
+            "--replicas",
+            type=click.IntRange(1),
+            help="With --ray: servers that share the requests, each with --threads of its own. Default: one a machine, or one a GPU.",
+        ),
+        click.option(
+            "--min-replicas",
+            type=click.IntRange(1),
+            help="With --ray and --max-replicas: as few while there is little to do. Default: 1.",
+        ),
+        click.option(
+            "--max-replicas", type=click.IntRange(1), help="With --ray: as many while there is much to do."
+        ),
+    ]
+    names = ("wanted", "address", "replicas", "min_replicas", "max_replicas")
+    return option_group("ray", listed, names, ReplicasRequest)
