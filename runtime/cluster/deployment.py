@@ -7,17 +7,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from linert.runtime.cluster.scale import Listening, Room, Scale
 from linert.runtime.cluster.session import Cluster, Share, first_line
 from linert.runtime.errors import DeviceError, RequestError
 
 APP = "linert"
 DEPLOYMENT = "images"
-
-SPARE_REQUESTS = 8
-"""Of a replica, beyond its images: for health, metrics, and what is refused."""
 
 HEALTH_SECONDS = 5.0
 """Between two looks at whether a replica's engines draw."""
@@ -30,39 +27,6 @@ FLUSH = 0.3
 
 RETRY_AFTER = 1
 """Seconds after which a client may come back that every replica was too full for."""
-
-
-@dataclass(frozen=True)
-class Scale:
-    """``least`` to ``most`` replicas, as many as there are requests for."""
-
-    least: int
-    most: int
-
-    def __post_init__(self) -> None:
-        if self.least > self.most:
-            raise RequestError(f"--min-replicas {self.least} is more than --max-replicas {self.most}")
-
-
-@dataclass(frozen=True)
-class Room:
-    """What a replica has room for. ``rows``: images that are drawn at a time. ``waiting``: images that may wait, of all its engines."""
-
-    rows: int
-    waiting: int
-
-    @property
-    def requests(self) -> int:
-        """Requests that a replica may be at: its engines refuse images before Ray sends it no more."""
-        return self.rows + self.waiting + SPARE_REQUESTS
-
-
-@dataclass(frozen=True)
-class Listening:
-    """Where the proxies of all machines that have replicas listen."""
-
-    host: str
-    port: int
 
 
 @contextlib.contextmanager

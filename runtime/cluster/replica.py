@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 
 from linert.runtime.backends.options import BackendOptions
-from linert.runtime.cluster.deployment import Room
+from linert.runtime.cluster.scale import Room
 from linert.runtime.cluster.worker import BundleCopy, check_version
 from linert.runtime.errors import DeviceError
 from linert.runtime.serving.app import LOG, LOG_FORMAT, Limits, Server

@@ -6,7 +6,9 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +17,11 @@ from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.errors import DeviceError, LinertError, RequestError
 from linert.runtime.machine import default_threads
 
-LOCAL = "local"
+LOCAL, AUTO = "local", "auto"
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+
+CONNECTING = 10.0
+"""Seconds to reach a cluster's head."""
 
 OBJECT_BYTES = 256 << 20
 """Of a local cluster's store of objects: a few batches' pictures on their way."""
@@ -115,6 +120,25 @@ class Cluster:
         ]
 
 
+def check_address(address: str) -> None:
+    """Say at once what Ray would try for minutes.
+
+    Raises:
+        RequestError: ``address`` is none of a machine and a port.
+        DeviceError: nothing listens there.
+    """
+    found = re.fullmatch(r"\[?([^\[\]/]+?)\]?:([0-9]{1,5})", address)
+    if found is None:
+        raise RequestError(
+            f"--ray-address {address}: give the address of a cluster's head, as 10.0.0.1:6379, or auto on a machine of the cluster"
+        )
+    try:
+        with socket.create_connection((found[1], int(found[2])), CONNECTING):
+            pass
+    except (OSError, OverflowError) as error:
+        raise DeviceError(f"no Ray cluster could be joined at {address}: {error}") from error
+
+
 def joined_address(address: str | None) -> str | None:
     """Where the cluster is that is to be joined; None if one of this machine is to be started."""
     where = address or os.environ.get(ADDRESS_VARIABLE)
@@ -140,10 +164,8 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
         yield Cluster(ray, ours=False)
         return
     where = joined_address(address) or LOCAL
-    if "://" in where:
-        raise RequestError(
-            f"--ray-address {where}: join from a machine of the cluster, by an address as 10.0.0.1:6379 or auto"
-        )
+    if where not in (LOCAL, AUTO):
+        check_address(where)
     ours = where == LOCAL
     own: dict[str, Any] = {"include_dashboard": False, "num_cpus": cpus, "object_store_memory": OBJECT_BYTES}
     with handlers_kept():

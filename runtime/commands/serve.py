@@ -146,7 +146,7 @@ def command(
     console = Console(stderr=True, highlight=False)
     note = partial(console.print, soft_wrap=True)
     if ray.wanted:
-        from linert.runtime.cluster.deployment import Listening
+        from linert.runtime.cluster.scale import Listening
         from linert.runtime.commands.serve_ray import serve_on_ray
 
         serve_on_ray(list(bundles), settings, limits, keys, Listening(host, port), ray, drain_seconds, note)

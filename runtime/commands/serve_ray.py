@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from linert.runtime.cluster.deployment import Listening, Scale, deployed, watch_until
+from linert.runtime.cluster.deployment import deployed, watch_until
+from linert.runtime.cluster.scale import Listening, Scale
 from linert.runtime.cluster.session import (
     import_ray,
     joined_address,
