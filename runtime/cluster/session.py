@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -180,10 +181,12 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
             ray.shutdown()
             what = "no Ray could be started here" if ours else f"no Ray cluster could be joined at {where}"
             raise DeviceError(f"{what}: {first_line(error)}") from error
-    try:
-        yield Cluster(ray, ours)
-    finally:
-        ray.shutdown()
+    # Ray prints what happens to processes, in a thread of its own; results alone go to standard output.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield Cluster(ray, ours)
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager
