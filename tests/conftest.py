@@ -49,6 +49,7 @@ onnx_export.trace = TraceStore(ROOT / ".pytest_cache" / "traces")
 
 SLOW = (
     *(
+        "test_ray",
         "test_build_bundles",
         "test_demo",
         "test_lumina_commands",

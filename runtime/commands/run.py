@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import click
@@ -17,20 +17,30 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from linert.runtime.backends.base import Backend
 from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.cache_settings import CacheSettings, cache_text
+from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
 from linert.runtime.commands.output_options import Output, output_options
+from linert.runtime.commands.ray_options import WorkersRequest, workers_options
 from linert.runtime.commands.run_options import RunFiles, run_options
 from linert.runtime.commands.settings_options import SamplingRequest, cache_options, sampling_options
+from linert.runtime.drawing.batches import (
+    BatchDrawer,
+    BatchSettings,
+    BatchTask,
+    Drawing,
+    DrawnBatch,
+    Finished,
+    LocalDrawing,
+)
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.conditioning import open_conditioner
-from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
-from linert.runtime.drawing.generator import Generator, Replay, Tokens, picture
-from linert.runtime.drawing.loop import LineEnds
+from linert.runtime.drawing.conditions import Conditioner
+from linert.runtime.drawing.generator import Generator, Tokens, picture
 from linert.runtime.drawing.output import (
     SHEET_IMAGES,
     SHEET_NAME,
@@ -39,6 +49,7 @@ from linert.runtime.drawing.output import (
     is_whole,
     read_picture,
     sheet_columns,
+    write_encoded,
     write_png,
 )
 from linert.runtime.drawing.run_folder import (
@@ -48,8 +59,7 @@ from linert.runtime.drawing.run_folder import (
     run_folder,
 )
 from linert.runtime.drawing.samples import Sample, list_samples, shortened
-from linert.runtime.drawing.trace import SlotRecorder, Trace, TraceHeader, read_trace
-from linert.runtime.drawing.window_choice import WindowChoice
+from linert.runtime.drawing.trace import Trace, TraceHeader, read_trace
 from linert.runtime.errors import RequestError
 from linert.runtime.files.array_files import write_arrays
 
@@ -71,6 +81,7 @@ from linert.runtime.files.array_files import write_arrays
 )
 @run_options()
 @backend_options()
+@workers_options()
 @output_options()
 def command(
     place: BundlePlace,
@@ -82,6 +93,7 @@ def command(
     window: int | None,
     files: RunFiles,
     options: BackendOptions,
+    ray: WorkersRequest,
     output: Output,
 ) -> None:
     """Draw images from BUNDLE, one PNG an image and a contact sheet.
@@ -90,6 +102,11 @@ def command(
     the bundle holds, and any budget that its buffer has room for.
     """
     files.check()
+    ray.check()
+    if ray.wanted and files.preview:
+        raise RequestError(
+            "--preview shows the one batch that is being drawn, and with --ray several are: leave it out"
+        )
     settings: CacheSettings | None
     if files.replay_trace is not None:
         asked = not replace(conditions, captions=None).empty or num_images is not None or seed is not None
@@ -123,24 +140,18 @@ def command(
         manifest.check_window(window)
     manifest.check_sampling(drawn_by)
     manifest.check_cache(settings, replayed=trace is not None)
-    generator = Generator(opened, options, conditioner)
     request = RunRequest(tuple(samples), drawn_by, settings, manifest.sha256, trace.digest if trace else "")
+    batches = BatchSettings(drawn_by, settings, window, files.eviction_map, files.record_trace is not None)
     console = output.notes()
-    with run_folder(files.out, request, resume=files.resume, force=files.force) as folder:
+    with (
+        _drawing(opened, options, conditioner, batches, ray, files, console) as drawing,
+        run_folder(files.out, request, resume=files.resume, force=files.force) as folder,
+    ):
         console.print(f"cache: {cache_text(settings)}")
-        run = _Run(
-            generator,
-            request,
-            folder,
-            trace,
-            files.eviction_map,
-            files.record_trace is not None,
-            files.preview,
-            WindowChoice(manifest.windows) if window is None else window,
-        )
-        run.draw(console)
-        if isinstance(run.window, WindowChoice):
-            console.print(f"window: {run.window.text}")
+        run = _Run(manifest, request, folder, trace, batches)
+        run.draw(drawing, console)
+        for note in drawing.notes():
+            console.print(note)
         if trace is not None:
             drawn = folder.arrays()["tokens"]
             console.print(f"tokens equal to the trace's: {np.mean(drawn == trace.tokens):.2%}")
@@ -164,9 +175,34 @@ def command(
             for sample in samples
         ],
         **{name: str(path) for name, path in written.items() if path is not None},
+        **drawing.counts(),
     }
     lines = [f"{len(samples)} images: {folder.path}", f"contact sheet: {written['contact_sheet']}"]
     output.result(values, [f"trace: {files.record_trace}"] * (files.record_trace is not None) + lines)
+
+
+@contextlib.contextmanager
+def _drawing(
+    bundle: Bundle,
+    options: BackendOptions,
+    conditioner: Conditioner,
+    settings: BatchSettings,
+    ray: WorkersRequest,
+    files: RunFiles,
+    console: Console,
+) -> Iterator[Drawing]:
+    """Where the batches are drawn: here, or by workers of a Ray cluster."""
+    if ray.wanted:
+        from linert.runtime.cluster.pool import worker_pool
+
+        with worker_pool(
+            ray.address, ray.workers, bundle, options, settings, conditioner, console.print
+        ) as pool:
+            yield pool
+    else:
+        with Generator(bundle, options, conditioner) as generator:
+            preview = _previewed(generator, files.out / PREVIEW_NAME) if files.preview else None
+            yield LocalDrawing(BatchDrawer(generator, settings), preview)
 
 
 def parse_window(text: str) -> int | None:
@@ -180,30 +216,27 @@ def parse_window(text: str) -> int | None:
 
 @dataclass
 class _Run:
-    """One invocation: draws, batch by batch, what its folder does not hold yet."""
+    """One invocation: has drawn, batch by batch, what its folder does not hold yet, and writes the files."""
 
-    generator: Generator
+    manifest: Manifest
     request: RunRequest
     folder: RunFolder
     replay: Trace | None
-    map_kind: MapKind | None
-    recording: bool
-    preview: bool
-    window: int | WindowChoice
-    recorded: list[NDArray[np.int32]] = field(default_factory=list)
+    settings: BatchSettings
+    recorded: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def trace(self) -> Trace:
         """The write slots recorded."""
         request = self.request
-        cache = self.request.cache or self.generator.manifest.require_cache("a trace")
+        cache = self.request.cache or self.manifest.require_cache("a trace")
         header = TraceHeader(request.bundle_sha256, request.sampling, cache, request.samples)
         tokens = self.folder.arrays()["tokens"].astype(np.int64)
-        return Trace(header, np.concatenate(self.recorded), tokens)
+        slots = [self.recorded[number] for number in sorted(self.recorded)]
+        return Trace(header, np.concatenate(slots), tokens)
 
-    def draw(self, console: Console) -> None:
-        generator, folder = self.generator, self.folder
-        lines = generator.manifest.raster.lines
-        groups = list(generator.batches(self.request.samples))
+    def draw(self, drawing: Drawing, console: Console) -> None:
+        size, lines = self.manifest.images, self.manifest.raster.lines
+        count = -(-len(self.request.samples) // size)
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -212,100 +245,111 @@ class _Run:
             TimeRemainingColumn(),
             console=console,
         )
-        preview_path = folder.path / PREVIEW_NAME
         try:
             with progress:
-                task = progress.add_task("drawing", total=lines * len(groups))
-                first = 0
-                for number, group in enumerate(groups):
-                    indices = range(first, first + len(group))
-                    first += len(group)
-                    if self._is_finished(group, indices):
-                        tokens = np.stack([folder.done[index] for index in indices])
-                        self._write_pictures(group, tokens, missing=True)
-                    else:
-                        advance = partial(_advance, progress, task, number * lines)
-                        shown = preview_path if self.preview else None
-                        on_line = _line_report(generator, len(group), shown, advance)
-                        self._draw_batch(group, indices, on_line)
-                    progress.update(task, completed=(number + 1) * lines)
+                bar = LineBar(progress, progress.add_task("drawing", total=lines * count), lines)
+                for finished in drawing.draw(self._tasks(count, bar), bar.reach):
+                    for task, drawn in finished:
+                        self._write_files(task, drawn)
+                    self._record(finished)
+                    for task, _ in finished:
+                        bar.finish(task.number)
         finally:
-            preview_path.unlink(missing_ok=True)
+            (self.folder.path / PREVIEW_NAME).unlink(missing_ok=True)
+
+    def _tasks(self, count: int, bar: LineBar) -> Iterator[BatchTask]:
+        """What is still to be drawn, or to be turned into pictures."""
+        size, samples = self.manifest.images, self.request.samples
+        for number in range(count):
+            indices = range(number * size, min(len(samples), (number + 1) * size))
+            group = samples[indices.start : indices.stop]
+            if not self._is_finished(group, indices):
+                replayed = None if self.replay is None else self.replay.of(indices)
+                yield BatchTask(number, indices.start, group, replayed)
+            elif missing := [k for k in indices if not self._has_picture(samples[k])]:
+                tokens = np.stack([self.folder.done[k] for k in missing])
+                yield BatchTask(number, indices.start, tuple(samples[k] for k in missing), tokens=tokens)
+            else:
+                bar.finish(number)
 
     def _is_finished(self, group: Sequence[Sample], indices: Sequence[int]) -> bool:
         """Whether a group's tokens are recorded and its maps drawn; maps need the cache, which is not recorded."""
         if any(index not in self.folder.done for index in indices):
             return False
-        return self.map_kind is None or all(
-            is_whole(self.folder.eviction_map(sample), self._recipe(sample), self.map_kind)
-            for sample in group
+        kind = self.settings.map_kind
+        return kind is None or all(
+            is_whole(self.folder.eviction_map(sample), self._recipe(sample), kind) for sample in group
         )
+
+    def _has_picture(self, sample: Sample) -> bool:
+        """Whether a sample's picture is there, undamaged and of these settings."""
+        return is_whole(self.folder.picture(sample), self._recipe(sample))
 
     def _recipe(self, sample: Sample) -> Recipe:
-        return Recipe.of(self.generator.manifest, sample, self.request.sampling, self.request.cache)
+        return Recipe.of(self.manifest, sample, self.request.sampling, self.request.cache)
 
-    def _draw_batch(
-        self, group: Sequence[Sample], indices: Sequence[int], on_line: Callable[[int], None]
-    ) -> None:
-        manifest = self.generator.manifest
-        residency = Residency(manifest) if self.map_kind else None
-        recorder = SlotRecorder(manifest) if self.recording else None
+    def _write_files(self, task: BatchTask, drawn: DrawnBatch) -> None:
+        for sample, png in zip(task.samples, drawn.pictures, strict=True):
+            write_encoded(self.folder.picture(sample), png)
+        for sample, png in zip(task.samples, drawn.maps, strict=bool(drawn.maps)):
+            write_encoded(self.folder.eviction_map(sample), png)
+        if drawn.slots is not None:
+            self.recorded[task.number] = drawn.slots
 
-        def watch(backend: Backend, ends: LineEnds) -> None:
-            for watcher in (recorder, residency):
-                if watcher is not None:
-                    watcher(backend, ends)
-
-        tokens = self.generator.draw(
-            group,
-            self.request.sampling,
-            self.request.cache,
-            replay=Replay(self.replay, indices) if self.replay else None,
-            watcher=watch,
-            on_line=on_line,
-            window=self.window,
-        )
-        if recorder is not None:
-            self.recorded.append(recorder.by_image()[: len(group)])
-        self._write_pictures(group, tokens)
-        if self.map_kind is not None and residency is not None:
-            for number, sample in enumerate(group):
-                with PIL.Image.open(self.folder.picture(sample)) as finished:
-                    drawn = draw_map(finished, residency.image(number), manifest, self.map_kind)
-                write_png(self.folder.eviction_map(sample), drawn, self._recipe(sample), self.map_kind)
-        self.folder.record(indices[0], tokens)
-
-    def _write_pictures(self, group: Sequence[Sample], tokens: Tokens, *, missing: bool = False) -> None:
-        """Write a group's pictures, or only those that are missing, damaged or of other settings."""
-        for sample, row in zip(group, tokens, strict=True):
-            path, recipe = self.folder.picture(sample), self._recipe(sample)
-            if not (missing and is_whole(path, recipe)):
-                write_png(path, picture(self.generator.decoder(row[None])[0]), recipe)
+    def _record(self, finished: Sequence[Finished]) -> None:
+        """Record the tokens of batches whose files are written."""
+        rows = {
+            task.first + offset: row
+            for task, drawn in finished
+            if task.tokens is None
+            for offset, row in enumerate(drawn.tokens)
+        }
+        if rows:
+            self.folder.record(rows)
 
 
-def _advance(progress: Progress, task: TaskID, before: int, lines: int) -> None:
-    progress.update(task, completed=before + lines)
+@dataclass
+class LineBar:
+    """A bar of the lines of all batches, whichever are drawn at a time."""
+
+    progress: Progress
+    task: TaskID
+    lines: int
+    finished: int = 0
+    reached: dict[int, int] = field(default_factory=dict)
+
+    def reach(self, number: int, lines: int) -> None:
+        """So many lines of a batch are drawn."""
+        self.reached[number] = lines
+        self._show()
+
+    def finish(self, number: int) -> None:
+        """A batch is finished."""
+        self.reached.pop(number, None)
+        self.finished += 1
+        self._show()
+
+    def _show(self) -> None:
+        self.progress.update(self.task, completed=self.finished * self.lines + sum(self.reached.values()))
 
 
 PREVIEW_SHARE = 0.1
 """Of a run's time that goes into previews at the most: decoding a batch's pixels can take longer than drawing a line of tokens."""
 
 
-def _line_report(
-    generator: Generator, count: int, preview_path: Path | None, advance: Callable[[int], object]
-) -> Callable[[int], None]:
+def _previewed(generator: Generator, path: Path) -> Callable[[int, int], None]:
+    """What refreshes the preview at ``path`` after a line of a batch of so many images."""
     due = time.monotonic()
 
-    def report(lines: int) -> None:
+    def refresh(count: int, lines: int) -> None:
         nonlocal due
-        advance(lines)
         begun = time.monotonic()
-        if preview_path is not None and begun >= due:
-            write_png(preview_path, _preview(generator, generator.tokens(count), lines))
+        if begun >= due:
+            write_png(path, _preview(generator, generator.tokens(count), lines))
             ended = time.monotonic()
             due = ended + (ended - begun) * (1 / PREVIEW_SHARE - 1)
 
-    return report
+    return refresh
 
 
 def _preview(generator: Generator, tokens: Tokens, lines: int) -> PIL.Image.Image:

@@ -9,7 +9,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -18,10 +19,11 @@ from rich.console import Console
 
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.commands.backend_options import backend_options
+from linert.runtime.commands.ray_options import ReplicasRequest, replicas_options
 from linert.runtime.commands.settings_options import cache_options
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.errors import RequestError
-from linert.runtime.serving.app import Limits, Server
+from linert.runtime.serving.app import LOG_FORMAT, Limits, Server, key_digest
 from linert.runtime.serving.engine import WAITING
 from linert.runtime.serving.models import EngineSettings, Models
 
@@ -35,7 +37,7 @@ class SignalledServer(uvicorn.Server):
     ``stopped``: when it was told to stop, or was made, by the monotonic clock.
     """
 
-    def __init__(self, config: uvicorn.Config, server: Server, listening: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, server: Server, listening: Callable[[], object]) -> None:
         super().__init__(config)
         self.server, self.listening = server, listening
         self.stopped = time.monotonic()
@@ -115,6 +117,7 @@ class SignalledServer(uvicorn.Server):
 @click.option("--log-prompts", is_flag=True, help="Log what is asked for.")
 @cache_options()
 @backend_options()
+@replicas_options()
 def command(
     bundles: tuple[Path, ...],
     host: str,
@@ -129,18 +132,43 @@ def command(
     log_prompts: bool,
     cache: CacheRequest,
     options: BackendOptions,
+    ray: ReplicasRequest,
 ) -> None:
     """Serve images of BUNDLEs over HTTP, as OpenAI's clients ask for them, and a page to look at.
 
     An image begins as soon as a row of the batch is free, and is the one that linert run draws with its seed. The cache options hold for
     all images.
     """
-    keys = read_keys(api_key_file)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    ray.check()
+    keys = tuple(key_digest(key) for key in read_keys(api_key_file))
+    settings = EngineSettings(options, cache, window, queue)
+    limits = Limits(most_images, most_bytes, most_seconds, log_prompts)
     console = Console(stderr=True, highlight=False)
-    models = Models(bundles, EngineSettings(options, cache, window, queue))
+    note = partial(console.print, soft_wrap=True)
+    if ray.wanted:
+        from linert.runtime.cluster.scale import Listening
+        from linert.runtime.commands.serve_ray import serve_on_ray
+
+        serve_on_ray(list(bundles), settings, limits, keys, Listening(host, port), ray, drain_seconds, note)
+    else:
+        serve_here(bundles, settings, limits, keys, host, port, drain_seconds, note)
+
+
+def serve_here(
+    bundles: Sequence[Path],
+    settings: EngineSettings,
+    limits: Limits,
+    keys: Sequence[bytes],
+    host: str,
+    port: int,
+    drain_seconds: float,
+    note: Callable[[str], object],
+) -> None:
+    """Serve from this process until a signal says to stop."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
+    models = Models(bundles, settings)
     try:
-        server = Server(models, Limits(most_images, most_bytes, most_seconds, log_prompts), keys)
+        server = Server(models, limits, keys)
         config = uvicorn.Config(
             server.app(),
             host=host,
@@ -154,10 +182,10 @@ def command(
             address, number = bound.getsockname()[:2]
             named = f"[{address}]" if ":" in address else address
             told = f"{', '.join(models.by_name)}: http://{named}:{number}"
-            signalled = SignalledServer(config, server, lambda: console.print(told, soft_wrap=True))
+            signalled = SignalledServer(config, server, lambda: note(told))
             asyncio.run(signalled.serve([bound]))
         if not models.drain(max(0.0, signalled.stopped + drain_seconds - time.monotonic())):
-            console.print(f"not all images were finished within {drain_seconds:g} s")
+            note(f"not all images were finished within {drain_seconds:g} s")
     finally:
         models.close()
 

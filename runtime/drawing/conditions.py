@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -301,6 +301,18 @@ class CaptionConditioner(Conditioner):
         if values.ndim == 2:
             return [self.add(values, name)]
         return [self.add(row, f"{name} {number}") for number, row in enumerate(values)]
+
+    def features(self, conditions: Iterable[Condition]) -> dict[str, NDArray[np.float32]]:
+        """The features ``[length, feature_dim]`` of the captions among ``conditions``, by their digest."""
+        return {
+            condition.sha256: self._features[condition.sha256]
+            for condition in conditions
+            if isinstance(condition, Caption)
+        }
+
+    def keep(self, features: Mapping[str, NDArray[np.float32]]) -> None:
+        """Know these :meth:`features` of another conditioner, and no others."""
+        self._features = dict(features)
 
     def check(self, conditions: Iterable[Condition]) -> None:
         for condition in conditions:

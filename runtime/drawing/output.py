@@ -56,18 +56,8 @@ class Recipe(Record, frozen=True):
         )
 
 
-def write_png(
-    path: Path, image: PIL.Image.Image, recipe: Recipe | None = None, map_kind: str | None = None
-) -> None:
-    """Write a PNG, with ``recipe`` as JSON in its ``linert`` text chunk, and in ``linert_map`` what kind of map of its image it is.
-
-    It is whole under its name, but after a power cut may be found cut: :func:`is_whole` tells.
-
-    Raises:
-        OutputError: it cannot be written, or there is something at ``path`` that is no file: a pipe would be waited for.
-    """
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is no file: move it away")
+def encoded_png(image: PIL.Image.Image, recipe: Recipe | None = None, map_kind: str | None = None) -> bytes:
+    """A PNG, with ``recipe`` as JSON in its ``linert`` text chunk, and in ``linert_map`` what kind of map of its image it is."""
     info = PIL.PngImagePlugin.PngInfo()
     if recipe is not None:
         info.add_text(METADATA_KEY, msgspec.json.encode(recipe).decode())
@@ -75,8 +65,24 @@ def write_png(
         info.add_text(MAP_KEY, map_kind)
     encoded = io.BytesIO()
     image.save(encoded, format="PNG", pnginfo=info)
+    return encoded.getvalue()
+
+
+def write_encoded(path: Path, png: bytes) -> None:
+    """Write what :func:`encoded_png` made. It is whole under its name, but after a power cut may be found cut: :func:`is_whole` tells.
+
+    Raises:
+        OutputError: it cannot be written, or there is something at ``path`` that is no file: a pipe would be waited for.
+    """
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no file: move it away")
     with atomic_file(path, durable=False) as file:
-        file.write(encoded.getbuffer())
+        file.write(png)
+
+
+def write_png(path: Path, image: PIL.Image.Image) -> None:
+    """Write a picture that has no recipe. Raises what :func:`write_encoded` does."""
+    write_encoded(path, encoded_png(image))
 
 
 def read_picture(path: Path) -> PIL.Image.Image:

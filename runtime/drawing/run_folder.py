@@ -7,7 +7,7 @@ writes into a folder.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,9 +57,9 @@ class RunFolder:
         """Where the map of what its cache kept lies."""
         return self.picture(sample).with_suffix(".evictions.png")
 
-    def record(self, first: int, tokens: NDArray[np.int64]) -> None:
-        """Record the tokens ``[n, N]`` of images ``first`` .. ``first + n - 1``."""
-        self.done.update({first + offset: row for offset, row in enumerate(tokens)})
+    def record(self, tokens: Mapping[int, NDArray[np.int64]]) -> None:
+        """Record the tokens ``[N]`` of images, by their number in the request. Which are finished first does not matter."""
+        self.done.update(tokens)
         write_arrays(self.path / TOKENS_NAME, self.arrays())
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:

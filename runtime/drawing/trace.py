@@ -53,6 +53,13 @@ class Trace:
         """sha256 of the recorded choices."""
         return hashlib.sha256(self.write_slots.tobytes()).hexdigest()
 
+    def of(self, images: Sequence[int]) -> Trace:
+        """The part of the trace that is of these recorded images."""
+        chosen = list(images)
+        samples = tuple(self.header.samples[number] for number in chosen)
+        header = msgspec.structs.replace(self.header, samples=samples)
+        return Trace(header, self.write_slots[chosen], self.tokens[chosen])
+
     def batch(self, images: Sequence[int]) -> NDArray[np.int64]:
         """The ``replay`` of a batch of these recorded images: ``[lines - 1, L, R, W]`` int64."""
         chosen = self.write_slots[list(images)].transpose(1, 2, 3, 0, 4, 5)

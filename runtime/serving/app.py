@@ -15,6 +15,7 @@ from importlib.resources import files
 from typing import Any
 
 import msgspec
+from prometheus_client.core import Metric
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -30,10 +31,11 @@ from linert.runtime.errors import LinertError, RequestError
 from linert.runtime.serving.api import ApiError, ImagesRequest, bad, parse, usage
 from linert.runtime.serving.engine import Engine, EngineClosedError, QueueFullError
 from linert.runtime.serving.handle import Cancelled, Done, Event, Failed, Handle, PartDrawn
-from linert.runtime.serving.metrics import Metrics
+from linert.runtime.serving.metrics import Metrics, rendered
 from linert.runtime.serving.models import Model, Models
 
 LOG = logging.getLogger("linert.serve")
+LOG_FORMAT = "%(asctime)s %(name)s %(message)s"
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -50,19 +52,23 @@ class Limits:
 
 @dataclass
 class Server:
-    """The endpoints, over ``models``. ``keys``: those that clients may have; without any, nobody needs one."""
+    """The endpoints, over ``models``.
+
+    ``keys``: :func:`key_digest` of those that clients may have; without any, nobody needs one. ``beside``: adds the metrics of other
+    servers to this one's.
+    """
 
     models: Models
     limits: Limits = field(default_factory=Limits)
-    keys: Sequence[str] = ()
+    keys: Sequence[bytes] = ()
     draining: bool = False
+    beside: Callable[[list[Metric]], Awaitable[list[Metric]]] | None = None
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.models)
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in self.keys]
 
     def app(self) -> Starlette:
-        """The app; when it starts a warm-up image is drawn by every engine, beside whatever is asked for."""
+        """The app; when it starts a warm-up image is drawn by every engine that has drawn none, beside whatever is asked for."""
 
         @contextlib.asynccontextmanager
         async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -85,7 +91,8 @@ class Server:
 
     async def _warm_up(self) -> None:
         try:
-            await run_in_threadpool(self.models.warm_up)
+            if not self.models.ready:
+                await run_in_threadpool(self.models.warm_up)
         except LinertError:
             # What failed is told by /health/ready.
             LOG.exception("no warm-up image")
@@ -113,12 +120,12 @@ class Server:
         return guarded
 
     def _check_key(self, request: Request) -> None:
-        if not self._digests:
+        if not self.keys:
             return
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
+        digest = key_digest(key.strip())
         # All are compared, and digests are equally long: how long it takes tells nothing.
-        known = [hmac.compare_digest(digest, other) for other in self._digests]
+        known = [hmac.compare_digest(digest, other) for other in self.keys]
         if scheme.lower() != "bearer" or not any(known):
             raise ApiError(
                 HTTPStatus.UNAUTHORIZED,
@@ -138,7 +145,10 @@ class Server:
         return PlainTextResponse("\n".join(errors or ["not ready"]) + "\n", HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def measured(self, request: Request) -> Response:
-        content, kind = await run_in_threadpool(self.metrics.render)
+        families = await run_in_threadpool(self.metrics.families)
+        if self.beside is not None:
+            families = await self.beside(families)
+        content, kind = await run_in_threadpool(rendered, families)
         return Response(content, media_type=kind)
 
     async def page(self, request: Request) -> Response:
@@ -266,6 +276,11 @@ class Server:
             yield server_sent("error", error.body)
         finally:
             handle.cancel()
+
+
+def key_digest(key: str) -> bytes:
+    """What a server keeps of a key."""
+    return hashlib.sha256(key.encode()).digest()
 
 
 def finished(asked: ImagesRequest, engine: Engine, done: Done) -> dict[str, Any]:

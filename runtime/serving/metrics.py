@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -100,6 +101,34 @@ class Metrics:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def render(self) -> tuple[bytes, str]:
-        """The text that Prometheus reads, and its media type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+    def families(self) -> list[Metric]:
+        """What there is to tell now."""
+        return list(self.registry.collect())
+
+
+@dataclass(frozen=True)
+class Families(Collector):
+    """Metrics that were collected already."""
+
+    metrics: Sequence[Metric]
+
+    def collect(self) -> Iterator[Metric]:
+        yield from self.metrics
+
+
+def rendered(metrics: Sequence[Metric]) -> tuple[bytes, str]:
+    """The text that Prometheus reads, and its media type."""
+    return generate_latest(Families(metrics)), CONTENT_TYPE_LATEST
+
+
+def by_replica(told: Mapping[str, Sequence[Metric]]) -> list[Metric]:
+    """The metrics of several replicas as one list, with the label ``replica``."""
+    families: dict[str, Metric] = {}
+    for replica, metrics in sorted(told.items()):
+        for metric in metrics:
+            family = families.setdefault(
+                metric.name, Metric(metric.name, metric.documentation, metric.type, metric.unit)
+            )
+            for sample in metric.samples:
+                family.samples.append(sample._replace(labels={**sample.labels, "replica": replica}))
+    return list(families.values())

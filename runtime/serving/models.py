@@ -9,7 +9,8 @@ from http import HTTPStatus
 from pathlib import Path
 
 from linert.runtime.backends.options import BackendOptions
-from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.bundle import Bundle, open_bundle
+from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.errors import RequestError
@@ -25,6 +26,25 @@ class EngineSettings:
     cache: CacheRequest
     window: int
     waiting: int
+
+    def open(self, path: Path) -> Iterator[tuple[Bundle, CacheSettings | None]]:
+        """The variants of the bundle at ``path`` that engines draw from, one a size, and what their images keep.
+
+        Raises:
+            LinertError: the bundle cannot be opened, or does not fit.
+        """
+        for size in open_bundle(path).sizes:
+            opened, cache = self.cache.settle_for(open_bundle(path, size))
+            opened.manifest.check_cache(cache or opened.manifest.cache)
+            opened.manifest.check_window(self.window)
+            yield opened, cache
+
+
+def check_names(paths: Sequence[Path]) -> None:
+    """Raise :class:`RequestError` where two bundles would be models of one name."""
+    names = [path.resolve().name for path in paths]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RequestError(f"two bundles are called {', '.join(twice)}: rename a folder")
 
 
 @dataclass(frozen=True)
@@ -44,8 +64,7 @@ class Model:
         """
         engines: dict[str, Engine] = {}
         try:
-            for size in open_bundle(path).sizes:
-                opened, cache = settings.cache.settle_for(open_bundle(path, size or None))
+            for opened, cache in settings.open(path):
                 engines[opened.manifest.size] = Engine(
                     opened, settings.options, cache, window=settings.window, waiting=settings.waiting
                 )
@@ -78,9 +97,7 @@ class Models:
     """
 
     def __init__(self, paths: Sequence[Path], settings: EngineSettings) -> None:
-        names = [path.resolve().name for path in paths]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise RequestError(f"two bundles are called {', '.join(twice)}: rename a folder")
+        check_names(paths)
         self.by_name: dict[str, Model] = {}
         try:
             for path in paths:

@@ -225,12 +225,12 @@ def test_a_preview_is_refreshed_and_taken_away(share: float, tiny_bundle: Path, 
 
     write = run.write_png
 
-    def spy(path: Path, image: PIL.Image.Image, recipe: object = None) -> None:
+    def spy(path: Path, image: PIL.Image.Image) -> None:
         if path.name == run.PREVIEW_NAME:
             # Longer than a line of this model takes by far.
             time.sleep(0.1)
             seen.append(image.tobytes())
-        write(path, image, recipe)
+        write(path, image)
 
     patch = pytest.MonkeyPatch()
     with patch.context() as patched:

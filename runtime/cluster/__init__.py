@@ -1,0 +1,1 @@
+"""Several machines: batches of a run, and replicas of a server, on a Ray cluster."""
