@@ -14,6 +14,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -71,6 +72,8 @@ def _told(value: Any, seen: dict[int, int]) -> Any:
         return "set", sorted(map(repr, value))
     if isinstance(value, Mapping):
         return "mapping", [(key, _told(part, seen)) for key, part in value.items()]
+    if isinstance(value, msgspec.Struct):
+        return type(value).__qualname__, _told(msgspec.structs.asdict(value), seen)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         parts = [(field.name, _told(getattr(value, field.name), seen)) for field in dataclasses.fields(value)]
         return type(value).__qualname__, parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle
-from linert.runtime.bundles.cache_settings import CacheSettings, cache_text
+from linert.runtime.bundles.cache_settings import NOTHING_EVICTED, CacheSettings, cache_text
 from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.commands.backend_options import backend_options
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
@@ -40,7 +41,8 @@ from linert.runtime.drawing.batches import (
 from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner
-from linert.runtime.drawing.generator import Generator, Tokens, picture
+from linert.runtime.drawing.generator import Generator, drawn_pixels, picture
+from linert.runtime.drawing.orders import read_orders
 from linert.runtime.drawing.output import (
     SHEET_IMAGES,
     SHEET_NAME,
@@ -119,6 +121,10 @@ def command(
         raise RequestError("say what to draw with --classes, --prompt or --captions, or with --replay-trace")
     opened = place.open()
     manifest = opened.manifest
+    if manifest.groups is None and files.orders is not None:
+        raise RequestError("--orders: the bundle draws line by line; leave --orders out")
+    if manifest.groups is not None and window is None:
+        raise RequestError("--window auto: the bundle draws in groups of its own; leave --window out")
     for option, value in (("--eviction-map", files.eviction_map), ("--record-trace", files.record_trace)):
         if value is not None:
             manifest.require_cache(option)
@@ -140,15 +146,25 @@ def command(
         manifest.check_window(window)
     manifest.check_sampling(drawn_by)
     manifest.check_cache(settings, replayed=trace is not None)
-    request = RunRequest(tuple(samples), drawn_by, settings, manifest.sha256, trace.digest if trace else "")
+    orders = None
+    if files.orders is not None:
+        orders = read_orders(files.orders, len(samples), manifest.raster.image_tokens)
+    request = RunRequest(
+        tuple(samples),
+        drawn_by,
+        settings,
+        manifest.sha256,
+        trace.digest if trace else "",
+        "" if orders is None else hashlib.sha256(orders.tobytes()).hexdigest(),
+    )
     batches = BatchSettings(drawn_by, settings, window, files.eviction_map, files.record_trace is not None)
     console = output.notes()
     with (
         _drawing(opened, options, conditioner, batches, ray, files, console) as drawing,
         run_folder(files.out, request, resume=files.resume, force=files.force) as folder,
     ):
-        console.print(f"cache: {cache_text(settings)}")
-        run = _Run(manifest, request, folder, trace, batches)
+        console.print(f"cache: {cache_text(settings) if manifest.groups is None else NOTHING_EVICTED}")
+        run = _Run(manifest, request, folder, trace, batches, orders)
         run.draw(drawing, console)
         for note in drawing.notes():
             console.print(note)
@@ -223,6 +239,7 @@ class _Run:
     folder: RunFolder
     replay: Trace | None
     settings: BatchSettings
+    orders: NDArray[np.int64] | None = None
     recorded: dict[int, NDArray[np.int32]] = field(default_factory=dict)
 
     def trace(self) -> Trace:
@@ -235,19 +252,20 @@ class _Run:
         return Trace(header, np.concatenate(slots), tokens)
 
     def draw(self, drawing: Drawing, console: Console) -> None:
-        size, lines = self.manifest.images, self.manifest.raster.lines
+        manifest = self.manifest
+        size, parts = manifest.images, manifest.parts(self.request.sampling)
         count = -(-len(self.request.samples) // size)
         progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("lines"),
+            TextColumn("lines" if manifest.groups is None else "groups"),
             TimeRemainingColumn(),
             console=console,
         )
         try:
             with progress:
-                bar = LineBar(progress, progress.add_task("drawing", total=lines * count), lines)
+                bar = PartBar(progress, progress.add_task("drawing", total=parts * count), parts)
                 for finished in drawing.draw(self._tasks(count, bar), bar.reach):
                     for task, drawn in finished:
                         self._write_files(task, drawn)
@@ -257,7 +275,7 @@ class _Run:
         finally:
             (self.folder.path / PREVIEW_NAME).unlink(missing_ok=True)
 
-    def _tasks(self, count: int, bar: LineBar) -> Iterator[BatchTask]:
+    def _tasks(self, count: int, bar: PartBar) -> Iterator[BatchTask]:
         """What is still to be drawn, or to be turned into pictures."""
         size, samples = self.manifest.images, self.request.samples
         for number in range(count):
@@ -265,12 +283,17 @@ class _Run:
             group = samples[indices.start : indices.stop]
             if not self._is_finished(group, indices):
                 replayed = None if self.replay is None else self.replay.of(indices)
-                yield BatchTask(number, indices.start, group, replayed)
-            elif missing := [k for k in indices if not self._has_picture(samples[k])]:
+                yield BatchTask(number, indices.start, group, replayed, orders=self._orders(indices))
+            elif missing := [k for k in indices if not self._has_picture(k)]:
                 tokens = np.stack([self.folder.done[k] for k in missing])
-                yield BatchTask(number, indices.start, tuple(samples[k] for k in missing), tokens=tokens)
+                group, orders = tuple(samples[k] for k in missing), self._orders(missing)
+                yield BatchTask(number, indices.start, group, tokens=tokens, orders=orders)
             else:
                 bar.finish(number)
+
+    def _orders(self, indices: Sequence[int]) -> NDArray[np.int64] | None:
+        """Those that a file tells, of some images of the run."""
+        return None if self.orders is None else self.orders[list(indices)]
 
     def _is_finished(self, group: Sequence[Sample], indices: Sequence[int]) -> bool:
         """Whether a group's tokens are recorded and its maps drawn; maps need the cache, which is not recorded."""
@@ -278,15 +301,17 @@ class _Run:
             return False
         kind = self.settings.map_kind
         return kind is None or all(
-            is_whole(self.folder.eviction_map(sample), self._recipe(sample), kind) for sample in group
+            is_whole(self.folder.eviction_map(sample), self._recipe(index), kind)
+            for index, sample in zip(indices, group, strict=True)
         )
 
-    def _has_picture(self, sample: Sample) -> bool:
-        """Whether a sample's picture is there, undamaged and of these settings."""
-        return is_whole(self.folder.picture(sample), self._recipe(sample))
+    def _has_picture(self, index: int) -> bool:
+        """Whether an image's picture is there, undamaged and of these settings."""
+        return is_whole(self.folder.picture(self.request.samples[index]), self._recipe(index))
 
-    def _recipe(self, sample: Sample) -> Recipe:
-        return Recipe.of(self.manifest, sample, self.request.sampling, self.request.cache)
+    def _recipe(self, index: int) -> Recipe:
+        request, order = self.request, None if self.orders is None else self.orders[index]
+        return Recipe.of(self.manifest, request.samples[index], request.sampling, request.cache, order)
 
     def _write_files(self, task: BatchTask, drawn: DrawnBatch) -> None:
         for sample, png in zip(task.samples, drawn.pictures, strict=True):
@@ -309,18 +334,18 @@ class _Run:
 
 
 @dataclass
-class LineBar:
-    """A bar of the lines of all batches, whichever are drawn at a time."""
+class PartBar:
+    """A bar of the parts, lines or groups, of all batches, whichever are drawn at a time."""
 
     progress: Progress
     task: TaskID
-    lines: int
+    parts: int
     finished: int = 0
     reached: dict[int, int] = field(default_factory=dict)
 
-    def reach(self, number: int, lines: int) -> None:
-        """So many lines of a batch are drawn."""
-        self.reached[number] = lines
+    def reach(self, number: int, parts: int) -> None:
+        """So many parts of a batch are drawn."""
+        self.reached[number] = parts
         self._show()
 
     def finish(self, number: int) -> None:
@@ -330,7 +355,7 @@ class LineBar:
         self._show()
 
     def _show(self) -> None:
-        self.progress.update(self.task, completed=self.finished * self.lines + sum(self.reached.values()))
+        self.progress.update(self.task, completed=self.finished * self.parts + sum(self.reached.values()))
 
 
 PREVIEW_SHARE = 0.1
@@ -338,24 +363,29 @@ PREVIEW_SHARE = 0.1
 
 
 def _previewed(generator: Generator, path: Path) -> Callable[[int, int], None]:
-    """What refreshes the preview at ``path`` after a line of a batch of so many images."""
+    """What refreshes the preview at ``path`` after a line, or a group, of a batch of so many images."""
     due = time.monotonic()
 
-    def refresh(count: int, lines: int) -> None:
+    def refresh(count: int, parts: int) -> None:
         nonlocal due
         begun = time.monotonic()
         if begun >= due:
-            write_png(path, _preview(generator, generator.tokens(count), lines))
+            write_png(path, _preview(generator, count, parts))
             ended = time.monotonic()
             due = ended + (ended - begun) * (1 / PREVIEW_SHARE - 1)
 
     return refresh
 
 
-def _preview(generator: Generator, tokens: Tokens, lines: int) -> PIL.Image.Image:
-    """The finished lines of the batch's images; what is still to come is grey."""
-    pixels = generator.decoder(tokens)
-    pixels[:, :, lines * generator.manifest.image_decoder.patch :] = 0
+def _preview(generator: Generator, count: int, parts: int) -> PIL.Image.Image:
+    """What is drawn of the batch's images, so many lines or groups; what is still to come is grey."""
+    manifest = generator.manifest
+    pixels = generator.decoder(generator.tokens(count))
+    if manifest.groups is None:
+        drawn = np.arange(manifest.raster.image_tokens)[None] < parts * manifest.raster.line_width
+    else:
+        drawn = ~generator.undrawn(count)
+    pixels *= drawn_pixels(manifest, drawn)
     return contact_sheet([picture(image) for image in pixels], [""] * len(pixels))
 
 

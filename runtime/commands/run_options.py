@@ -22,6 +22,7 @@ class RunFiles:
     eviction_map: MapKind | None
     record_trace: Path | None
     replay_trace: Path | None
+    orders: Path | None
     save_tokens: Path | None
     preview: bool
     resume: bool
@@ -74,6 +75,12 @@ def run_options() -> Decorator:
             "--replay-trace",
             type=click.Path(path_type=Path),
             help="Draw the images of this trace again with its evictions imposed, whatever the scores say.",
+        ),
+        click.option(
+            "--orders",
+            type=click.Path(path_type=Path),
+            help="Draw image k in the k-th order of this JSON file, a list of lists of cells, instead of in one made of its seed; for models "
+            "that draw in groups.",
         ),
         click.option(
             "--save-tokens", type=click.Path(path_type=Path), help="Also write the tokens to this npz file."

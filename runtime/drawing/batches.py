@@ -16,13 +16,14 @@ from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
 from linert.runtime.drawing.generator import Generator, Replay, Tokens, picture
 from linert.runtime.drawing.loop import LineEnds
+from linert.runtime.drawing.orders import Cells
 from linert.runtime.drawing.output import Recipe, encoded_png
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.drawing.trace import SlotRecorder, Trace
 from linert.runtime.drawing.window_choice import WindowChoice
 
 OnLines = Callable[[int, int], None]
-"""Called with a batch's number and how many of its lines are drawn."""
+"""Called with a batch's number and how many of its lines, or groups, are drawn."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class BatchTask:
     """One batch of a run.
 
     ``number``: of the batch. ``samples``: its images. ``first``: the number of the first of them in the run. ``replay``: the trace of
-    these images, to be imposed. ``tokens``: ``[n, N]`` int64, if these are drawn already and only pictures are missing.
+    these images, to be imposed. ``tokens``: ``[n, N]`` int64, if these are drawn already and only pictures are missing. ``orders``: ``[n, N]``
+    int64, in which these images are drawn, if a file tells that.
     """
 
     number: int
@@ -53,6 +55,11 @@ class BatchTask:
     samples: tuple[Sample, ...]
     replay: Trace | None = None
     tokens: Tokens | None = None
+    orders: NDArray[np.int64] | None = None
+
+    def order(self, number: int) -> Cells | None:
+        """Of image ``number`` of the batch."""
+        return None if self.orders is None else self.orders[number]
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,10 @@ class BatchDrawer:
         """Draw a batch, or only the pictures of tokens that are known.
 
         Args:
-            on_line: called after each line with the number of lines drawn.
+            on_line: called after each line, or group, with the number of those that are drawn.
         """
         if task.tokens is not None:
-            return DrawnBatch(task.tokens, [*map(self._picture, task.samples, task.tokens)])
+            return DrawnBatch(task.tokens, [self._picture(task, k, row) for k, row in enumerate(task.tokens)])
         manifest, settings, count = self.generator.manifest, self.settings, len(task.samples)
         residency = Residency(manifest) if settings.map_kind else None
         recorder = SlotRecorder(manifest) if settings.recording else None
@@ -125,10 +132,11 @@ class BatchDrawer:
             watcher=watch,
             on_line=on_line,
             window=self.window,
+            orders=None if task.orders is None else list(task.orders),
         )
         pictures, maps = [], []
-        for number, (sample, row) in enumerate(zip(task.samples, tokens, strict=True)):
-            drawn, recipe = picture(self.generator.decoder(row[None])[0]), self._recipe(sample)
+        for number, row in enumerate(tokens):
+            drawn, recipe = picture(self.generator.decoder(row[None])[0]), self._recipe(task, number)
             pictures.append(encoded_png(drawn, recipe))
             if settings.map_kind is not None and residency is not None:
                 kept = draw_map(drawn, residency.image(number), manifest, settings.map_kind)
@@ -136,11 +144,14 @@ class BatchDrawer:
         slots = None if recorder is None else recorder.by_image()[:count]
         return DrawnBatch(tokens, pictures, maps, slots)
 
-    def _picture(self, sample: Sample, row: NDArray[np.int64]) -> bytes:
-        return encoded_png(picture(self.generator.decoder(row[None])[0]), self._recipe(sample))
+    def _picture(self, task: BatchTask, number: int, row: NDArray[np.int64]) -> bytes:
+        return encoded_png(picture(self.generator.decoder(row[None])[0]), self._recipe(task, number))
 
-    def _recipe(self, sample: Sample) -> Recipe:
-        return Recipe.of(self.generator.manifest, sample, self.settings.sampling, self.settings.cache)
+    def _recipe(self, task: BatchTask, number: int) -> Recipe:
+        settings, order = self.settings, task.order(number)
+        return Recipe.of(
+            self.generator.manifest, task.samples[number], settings.sampling, settings.cache, order
+        )
 
 
 class LocalDrawing:

@@ -7,10 +7,15 @@ and apart from each other. An order belongs to a seed, like the noise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
+
+from linert.runtime.errors import RequestError
+from linert.runtime.text import brief
 
 Cells = NDArray[np.int64]
 
@@ -21,6 +26,44 @@ STREAM = 1
 """Second word of the key of the random numbers that orders are made of; the noise has 0 there."""
 
 NEIGHBOURS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1) if row or column]
+
+
+MOST_BYTES = 1 << 30
+"""Of a file of orders; the largest that are published have 300 MB."""
+
+
+def read_orders(path: Path, images: int, cells: int) -> NDArray[np.int64]:
+    """The first orders of a file, a JSON list of lists of cells: ``[images, cells]`` int64.
+
+    Raises:
+        RequestError: it cannot be read, is something else, holds fewer, or an order of another image than one of so many ``cells``.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > MOST_BYTES:
+        raise RequestError(f"{path} is longer than {MOST_BYTES >> 20} MiB: that is no file of orders")
+    try:
+        # Those that are not needed stay text.
+        listed = msgspec.json.decode(content, type=list[msgspec.Raw])
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is no list of orders: {brief(str(error))}") from error
+    if len(listed) < images:
+        raise RequestError(f"{path} holds {len(listed)} orders, for {images} images")
+    orders = np.empty((images, cells), np.int64)
+    for number, text in enumerate(listed[:images]):
+        try:
+            order = msgspec.json.decode(text, type=list[int])
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{path}: order {number} is no list of cells: {brief(str(error))}") from error
+        if len(order) != cells:
+            raise RequestError(f"{path}: order {number} has {len(order)} cells; images have {cells}")
+        if sorted(order) != list(range(cells)):
+            raise RequestError(f"{path}: order {number} does not hold every cell from 0 to {cells - 1} once")
+        orders[number] = order
+    return orders
 
 
 class Randomness(NamedTuple):

@@ -16,6 +16,7 @@ import PIL.PngImagePlugin
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import Manifest, Record
 from linert.runtime.bundles.sampling_settings import SamplingSettings
+from linert.runtime.drawing.orders import Cells
 from linert.runtime.drawing.samples import Condition, Sample, asked_for
 from linert.runtime.errors import OutputError, RequestError
 from linert.runtime.files.array_files import Arrays, read_arrays
@@ -31,7 +32,10 @@ SHEET_IMAGES = 400
 
 
 class Recipe(Record, frozen=True):
-    """Everything needed to make one image again; ``cache`` is None where the model has none. It stands in the PNG as text chunk ``linert``."""
+    """Everything needed to make one image again; ``cache`` is None where the model has none. It stands in the PNG as text chunk ``linert``.
+
+    ``order``: in which its tokens were drawn, if a file told that; else it is the seed's.
+    """
 
     condition: Condition
     seed: int
@@ -40,10 +44,15 @@ class Recipe(Record, frozen=True):
     bundle_sha256: str
     checkpoint_sha256: str
     vq_sha256: str
+    order: tuple[int, ...] = ()
 
     @staticmethod
     def of(
-        manifest: Manifest, sample: Sample, sampling: SamplingSettings, cache: CacheSettings | None
+        manifest: Manifest,
+        sample: Sample,
+        sampling: SamplingSettings,
+        cache: CacheSettings | None,
+        order: Cells | None = None,
     ) -> Recipe:
         return Recipe(
             sample.condition,
@@ -53,6 +62,7 @@ class Recipe(Record, frozen=True):
             manifest.sha256,
             manifest.model.source.sha256,
             manifest.image_decoder.source.sha256,
+            () if order is None else tuple(order.tolist()),
         )
 
 

@@ -32,13 +32,15 @@ PREVIEW_NAME = "preview.png"
 
 
 class RunRequest(Record, frozen=True):
-    """What a run folder holds the images of. ``trace_sha256``: of the trace replayed, empty if none."""
+    """What a run folder holds the images of. ``trace_sha256``: of the trace replayed, empty if none; ``orders_sha256``: likewise of the
+    orders that images are drawn in, if a file tells them."""
 
     samples: tuple[Sample, ...]
     sampling: SamplingSettings
     cache: CacheSettings | None
     bundle_sha256: str
     trace_sha256: str = ""
+    orders_sha256: str = ""
 
 
 @dataclass(frozen=True)
