@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from linert.graphs.group_memory import GroupMemory
 from linert.graphs.group_transformer import GroupTransformer
-from linert.graphs.line_attention import OPSET, scatter_rows
+from linert.graphs.line_attention import OPSET
 from linert.graphs.line_window import HIDDEN
 from linert.graphs.memory import Projections
 from linert.graphs.sampling import SamplingParams, guide, sample, scheduled
@@ -30,7 +30,7 @@ class GroupDecode(Stage):
 
     Every image has an ``order`` of its own, the cell of the token of every rank, and is at a group of its own, of ``group_size`` tokens; one
     whose group has none stays as it is. A group of fewer than Q tokens, like fewer than C that are fed, is filled up with its last: what
-    repeats is written twice alike, and is not seen.
+    repeats is not seen, and where it was written the next group is.
 
     The variant without filters leaves top-k and top-p out, as that of :class:`linert.graphs.stages.Decode` does.
     """
@@ -83,7 +83,7 @@ class GroupDecode(Stage):
         is_condition = torch.cat([rank, asked_rank], dim=1).repeat(branches, 1) < 0
         x = torch.where(is_condition[:, :, None], inputs["condition"], rows)
 
-        step = _GroupStep(self, fed, rank, drawn, size)
+        step = _GroupStep(self, drawn - newest + 1, drawn, size)
         written: list[Tensor] = []
         blocks = list(model.blocks())
         for number, (block, state) in enumerate(zip(blocks, layers, strict=True)):
@@ -120,24 +120,17 @@ class _GroupStep:
     """A step of every layer, after what all share was worked out.
 
     Args:
-        fed: ``[I, C]``, which of the newest tokens every row is; the last is repeated.
-        rank: ``[I, C]``, their ranks; the condition's is -1.
+        first: ``[I]``, the slot of the first token that is fed.
         drawn: ``[I]``, tokens before the group.
         size: ``[I]``, of the group.
     """
 
-    def __init__(self, stage: GroupDecode, fed: Tensor, rank: Tensor, drawn: Tensor, size: Tensor) -> None:
-        self.geometry = geometry = stage.geometry
-        self.width = width = stage.width
-        branches, sequences = geometry.branches, geometry.sequences
-        heads, slots = geometry.config.kv_heads, geometry.capacities[0]
-        slot = (rank + 1).clamp(max=slots - 1).repeat(branches, 1)[:, None].expand(-1, heads, -1)
-        sequence = torch.arange(sequences)[:, None, None].expand_as(slot)
-        head = torch.arange(heads)[:, None].expand_as(slot)
-        self.place = torch.stack([sequence, head, slot], dim=-1).flatten(0, 2)
-        row = torch.arange(sequences * heads)[:, None] * width.fed
-        self.source = (row + fed.repeat(branches, 1).repeat_interleave(heads, dim=0)).flatten()
-        # All that was drawn is in its slot; the rest of the cache holds what images before left there.
+    def __init__(self, stage: GroupDecode, first: Tensor, drawn: Tensor, size: Tensor) -> None:
+        geometry, self.width = stage.geometry, stage.width
+        branches, slots, width = geometry.branches, geometry.capacities[0], stage.width
+        # An image that is finished feeds what nobody sees.
+        self.first = first.clamp(max=slots - width.fed).repeat(branches)
+        # All that was drawn is in its slot; behind it is what fills up the tokens that are fed, and what images before left there.
         hidden = (torch.arange(slots) > drawn[:, None]).float() * HIDDEN
         self.of_cache = hidden.repeat(branches, 1)[:, None, None]
         not_asked = (torch.arange(width.drawn) >= size[:, None].clamp(min=1)).float() * HIDDEN
@@ -152,11 +145,25 @@ class _GroupStep:
         q, k, v = (part.transpose(1, 2) for part in new)
         (k_fed, k_asked), (v_fed, v_asked) = (part.split([width.fed, width.drawn], dim=2) for part in (k, v))
         k_cache, v_cache = (
-            scatter_rows(cache, self.place, part.flatten(0, 2).index_select(0, self.source))
-            for cache, part in zip(state, (k_fed, v_fed), strict=True)
+            scatter_run(cache, rows, self.first) for cache, rows in zip(state, (k_fed, v_fed), strict=True)
         )
         seen = (q @ k_cache.mT).float() + self.of_cache
         logits = torch.cat([seen, (q @ k_asked.mT).float() + self.of_group], dim=-1)
         of_cache, of_group = logits.softmax(-1).type_as(q).split([slots, width.drawn], dim=-1)
         attended = of_cache @ v_cache + of_group @ v_asked
         return attended.transpose(1, 2), [k_cache, v_cache]
+
+
+def scatter_run(cache: Tensor, rows: Tensor, first: Tensor) -> Tensor:
+    """``cache [B, H, S, D]`` with ``rows [B, H, n, D]`` in the slots from ``first [B]`` on, in a graph by one TensorScatter node."""
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            (cache, rows, first),
+            {"axis": -2},
+            dtype=cache.dtype,
+            shape=cache.shape,
+            version=OPSET,
+        )
+    slots = first[:, None] + torch.arange(rows.shape[2])
+    return cache.scatter(2, slots[:, None, :, None].expand_as(rows), rows)

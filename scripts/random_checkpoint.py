@@ -3,6 +3,7 @@
 
 python scripts/random_checkpoint.py --size XL --out random_XL_384.pt
 python scripts/random_checkpoint.py --size B --variant manhattan --out random_lasadgen_B
+python scripts/random_checkpoint.py --size L --variant lpd --grid 16 --out random_lpd_L.pth
 python scripts/random_checkpoint.py --vq 16 --out random_vq16.pt
 """
 
@@ -17,8 +18,10 @@ from linert.exporter.bundle_export import export_bundle
 from linert.exporter.bundle_request import BundleRequest
 from linert.exporter.cache_wishes import CacheWishes
 from linert.exporter.lasadgen_folder import write_lasadgen
+from linert.exporter.lpd_file import published_tensors
 from linert.exporter.models import ModelRequest, load_models
-from linert.graphs.families import lasadgen, llamagen, vq
+from linert.exporter.schedule_wishes import ScheduleWishes
+from linert.graphs.families import lasadgen, llamagen, lpd, vq
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.cache_request import CacheRequest
@@ -32,6 +35,8 @@ SIZES = {
     "XXL": (48, 1536, 24, 4096),
     "3B": (24, 3200, 32, 8704),
 }
+LPD = "lpd"
+LPD_SIZES = ("L", "XL", "XXL")
 VQ_CHANNELS = {16: (512, 256, 256, 128, 128), 8: (512, 256, 256, 128)}
 
 
@@ -76,16 +81,16 @@ def random_bundle(
 ) -> Bundle:
     """Export a guided bundle of random weights with a VQ-16 tokenizer; ``folder`` keeps its checkpoints.
 
-    ``variant``: of a LASADGen; a LlamaGen if empty.
+    ``variant``: of a LASADGen, or ``lpd``; a LlamaGen if empty. An LPD is drawn in its usual number of steps.
     """
     model, tokenizer = folder / f"{size}.pt", folder / "vq16.pt"
     if variant:
-        model = folder / f"{size}_{variant}_{grid}"
+        model = folder / f"{size}_{variant}_{grid}{'.pth' if variant == LPD else ''}"
     if not model.exists():
         write_transformer(model, size, variant, grid)
     if not tokenizer.exists():
         torch.save({"model": random_tensors(vq_shapes(16))}, tokenizer)
-    # A LASADGen's folder tells its size.
+    # A LASADGen's folder tells its size, as an LPD's file does.
     transformer, image_decoder = load_models(
         model, tokenizer, ModelRequest() if variant else ModelRequest(grid=grid)
     )
@@ -98,6 +103,7 @@ def random_bundle(
         capacity_lines=shape.capacity_lines,
         cache=shape.cache,
         images=images,
+        schedule=ScheduleWishes().settle(transformer),
         sampling=SamplingSettings(guidance=4.0, top_k=top_k),
     )
     out = folder / f"bundle_{model.stem}_{grid}_{max(shape.capacity_lines, default=0)}_{images}"
@@ -106,13 +112,19 @@ def random_bundle(
 
 
 def write_transformer(path: Path, size: str, variant: str = "", grid: int = 24) -> None:
-    """Write a LlamaGen of a published size to a file; or where ``variant`` is not empty, a LASADGen of that size to a folder.
+    """Write a LlamaGen, or with the ``variant`` ``lpd`` an LPD, of a published size to a file; or with another variant a LASADGen to a folder.
 
     Its heads reach as far as those of one that begins its training.
     """
     if not variant:
         with atomic_file(path) as file:
             torch.save({"model": random_tensors(transformer_shapes(size))}, file)
+        return
+    if variant == LPD:
+        layers, dim, heads, _ = SIZES[size]
+        shapes = lpd.LPDConfig(layers, dim, heads, 4 * dim, 16384, 1000, grid).tensor_shapes()
+        with atomic_file(path) as file:
+            torch.save({"model": published_tensors(random_tensors(shapes))}, file)
         return
     config = lasadgen.LASADGenConfig.of_size(size, grid=grid, variant=lasadgen.Variant(variant))
     tensors = random_tensors(config.tensor_shapes())
@@ -125,16 +137,20 @@ def write_transformer(path: Path, size: str, variant: str = "", grid: int = 24) 
 @click.option("--size", type=click.Choice(list(SIZES)), help="A transformer of this size.")
 @click.option(
     "--variant",
-    type=click.Choice([str(v) for v in lasadgen.Variant]),
-    help="A LASADGen with this decay, B, L or XL; without, a LlamaGen.",
+    type=click.Choice([LPD, *(str(v) for v in lasadgen.Variant)]),
+    help="An LPD, L, XL or XXL; or a LASADGen with this decay, B, L or XL. Without, a LlamaGen.",
 )
-@click.option("--grid", default=24, show_default=True, help="Of a LASADGen: tokens in an image row.")
+@click.option(
+    "--grid", default=24, show_default=True, help="Of a LASADGen or an LPD: tokens in an image row."
+)
 @click.option("--vq", "patch", type=click.Choice(["8", "16"]), help="Or a VQ tokenizer of this patch.")
 @click.option("--out", required=True, type=click.Path(path_type=Path))
 def main(size: str | None, variant: str | None, grid: int, patch: str | None, out: Path) -> None:
     if (size is None) == (patch is None):
         raise click.UsageError("give --size or --vq")
-    if variant and size not in lasadgen.SIZES:
+    if variant == LPD and size not in LPD_SIZES:
+        raise click.UsageError(f"an LPD is {', '.join(LPD_SIZES)}")
+    if variant not in (None, LPD) and size not in lasadgen.SIZES:
         raise click.UsageError(f"a LASADGen is {', '.join(lasadgen.SIZES)}")
     if size:
         write_transformer(out, size, variant or "", grid)

@@ -74,11 +74,13 @@ class BuildRequest:
                 raise ExportError(f"{error}; build with --no-plugin") from error
 
     def launches(self) -> list[Launch]:
-        """How linert's operations run in a decode step, in the graph's order.
+        """How linert's operations run in a decode step, in the graph's order; a step of a group has none.
 
         Raises:
             ValueError: a kernel cannot do a shape; the message says what it can.
         """
+        if self.bundle.manifest.groups is not None:
+            return []
         graph = onnx.load(self.bundle.stage_path("decode"), load_external_data=False).graph
         kinds = {value.name: _kind(value) for value in (*graph.input, *graph.value_info)}
         return [

@@ -58,8 +58,10 @@ class Groups(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="group
 
     @property
     def slots(self) -> int:
-        """Slots of a layer's cache: the condition, and every token that is ever fed."""
-        return 1 + max(sum(sizes) - sizes[-1] for sizes in self.sizes)
+        """Slots of a layer's cache: of the condition, and of every token that is ever fed, in steps of whatever width."""
+        # The condition is fed first; what is fed last follows all tokens but those of the last two groups.
+        last = max(1 + sum(sizes[:-2]) if len(sizes) > 1 else 0 for sizes in self.sizes)
+        return last + max(width.fed for width in self.widths)
 
     @property
     def counts(self) -> tuple[int, ...]:

@@ -93,6 +93,19 @@ def test_the_demo(export: Export, linert: Linert) -> None:
     check_layers(*build(linert, bundle), plugins=True, weights="fp32")
 
 
+def test_groups(lpd_file: Path, tiny_files: tuple[Path, Path], export: Export, linert: Linert) -> None:
+    """TensorRT writes what a group feeds into the caches where they lie, and needs no plugin for it."""
+    bundle = export(lpd_file, tiny_files[1], "--heads", 4, "--group-sizes", "1,7,8", "--batch", 2)
+    opened, engines = build(linert, bundle)
+    manifest = opened.manifest
+    assert set(engines.plans) == set(manifest.stages)
+    for stage, plan in engines.plans.items():
+        decoding = 2 * manifest.model.layers if stage.startswith("decode") else 0
+        kinds = Counter(layer.kind for layer in plan.layers)
+        assert kinds["KV_CACHE_UPDATE"] == decoding == len(plan.aliases)
+        assert plan.plugins == {}
+
+
 @pytest.mark.parametrize("weights", ["fp16", "int4"])
 def test_a_model_of_size_b(
     weights: str, checkpoints: tuple[Path, Path], export: Export, linert: Linert

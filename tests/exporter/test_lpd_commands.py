@@ -385,7 +385,7 @@ def test_sweep_and_the_pytorch_peer(grouped_bundle: Path, linert: Linert) -> Non
     assert result.code == 0, result.err
     values = json.loads(result.out)
     assert len(values["cells"]) == 2
-    assert values["pytorch"]["eager"]["seconds_per_image"] > 0
+    assert values["pytorch"]["eager, batch 1, grid 4"]["seconds_per_image"] > 0
     result = linert("sweep", grouped_bundle, "--axis", "grid=4,8")
     assert result.code == 2
     assert "--axis grid: a lpd bundle draws the image that its checkpoint was trained for" in shown(result)

@@ -211,19 +211,42 @@ def orders_of(seeds: Sequence[int]) -> Tensor:
 
 
 def test_the_width_of_a_stage_changes_nothing(tiny: LPD) -> None:
+    """What fills a group up is neither seen nor left where a token would be."""
+    widest = GroupWidth(7, 9)
+    exact = tuple(GroupWidth(fed, drawn) for fed, drawn in pairs(SIZES))
     narrow, wide = (
         InGroups(
-            tiny, groups_of(SIZES), [1, 4], orders_of([3, 4]), guided=True, guidance=3.0, guidance_linear=1
+            tiny,
+            Groups((SIZES,), widths, 1.0),
+            [1, 4],
+            orders_of([3, 4]),
+            guided=True,
+            guidance=3.0,
+            guidance_linear=1,
         )
-        for _ in range(2)
+        for widths in (exact, (widest,))
     )
-    for fed, drawn in pairs(SIZES):
-        own = narrow.step([drawn] * 2, GroupWidth(fed, drawn))
-        padded = wide.step([drawn] * 2, GroupWidth(7, 9))
-        torch.testing.assert_close(padded[:, :drawn], own, atol=1e-5, rtol=0)
+    for width in exact:
+        own = narrow.step([width.drawn] * 2, width)
+        padded = wide.step([width.drawn] * 2, widest)
+        torch.testing.assert_close(padded[:, : width.drawn], own, atol=1e-5, rtol=0)
         assert torch.equal(wide.tensors["tokens"], narrow.tensors["tokens"])
+    fed = 1 + TINY.image_tokens - SIZES[-1]
     for name in ("k_cache.0", "v_cache.1"):
-        torch.testing.assert_close(wide.tensors[name], narrow.tensors[name], atol=1e-5, rtol=0)
+        kept = (loop.tensors[name][:, :, :fed] for loop in (wide, narrow))
+        torch.testing.assert_close(*kept, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("lists", [[SIZES], [(16,)], [(1, 15)], [SIZES, (1, 7, 8)], [(1,) * 16, (8, 8)]])
+def test_every_step_has_its_slots(lists: list[tuple[int, ...]]) -> None:
+    """Of whatever width it is: images that are drawn in other numbers of steps share a batch."""
+    groups = Groups(tuple(lists), stage_widths(lists), 1.0)
+    for sizes in lists:
+        drawn = 0
+        for fed, size in pairs(sizes):
+            assert drawn - fed + 1 + max(width.fed for width in groups.widths) <= groups.slots
+            drawn += size
+    assert groups.slots <= 1 + 16 + max(width.fed for width in groups.widths)
 
 
 def test_images_at_different_groups_share_a_batch(tiny: LPD) -> None:
