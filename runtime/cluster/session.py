@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -181,8 +180,8 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
             ray.shutdown()
             what = "no Ray could be started here" if ours else f"no Ray cluster could be joined at {where}"
             raise DeviceError(f"{what}: {first_line(error)}") from error
-    # Ray prints what happens to processes, in a thread of its own; results alone go to standard output.
-    with contextlib.redirect_stdout(sys.stderr):
+    # Ray prints what happens to processes, in a thread of its own: what matters of it is told by those who work on the cluster.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             yield Cluster(ray, ours)
         finally:
