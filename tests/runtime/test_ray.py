@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from linert.runtime.files.array_files import read_arrays
 from tests.conftest import ROOT, Result
 from tests.exporter.test_captions import bundle as captions_bundle
 from tests.exporter.test_captions import features, files
-from tests.runtime.test_serve import SECONDS, Running, serving
+from tests.runtime.test_serve import KEY, SECONDS, Running, serving
 
 pytest.importorskip("ray")
 openai = pytest.importorskip("openai")
@@ -308,7 +309,7 @@ def replicated(*arguments: object) -> Iterator[Running]:
 def test_replicas_serve_as_one_server(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
     """The official client, plain and streaming; keys; health; metrics of all; one that dies; and an end that waits."""
     keys = tmp_path / "keys"
-    keys.write_text("a secret key\n")
+    keys.write_text(f"{KEY}\n")
     alone = tmp_path / "alone"
     assert linert("run", tiny_bundle, "--classes", "2", "--seed", 5, "--out", alone).code == 0
     with replicated(tiny_bundle, "--api-key-file", keys, "--drain-seconds", 30) as running:
@@ -332,6 +333,9 @@ def test_replicas_serve_as_one_server(tiny_bundle: Path, linert: Linert, tmp_pat
         # Replicas tell each other every second.
         wait_until(lambda: sum(drawn(running).values()) == 2 + len(answers) + 1)
         assert len(drawn(running)) == 2
+
+        wait_until(lambda: go_away(running) or sum(told(running, "linert_cancelled_total").values()) > 0)
+        wait_until(lambda: not sum(told(running, "linert_rows_busy").values()))
 
         os.kill(descendants(REPLICA)[0], signal.SIGKILL)
         wait_until(lambda: running.get("/health/ready")[0] == 200 and len(descendants(REPLICA)) == 2)
@@ -366,14 +370,29 @@ def picture_of(png: str | Path) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(data)))
 
 
-def drawn(running: Running) -> dict[str, float]:
-    """Images that replicas drew, by replica."""
+def go_away(running: Running) -> None:
+    """Ask for many images, and hang up."""
+    host, port = running.url.removeprefix("http://").split(":")
+    body = b'{"prompt": "1", "n": 10}'
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        time.sleep(0.05)
+
+
+def told(running: Running, name: str) -> dict[str, float]:
+    """What replicas tell of one metric, by replica."""
     return {
         sample.labels["replica"]: sample.value
         for family in text_string_to_metric_families(running.get("/metrics")[1])
         for sample in family.samples
-        if sample.name == "linert_images_total"
+        if sample.name == name
     }
+
+
+def drawn(running: Running) -> dict[str, float]:
+    """Images that replicas drew."""
+    return told(running, "linert_images_total")
 
 
 @pytest.mark.parametrize(
