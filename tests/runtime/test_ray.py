@@ -28,6 +28,7 @@ from linert.runtime.files.array_files import read_arrays
 from tests.conftest import ROOT, Result
 from tests.exporter.test_captions import bundle as captions_bundle
 from tests.exporter.test_captions import features, files
+from tests.processes import descendants, lives, meanwhile, wait_until
 from tests.runtime.test_serve import KEY, SECONDS, Running, serving
 
 pytest.importorskip("ray")
@@ -89,59 +90,6 @@ def cluster() -> Iterator[str]:
             process.wait(SECONDS)
         finally:
             process.kill()
-
-
-def descendants(name: str, ancestor: int = os.getpid()) -> list[int]:
-    """Processes below another, by default this one, whose command begins with ``name``."""
-    parents, found = {}, []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int(stat_of(path)[1])
-            if (path / "cmdline").read_bytes().startswith(name.encode()):
-                found.append(int(path.name))
-        except OSError:
-            continue
-
-    def below(process: int) -> bool:
-        while process > 1 and process != ancestor:
-            process = parents.get(process, 0)
-        return process == ancestor
-
-    return [process for process in found if below(process)]
-
-
-def stat_of(process: Path) -> list[str]:
-    """State, parent and more of a process."""
-    return (process / "stat").read_text().rsplit(")", 1)[1].split()
-
-
-def lives(process: int) -> bool:
-    try:
-        return stat_of(Path("/proc") / str(process))[0] != "Z"
-    except OSError:
-        return False
-
-
-@contextmanager
-def meanwhile(act: Callable[[threading.Event], object]) -> Iterator[None]:
-    """Have a thread ``act`` until the block ends."""
-    over = threading.Event()
-    thread = threading.Thread(target=act, args=(over,))
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def wait_until(condition: Callable[[], object], over: threading.Event | None = None) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        if over is not None and over.is_set():
-            return
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -330,6 +278,7 @@ def test_replicas_serve_as_one_server(tiny_bundle: Path, linert: Linert, tmp_pat
         status, content, _ = running.post(b'{"prompt": "1", "colour": "red"}')
         assert (status, content["error"]["param"]) == (400, "colour")
         assert running.get("/health/ready") == (200, "ready\n")
+        assert running.get("/-/healthz")[0] == 200
         # Replicas tell each other every second.
         wait_until(lambda: sum(drawn(running).values()) == 2 + len(answers) + 1)
         assert len(drawn(running)) == 2
