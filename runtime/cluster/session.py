@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -191,7 +192,8 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """Leave the handlers of signals as they are: Ray sets its own, which end the process at once."""
-    names = ("SIGINT", "SIGTERM")
+    # Only the main thread may set any.
+    names = ("SIGINT", "SIGTERM") if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
     try:
         yield
