@@ -175,7 +175,8 @@ class Comparison:
             with self._fitting(cell) as generator:
                 for index, first, group in missing:
                     self.progress("drawing", number * len(groups) + index, len(self.cells) * len(groups))
-                    store.record(first, generator.draw(group, request.sampling, cell.cache))
+                    tokens = generator.draw(group, request.sampling, cell.cache)
+                    store.record({first + offset: row for offset, row in enumerate(tokens)})
 
     @contextmanager
     def _fitting(self, cell: Cell) -> Iterator[Generator]:

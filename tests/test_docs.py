@@ -58,7 +58,7 @@ def test_every_command_is_shown() -> None:
 
 
 def test_no_block_has_commands_of_unknown_programs() -> None:
-    assert {words[0] for words in told_commands()} == {"eval", "linert", "make", "pip", "python"}
+    assert {words[0] for words in told_commands()} == {"eval", "linert", "make", "pip", "python", "ray"}
 
 
 @pytest.mark.parametrize("words", told("linert"), ids=" ".join)

@@ -137,11 +137,20 @@ def running(serve: Any) -> int:
 
 
 def watch_until(stop: threading.Event, note: Callable[[str], object]) -> None:
-    """Wait until ``stop`` is set; tells for people when there are more replicas, or fewer."""
+    """Wait until ``stop`` is set; tells for people when there are more replicas, or fewer.
+
+    Raises:
+        DeviceError: the cluster is gone.
+    """
     from ray import serve
 
     known = running(serve)
     while not stop.wait(LOOK):
-        if (now := running(serve)) != known:
+        try:
+            now = running(serve)
+        except Exception as error:
+            # Ray has many types for a cluster that does not answer.
+            raise DeviceError(f"the Ray cluster does not answer any more: {first_line(error)}") from error
+        if now != known:
             known = now
             note(f"replicas that take requests: {now}")

@@ -231,7 +231,7 @@ class WorkerPool(Closing):
                 "--resume goes on"
             ) from error
         self._note(
-            f"a worker died ({where.text if where else 'not open yet'}): batch {task.number + 1} is drawn by another"
+            f"a worker died ({where.text if where else 'not open yet'}): batch {task.number + 1} is drawn by another. {first_line(error)}"
         )
         return [task]
 

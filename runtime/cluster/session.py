@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import socket
-import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -181,8 +181,8 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
             ray.shutdown()
             what = "no Ray could be started here" if ours else f"no Ray cluster could be joined at {where}"
             raise DeviceError(f"{what}: {first_line(error)}") from error
-    # Ray prints what happens to processes, in a thread of its own; results alone go to standard output.
-    with contextlib.redirect_stdout(sys.stderr):
+    # Ray prints what happens to processes, in a thread of its own: what matters of it is told by those who work on the cluster.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
             yield Cluster(ray, ours)
         finally:
@@ -192,7 +192,8 @@ def ray_cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """Leave the handlers of signals as they are: Ray sets its own, which end the process at once."""
-    names = ("SIGINT", "SIGTERM")
+    # Only the main thread may set any.
+    names = ("SIGINT", "SIGTERM") if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for name in names if (number := getattr(signal, name, None))}
     try:
         yield

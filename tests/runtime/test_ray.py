@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ from linert.runtime.files.array_files import read_arrays
 from tests.conftest import ROOT, Result
 from tests.exporter.test_captions import bundle as captions_bundle
 from tests.exporter.test_captions import features, files
-from tests.runtime.test_serve import SECONDS, Running, serving
+from tests.processes import descendants, lives, meanwhile, wait_until
+from tests.runtime.test_serve import KEY, SECONDS, Running, serving
 
 pytest.importorskip("ray")
 openai = pytest.importorskip("openai")
@@ -88,59 +90,6 @@ def cluster() -> Iterator[str]:
             process.wait(SECONDS)
         finally:
             process.kill()
-
-
-def descendants(name: str, ancestor: int = os.getpid()) -> list[int]:
-    """Processes below another, by default this one, whose command begins with ``name``."""
-    parents, found = {}, []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(path.name)] = int(stat_of(path)[1])
-            if (path / "cmdline").read_bytes().startswith(name.encode()):
-                found.append(int(path.name))
-        except OSError:
-            continue
-
-    def below(process: int) -> bool:
-        while process > 1 and process != ancestor:
-            process = parents.get(process, 0)
-        return process == ancestor
-
-    return [process for process in found if below(process)]
-
-
-def stat_of(process: Path) -> list[str]:
-    """State, parent and more of a process."""
-    return (process / "stat").read_text().rsplit(")", 1)[1].split()
-
-
-def lives(process: int) -> bool:
-    try:
-        return stat_of(Path("/proc") / str(process))[0] != "Z"
-    except OSError:
-        return False
-
-
-@contextmanager
-def meanwhile(act: Callable[[threading.Event], object]) -> Iterator[None]:
-    """Have a thread ``act`` until the block ends."""
-    over = threading.Event()
-    thread = threading.Thread(target=act, args=(over,))
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def wait_until(condition: Callable[[], object], over: threading.Event | None = None) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        if over is not None and over.is_set():
-            return
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -308,7 +257,7 @@ def replicated(*arguments: object) -> Iterator[Running]:
 def test_replicas_serve_as_one_server(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
     """The official client, plain and streaming; keys; health; metrics of all; one that dies; and an end that waits."""
     keys = tmp_path / "keys"
-    keys.write_text("a secret key\n")
+    keys.write_text(f"{KEY}\n")
     alone = tmp_path / "alone"
     assert linert("run", tiny_bundle, "--classes", "2", "--seed", 5, "--out", alone).code == 0
     with replicated(tiny_bundle, "--api-key-file", keys, "--drain-seconds", 30) as running:
@@ -329,9 +278,13 @@ def test_replicas_serve_as_one_server(tiny_bundle: Path, linert: Linert, tmp_pat
         status, content, _ = running.post(b'{"prompt": "1", "colour": "red"}')
         assert (status, content["error"]["param"]) == (400, "colour")
         assert running.get("/health/ready") == (200, "ready\n")
+        assert running.get("/-/healthz")[0] == 200
         # Replicas tell each other every second.
         wait_until(lambda: sum(drawn(running).values()) == 2 + len(answers) + 1)
         assert len(drawn(running)) == 2
+
+        wait_until(lambda: go_away(running) or sum(told(running, "linert_cancelled_total").values()) > 0)
+        wait_until(lambda: not sum(told(running, "linert_rows_busy").values()))
 
         os.kill(descendants(REPLICA)[0], signal.SIGKILL)
         wait_until(lambda: running.get("/health/ready")[0] == 200 and len(descendants(REPLICA)) == 2)
@@ -366,14 +319,29 @@ def picture_of(png: str | Path) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(data)))
 
 
-def drawn(running: Running) -> dict[str, float]:
-    """Images that replicas drew, by replica."""
+def go_away(running: Running) -> None:
+    """Ask for many images, and hang up."""
+    host, port = running.url.removeprefix("http://").split(":")
+    body = b'{"prompt": "1", "n": 10}'
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head.encode() + body)
+        time.sleep(0.05)
+
+
+def told(running: Running, name: str) -> dict[str, float]:
+    """What replicas tell of one metric, by replica."""
     return {
         sample.labels["replica"]: sample.value
         for family in text_string_to_metric_families(running.get("/metrics")[1])
         for sample in family.samples
-        if sample.name == "linert_images_total"
+        if sample.name == name
     }
+
+
+def drawn(running: Running) -> dict[str, float]:
+    """Images that replicas drew."""
+    return told(running, "linert_images_total")
 
 
 @pytest.mark.parametrize(
