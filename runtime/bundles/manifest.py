@@ -297,12 +297,12 @@ class Manifest(Record, frozen=True):
             RequestError: there is none; the message says that ``what`` needs one.
         """
         if self.cache is None:
-            why = (
-                "has no KV cache"
-                if self.groups is None
-                else "evicts nothing: its layers keep every token, each in a slot of its own"
+            name = f"{what}: a {self.model.family} bundle"
+            if self.groups is None:
+                raise RequestError(f"{name} has no KV cache; leave that out")
+            raise RequestError(
+                f"{name} evicts nothing: its layers keep every token, each in a slot of its own; leave that out"
             )
-            raise RequestError(f"{what}: a {self.model.family} bundle {why}; leave that out")
         return self.cache
 
     def check_sampling(self, sampling: SamplingSettings) -> None:
