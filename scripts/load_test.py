@@ -7,6 +7,9 @@
 First as many requests are kept open as keep every row busy: how many images a second that gives is the capacity. Then requests come
 at random (Poisson) at shares of it. Some are cancelled, some connections are dropped, some requests are bad. With --bundle every
 image is compared with the one that the bundle draws by itself.
+
+With --whole-batches the same requests at the same times are drawn here too, without a server, by whole batches of the bundle: what waits
+when a batch is done makes the next one. That is what is to be beaten.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from linert import Generator
+from linert.runtime.backends.options import BackendOptions
 from linert.runtime.drawing.generator import picture
 from linert.runtime.drawing.samples import ClassLabel, Condition, Prompt, Sample
 
@@ -139,6 +143,67 @@ class Client:
         return got
 
 
+class WholeBatches:
+    """Draws what is asked for by whole batches, in a thread of its own: the simplest server, as :class:`Client` sees one.
+
+    What goes away before its batch has begun is not drawn.
+    """
+
+    def __init__(self, bundle: Path, threads: int) -> None:
+        self.generator = Generator(bundle, BackendOptions(threads=threads))
+        self._waiting: list[tuple[Asked, Future[str]]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work)
+        self._thread.start()
+
+    def ask(self, asked: Asked) -> Got:
+        """Wait for one image."""
+        if asked.conduct == "bad":
+            return Got(asked, 400)
+        begun, done = time.monotonic(), Future[str]()
+        with self._changed:
+            self._waiting.append((asked, done))
+            self._changed.notify()
+        try:
+            drawn = done.result(asked.patience if asked.conduct in ("cancel", "drop") else SECONDS)
+        except TimeoutError:
+            done.cancel()
+            return Got(asked, 0)
+        return Got(asked, 200, None, time.monotonic() - begun, drawn)
+
+    def close(self) -> None:
+        """Draw no more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+        self.generator.close()
+
+    def _work(self) -> None:
+        size = self.generator.manifest.images
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                taken, self._waiting = self._waiting[:size], self._waiting[size:]
+            batch = [(asked, done) for asked, done in taken if done.set_running_or_notify_cancel()]
+            if not batch:
+                continue
+            tokens = self.generator.draw([Sample(condition(asked.label), asked.seed) for asked, _ in batch])
+            for (_, done), row in zip(batch, tokens, strict=True):
+                drawn = picture(self.generator.decoder(row[None])[0])
+                # A server would send it encoded.
+                drawn.save(io.BytesIO(), format="PNG")
+                done.set_result(digest(drawn))
+
+
+def condition(label: str) -> Condition:
+    """A class's number, or a prompt."""
+    return ClassLabel(int(label)) if label.isdigit() else Prompt(label)
+
+
 def digest(image: PIL.Image.Image) -> str:
     """Of an image's pixels."""
     return hashlib.sha256(np.asarray(image.convert("RGB")).tobytes()).hexdigest()
@@ -159,6 +224,10 @@ def digest(image: PIL.Image.Image) -> str:
     "--bundle", type=click.Path(path_type=Path), help="What is served, to compare every image with."
 )
 @click.option("--pid", type=int, help="The server's process, to watch its memory and file descriptors.")
+@click.option(
+    "--whole-batches", is_flag=True, help="Also draw by whole batches of --bundle, to compare with."
+)
+@click.option("--threads", default=0, help="Of that. Default: one a core.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for load.json.")
 def main(
@@ -172,9 +241,13 @@ def main(
     watching: float,
     bundle: Path | None,
     pid: int | None,
+    whole_batches: bool,
+    threads: int,
     seed: int,
     out: Path,
 ) -> None:
+    if whole_batches and bundle is None:
+        raise click.UsageError("--whole-batches draws from --bundle: give it too")
     place = urlsplit(url)
     assert place.hostname
     chance = random.Random(seed)
@@ -196,7 +269,7 @@ def main(
                 chance.randrange(1000),
                 chance.choices(conducts, weights)[0],
                 chance.uniform(0.001, max(away, 0.002)),
-                described["lines"] - 1 if away and chance.random() < watching else 0,
+                described["parts"] - 1 if away and chance.random() < watching else 0,
             )
             for _ in range(count)
         ]
@@ -209,11 +282,19 @@ def main(
     alone, _ = closed(client, made(5, 0), 1)
     lone = float(np.median([g.whole for g in alone if g.whole]))
     every += alone
-    for share in map(float, shares.split(",")):
+    whole = WholeBatches(bundle, threads) if bundle and whole_batches else None
+    beside: list[Phase] = []
+    for number, share in enumerate(map(float, shares.split(","))):
         asked = made(requests, 2 * lone)
-        got, seconds = at_random(client, asked, share * capacity, chance)
+        got, seconds = at_random(client, asked, share * capacity, random.Random(seed + number))
         phases.append(phase(share, got, seconds, pid))
         every += got
+        if whole is not None:
+            got, seconds = at_random(whole, asked, share * capacity, random.Random(seed + number))
+            beside.append(phase(share, got, seconds, None))
+            every += got
+    if whole is not None:
+        whole.close()
     wrong = compare(bundle, every) if bundle else None
     lost = sum(g.status == 0 and g.asked.conduct in ("wait", "bad") for g in every)
     table = Table(title=f"{described['id']}: {rows} rows; a lone image takes {lone:.3f} s")
@@ -229,9 +310,9 @@ def main(
         "files",
     ):
         table.add_column(column)
-    for p in phases:
+    for name, p in [("", p) for p in phases] + [(", whole batches", p) for p in beside]:
         table.add_row(
-            f"{p.share:.0%}" if p.share else "all rows busy",
+            (f"{p.share:.0%}" if p.share else "all rows busy") + name,
             f"{p.rate:.2f}",
             *(
                 f"{value:.3f}"
@@ -252,6 +333,7 @@ def main(
         "lost": lost,
         "wrong": wrong,
         "phases": [{**asdict(p), "images_per_second": p.rate} for p in phases],
+        "whole_batches": [{**asdict(p), "images_per_second": p.rate} for p in beside],
     }
     (out / "load.json").write_text(json.dumps(told, indent=1))
 
@@ -271,7 +353,9 @@ def about(host: str, port: int, model: str | None) -> tuple[dict[str, Any], int]
     return described, int(float(row.split()[-1]))
 
 
-def closed(client: Client, asked: Sequence[Asked], open_at_once: int) -> tuple[list[Got], float]:
+def closed(
+    client: Client | WholeBatches, asked: Sequence[Asked], open_at_once: int
+) -> tuple[list[Got], float]:
     """So many requests are open at every moment."""
     begun = time.monotonic()
     with ThreadPoolExecutor(open_at_once) as pool:
@@ -280,7 +364,7 @@ def closed(client: Client, asked: Sequence[Asked], open_at_once: int) -> tuple[l
 
 
 def at_random(
-    client: Client, asked: Sequence[Asked], rate: float, chance: random.Random
+    client: Client | WholeBatches, asked: Sequence[Asked], rate: float, chance: random.Random
 ) -> tuple[list[Got], float]:
     """Requests come at random, on average so many a second."""
     got: list[Got] = []
@@ -328,9 +412,6 @@ def percentile(values: Sequence[float], which: float) -> float:
 def compare(bundle: Path, every: Sequence[Got]) -> int:
     """How many images are not those that the bundle draws by itself."""
     wanted = list(dict.fromkeys((g.asked.label, g.asked.seed) for g in every if g.digest))
-
-    def condition(label: str) -> Condition:
-        return ClassLabel(int(label)) if label.isdigit() else Prompt(label)
 
     with Generator(bundle) as generator:
         samples = [Sample(condition(label), seed) for label, seed in wanted]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -54,7 +55,9 @@ class Served:
             LinertError: one cannot be opened, does not fit the settings, or two have one name.
         """
         check_names(paths)
-        opened = {path.resolve(): [bundle for bundle, _ in settings.open(path)] for path in paths}
+        opened = {
+            Path(os.path.abspath(path)): [bundle for bundle, _ in settings.open(path)] for path in paths
+        }
         copies = {path: tuple(map(BundleCopy.of, bundles)) for path, bundles in opened.items()}
         rows = sum(bundle.manifest.images for bundles in opened.values() for bundle in bundles)
         return Served(copies, rows, settings, limits, keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,9 +41,14 @@ class EngineSettings:
             yield opened, cache
 
 
+def model_name(path: Path) -> str:
+    """What the bundle at ``path`` is called: its folder's name, or that of the link by which it is named."""
+    return os.path.basename(os.path.abspath(path))
+
+
 def check_names(paths: Sequence[Path]) -> None:
     """Raise :class:`RequestError` where two bundles would be models of one name."""
-    names = [path.resolve().name for path in paths]
+    names = [model_name(path) for path in paths]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise RequestError(f"two bundles are called {', '.join(twice)}: rename a folder")
 
@@ -72,7 +78,7 @@ class Model:
             for engine in engines.values():
                 engine.close()
             raise
-        return Model(path.resolve().name, engines)
+        return Model(model_name(path), engines)
 
     def engine(self, size: str | None) -> tuple[str, Engine]:
         """The engine of a size, and the size.

@@ -30,6 +30,8 @@ from linert import Generator
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
 from linert.runtime.drawing.generator import picture as generator_picture
 from linert.runtime.drawing.samples import ClassLabel, Sample
+from linert.runtime.errors import RequestError
+from linert.runtime.serving.models import check_names, model_name
 from tests.conftest import Result
 from tests.runtime.test_engine import SECONDS, prompts_bundle
 
@@ -280,6 +282,16 @@ def test_metrics_are_what_prometheus_reads(server: Running) -> None:
     assert after["linert_rows"] == 2 + 3
     assert after["linert_state_bytes"] > 0
     assert after["linert_rows_busy"] == after["linert_queued"] == 0
+
+
+def test_a_model_is_called_as_its_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "fox").symlink_to("bundle")
+    monkeypatch.chdir(tmp_path / "bundle")
+    names = [model_name(Path(path)) for path in ("../fox", "..", ".", "../bundle/")]
+    assert names == ["fox", tmp_path.name, "bundle", "bundle"]
+    with pytest.raises(RequestError, match="two bundles are called bundle"):
+        check_names([Path("."), Path("../bundle")])
 
 
 def test_who_goes_away_frees_the_rows(server: Running) -> None:
