@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from linert.exporter.lasadgen_folder import write_lasadgen
-from linert.graphs.families import llamagen, vq
+from linert.exporter.lpd_file import published_tensors
+from linert.graphs.families import llamagen, lpd, vq
 from linert.graphs.families.lasadgen import LASADGen, LASADGenConfig, Variant
 from linert.runtime.drawing.output import SHEET_NAME
-from tests.conftest import TINY, TINY_VQ, Result, random_state
+from tests.conftest import TINY, TINY_LPD, TINY_VQ, Result, random_state
 from tests.pages import quick_starts
 from tests.text_models import write_lumina, write_tiny_janus, write_tiny_t5
 
@@ -70,12 +71,24 @@ def lasadgen(folder: Path) -> Words:
     return {"demo/lasadgen_demo": [folder / "lasadgen_demo"], "demo/vq_demo.pt": [folder / "vq.pt"]}
 
 
+def grouped(folder: Path) -> Words:
+    config = replace(TINY_LPD, num_classes=10)
+    state = published_tensors(random_state(lpd.LPD(config)))
+    torch.save({"model": state}, folder / "lpd_demo.pth")
+    torch.save({"model": random_state(vq.VQModel(TINY_VQ, encoder=True))}, folder / "vq.pt")
+    return {
+        "demo/lpd_demo.pth": [folder / "lpd_demo.pth", "--group-sizes", "1,7,8"],
+        "demo/vq_demo.pt": [folder / "vq.pt"],
+    }
+
+
 FILES = {
     "llamagen": classes,
     "llamagen captions": captions,
     "janus": janus,
     "lumina": lumina,
     "lasadgen": lasadgen,
+    "lpd": grouped,
 }
 
 

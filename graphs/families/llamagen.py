@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from linert.graphs.families.axial import AxialSizes, AxialTransformer, FeedForward
 from linert.graphs.families.base import Family, negative_or_usual
 from linert.graphs.families.layers import RMSNorm, Rope
-from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption, count_of, shape_of
+from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption, count_of, heads_of, shape_of
 from linert.graphs.line_buffer import KeyValueCache
 from linert.graphs.rotary import rotate_interleaved
 from linert.graphs.stage_tensor import StageTensor
@@ -90,17 +90,10 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, grid: int, heads: int
     else:
         classes = shape_of(shapes, "cls_embedding.embedding_table.weight", 2)[0] - 1
     layers = count_of(shapes, "layers")
-    if heads is None:
-        heads = PUBLISHED_HEADS.get((layers, dim))
-    if heads is None:
-        raise ValueError(
-            f"{layers} layers of width {dim} are not a published LlamaGen size, "
-            "and the checkpoint does not hold the number of attention heads: give it with --heads"
-        )
     return LlamaGenConfig(
         layers=layers,
         dim=dim,
-        heads=heads,
+        heads=heads_of(heads, PUBLISHED_HEADS, "LlamaGen", layers, dim),
         ffn_dim=ffn_dim,
         vocab_size=vocab_size,
         num_classes=classes,

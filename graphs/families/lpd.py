@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from linert.graphs.families.axial import AxialSizes
 from linert.graphs.families.base import Family
-from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption, count_of, shape_of
+from linert.graphs.families.model_facts import Layout, ModelFacts, ModelOption, count_of, heads_of, shape_of
 from linert.graphs.group_memory import GroupMemory
 from linert.graphs.group_transformer import GroupTransformer
 from linert.graphs.stage import Geometry
@@ -171,17 +171,10 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], heads: int | None) -> LP
     if grid * grid != positions - 1:
         raise ValueError(f"pos_embed has {positions} rows, which is not one more than the cells of a square")
     layers = count_of(shapes, "layers")
-    if heads is None:
-        heads = PUBLISHED_HEADS.get((layers, dim))
-    if heads is None:
-        raise ValueError(
-            f"{layers} layers of width {dim} are not a published LPD size, and the checkpoint does not hold the number of "
-            "attention heads: give it with --heads"
-        )
     return LPDConfig(
         layers=layers,
         dim=dim,
-        heads=heads,
+        heads=heads_of(heads, PUBLISHED_HEADS, "LPD", layers, dim),
         ffn_dim=shape_of(shapes, "layers.0.feed_forward.w1.weight", 2)[0],
         vocab_size=vocab_size,
         num_classes=shape_of(shapes, "cls_embedding.weight", 2)[0],

@@ -94,6 +94,23 @@ def count_of(shapes: Iterable[str], list_name: str) -> int:
     return len(numbers)
 
 
+def heads_of(
+    told: int | None, published: Mapping[tuple[int, int], int], title: str, layers: int, dim: int
+) -> int:
+    """Attention heads of a model whose files do not tell them: as ``told``, or of the ``published`` size of so many layers and that width.
+
+    Raises:
+        ValueError: it is no published size, and nothing is told.
+    """
+    heads = published.get((layers, dim)) if told is None else told
+    if heads is None:
+        raise ValueError(
+            f"{layers} layers of width {dim} are not a published {title} size, and the checkpoint does not hold the number of attention "
+            "heads: give it with --heads"
+        )
+    return heads
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """What is known of a checkpoint when its configuration is made.
