@@ -21,7 +21,7 @@ from linert.graphs.memory import memory_of
 from linert.graphs.sampling import SamplingParams, filtered_mass, guide, noise_size, scheduled
 from linert.graphs.stage_tensor import NEXT
 from linert.graphs.stages import Admit, Prefill
-from linert.runtime.bundles.schedule import Groups, GroupWidth, pairs
+from linert.runtime.bundles.schedule import Groups, GroupWidth, mixed_pairs, pairs
 from linert.runtime.drawing.orders import Randomness, generation_order, order_of
 from tests.conftest import random_state
 from tests.golden_weights import DATA, golden_outputs, golden_state
@@ -247,6 +247,20 @@ def test_every_step_has_its_slots(lists: list[tuple[int, ...]]) -> None:
             assert drawn - fed + 1 + max(width.fed for width in groups.widths) <= groups.slots
             drawn += size
     assert groups.slots <= 1 + 16 + max(width.fed for width in groups.widths)
+
+
+@pytest.mark.parametrize(
+    "lists", [[(1, 1, 14), (1, 7, 8)], [(1, 1, 1, 13), (4, 4, 4, 4)], [(1, 1, 1, 1, 12), (1, 2, 3, 5, 5)]]
+)
+def test_images_in_other_numbers_of_steps_share_every_step(lists: list[tuple[int, ...]]) -> None:
+    """One may feed many tokens and draw few where another feeds few and draws many."""
+    groups = Groups(tuple(lists), stage_widths(lists), 1.0)
+    first, second = map(pairs, lists)
+    for one, other in zip(first, second, strict=False):
+        width = groups.width(max(one[0], other[0]), max(one[1], other[1]))
+        assert width.fits(*one)
+        assert width.fits(*other)
+        assert {(one[0], other[1]), (other[0], one[1])} <= mixed_pairs(lists)
 
 
 def test_images_at_different_groups_share_a_batch(tiny: LPD) -> None:
