@@ -364,6 +364,12 @@ def test_heads_must_be_told_of_sizes_that_are_not_published(
     assert "give it with --heads" in shown(result)
 
 
+def test_the_image_decoder_is_asked_for_by_its_name(lpd_file: Path, linert: Linert, tmp_path: Path) -> None:
+    result = linert("export", lpd_file, "--heads", 4, "--group-sizes", "1,7,8", "--out", tmp_path / "bundle")
+    assert result.code == 2
+    assert "give one with --vq (vq_ds16_c2i.pt for LlamaGen and LPD;" in shown(result)
+
+
 def test_previews_show_the_cells_that_are_drawn(grouped_bundle: Path) -> None:
     from linert.runtime.commands.run import _preview
 

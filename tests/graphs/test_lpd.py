@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -385,6 +386,20 @@ def test_published_sizes(size: tuple[int, int]) -> None:
     shapes = config.tensor_shapes()
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == counted[size]
     assert config.head_dim == 64
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16, 32])
+def test_heads_of_any_size(heads: int) -> None:
+    """The stages draw what the reference in PyTorch predicts, also where a head has one channel or an odd number."""
+    config = replace(TINY, dim=96, heads=heads)
+    model = LPD(config)
+    model.load_state_dict(random_state(model))
+    model.requires_grad_(False).eval()
+    loop = InGroups(model, groups_of(SIZES), [1, 4], orders_of([3, 4]), guided=False)
+    logits = torch.cat(loop.draw(), dim=1)
+    condition = model.condition([torch.tensor([1, 4])], guided=False)
+    wanted = model(condition, loop.tensors["tokens"], loop.tensors["order"], SIZES)
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
 
 def test_what_is_written_under_published_names_is_read_back() -> None:
