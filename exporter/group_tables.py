@@ -9,7 +9,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 
-from linert.runtime.bundles.schedule import GroupWidth, pairs
+from linert.runtime.bundles.schedule import GroupWidth, mixed_pairs, pairs
 
 TABLES = {
     16: """
@@ -71,7 +71,8 @@ def stage_widths(lists: Sequence[Sequence[int]]) -> tuple[GroupWidth, ...]:
     """The widths of the decode stages for images whose groups have the sizes of any of ``lists``.
 
     As few as leave at most :data:`MOST_PADDING` of the rows to be filled up, where all lists are drawn equally often; with
-    :data:`MOST_WIDTHS` whatever is left.
+    :data:`MOST_WIDTHS` whatever is left. Images of several lists may share a batch: where no width takes what a step of them needs, the last
+    is made to take everything.
     """
     steps = Counter(pair for sizes in lists for pair in pairs(sizes))
     kinds = sorted(steps, key=lambda pair: (max(pair), pair))
@@ -99,4 +100,8 @@ def stage_widths(lists: Sequence[Sequence[int]]) -> tuple[GroupWidth, ...]:
             break
     if (found := best[-1]) is None:
         raise ValueError("no groups")
-    return found[1]
+    *narrow, last = found[1]
+    mixed = mixed_pairs(lists)
+    if not all(any(width.fits(*pair) for width in found[1]) for pair in mixed):
+        last = GroupWidth(max(fed for fed, _ in mixed), max(drawn for _, drawn in mixed))
+    return (*narrow, last)

@@ -152,8 +152,8 @@ def load_models(
     check_options(path, family, request.options())
     if vq_path is None and vq.naming(checkpoint.tensors) is None:
         raise CheckpointError(
-            f"{path} holds no image decoder: give one with --vq (vq_ds16_c2i.pt for LlamaGen; vqgan.ckpt of Meta's Chameleon "
-            "release for Lumina-mGPT)"
+            f"{path} holds no image decoder: give one with --vq (vq_ds16_c2i.pt for LlamaGen and LPD; vqgan.ckpt of Meta's "
+            "Chameleon release for Lumina-mGPT)"
         )
     if vq_path is None:
         if request.vq_ema is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from typing import Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,12 @@ class AxialConfig(FamilyConfig, Protocol):
 
 
 class AxialSizes(SquareRaster):
-    """What follows from the sizes of a decoder that has as many heads of keys as of queries."""
+    """What follows from the sizes of a decoder that has as many heads of keys as of queries.
+
+    ``head_multiple``: what the head size is a multiple of; two-dimensional rotary embedding turns pairs of each half.
+    """
+
+    head_multiple: ClassVar[int] = 4
 
     dim: int
     heads: int
@@ -54,8 +59,8 @@ class AxialSizes(SquareRaster):
             faults = raster_faults(self.grid, self.grid, self.prefix_len)
         if not faults and self.dim % self.heads:
             faults.append(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        elif not faults and self.head_dim % 4:
-            faults.append(f"head size {self.head_dim} is not a multiple of 4")
+        elif not faults and self.head_dim % self.head_multiple:
+            faults.append(f"head size {self.head_dim} is not a multiple of {self.head_multiple}")
         return faults
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,9 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class LPDConfig(AxialSizes):
-    """Shape of a model and of the image that it draws."""
+    """Shape of a model and of the image that it draws. Nothing is turned, so heads are of any size."""
+
+    head_multiple: ClassVar[int] = 1
 
     layers: int
     dim: int

@@ -22,7 +22,7 @@ from linert.runtime.bundles.manifest import (
     TensorSpec,
     decode_stage,
 )
-from linert.runtime.bundles.schedule import Groups, pairs
+from linert.runtime.bundles.schedule import Groups, mixed_pairs
 from linert.runtime.errors import BundleError, GeometryError, RequestError
 from linert.runtime.text import brief
 
@@ -290,8 +290,11 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
 def _group_contradictions(groups: Groups, manifest: Manifest) -> Iterable[str]:
     """Groups that are none of the image, or that no stage draws."""
     raster = manifest.raster
-    if not groups.sizes or len(set(groups.counts)) != len(groups.sizes):
-        yield "no groups, or two lists of as many"
+    if not groups.sizes or not groups.widths:
+        yield "no groups, or no stage that draws them"
+        return
+    if len(set(groups.counts)) != len(groups.sizes):
+        yield "two lists of as many groups"
     if (
         manifest.cache is not None
         or raster.prefix_len != 1
@@ -302,8 +305,9 @@ def _group_contradictions(groups: Groups, manifest: Manifest) -> Iterable[str]:
     for sizes in groups.sizes:
         if min(sizes, default=0) < 1 or sum(sizes) != raster.image_tokens:
             yield f"groups of {sum(sizes)} tokens in an image of {raster.image_tokens}"
-        elif any(not any(width.fits(*pair) for width in groups.widths) for pair in pairs(sizes)):
-            yield f"groups of up to {max(sizes)} tokens, which no stage draws"
+    for fed, drawn in sorted(mixed_pairs(groups.sizes)):
+        if not any(width.fits(fed, drawn) for width in groups.widths):
+            yield f"steps that feed {fed} tokens and draw {drawn}, which no stage does"
     if not 0 <= groups.repulsion <= raster.lines:
         yield f"a repulsion of {groups.repulsion}"
     for spec in manifest.state:

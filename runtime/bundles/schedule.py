@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -78,8 +79,8 @@ class Groups(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="group
         if not found:
             counts = ", ".join(map(str, self.counts))
             raise RequestError(
-                f"the bundle draws no image in {steps} steps, only in {counts}: export it with --steps "
-                f"{','.join(map(str, (*self.counts, steps)))}"
+                f"the bundle draws no image in {steps} steps, only in {counts}: export it with a "
+                "list of so many groups too, by --steps or --group-sizes"
             )
         return found[0]
 
@@ -103,6 +104,13 @@ class Groups(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="group
 def pairs(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Of every group the tokens that are fed before, which are the group before or the condition, and its own."""
     return list(zip((1, *sizes), sizes, strict=False))
+
+
+def mixed_pairs(lists: Sequence[Sequence[int]]) -> set[tuple[int, int]]:
+    """What steps take of images that begin together, each in groups of any of the ``lists``: the tokens that are fed may be most in one image,
+    and those that are drawn in another."""
+    together = itertools.zip_longest(*map(pairs, lists), fillvalue=(0, 0))
+    return {(fed, drawn) for step in together for fed, _ in step for _, drawn in step if fed and drawn}
 
 
 Schedule = Lines | Groups

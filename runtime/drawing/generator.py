@@ -24,7 +24,7 @@ from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import Conditioner, conditions_of
 from linert.runtime.drawing.loop import Batch, LineEnds, generate
 from linert.runtime.drawing.noise import noise_table
-from linert.runtime.drawing.orders import Cells, order_of
+from linert.runtime.drawing.orders import Cells, checked_order, order_of
 from linert.runtime.drawing.samples import Condition, Sample, list_samples
 from linert.runtime.drawing.trace import Trace
 from linert.runtime.drawing.window_choice import WindowChoice
@@ -79,7 +79,7 @@ def make_batch(
         orders: of every sample, where images are drawn in groups; None makes them of the seeds.
 
     Raises:
-        RequestError: no sample, more than the bundle's batch, or what the bundle cannot draw.
+        RequestError: no sample, more than the bundle's batch, what the bundle cannot draw, or an order that does not hold every cell once.
     """
     count, size = len(samples), manifest.images
     if not 1 <= count <= size:
@@ -93,7 +93,13 @@ def make_batch(
         steps: tuple[GroupStep, ...] = ()
     else:
         steps = tuple(groups.steps(groups.sizes_in(sampling.steps)))
-        own = orders or [seeded_order(manifest, sample.seed, sampling) for sample in samples]
+        if orders is None:
+            own = [seeded_order(manifest, sample.seed, sampling) for sample in samples]
+        elif len(orders) == count:
+            cells = manifest.raster.image_tokens
+            own = [checked_order(order, cells, f"order {number}") for number, order in enumerate(orders)]
+        else:
+            raise RequestError(f"{len(orders)} orders for {count} images: each has one of its own")
         orders = [*own, *[own[-1]] * (size - count)]
     return Batch(
         conditions=conditioner.inputs([sample.condition for sample in filled]),

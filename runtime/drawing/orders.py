@@ -58,12 +58,27 @@ def read_orders(path: Path, images: int, cells: int) -> NDArray[np.int64]:
             order = msgspec.json.decode(text, type=list[int])
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{path}: order {number} is no list of cells: {brief(str(error))}") from error
-        if len(order) != cells:
-            raise RequestError(f"{path}: order {number} has {len(order)} cells; images have {cells}")
-        if sorted(order) != list(range(cells)):
-            raise RequestError(f"{path}: order {number} does not hold every cell from 0 to {cells - 1} once")
-        orders[number] = order
+        orders[number] = checked_order(order, cells, f"{path}: order {number}")
     return orders
+
+
+def checked_order(order: Sequence[int] | Cells, cells: int, name: str) -> Cells:
+    """``order`` as ``[cells]`` int64.
+
+    Args:
+        name: what an error calls it.
+
+    Raises:
+        RequestError: it does not hold each of so many ``cells`` once.
+    """
+    values = np.asarray(order)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise RequestError(f"{name} is no list of cells: they are numbered from 0 to {cells - 1}")
+    if len(values) != cells:
+        raise RequestError(f"{name} has {len(values)} cells; images have {cells}")
+    if sorted(values.tolist()) != list(range(cells)):
+        raise RequestError(f"{name} does not hold every cell from 0 to {cells - 1} once")
+    return values.astype(np.int64)
 
 
 class Randomness(NamedTuple):

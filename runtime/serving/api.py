@@ -80,6 +80,7 @@ class ImagesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    steps: int | None = None
     eviction_map: bool | None = None
 
     def check(self, most_images: int) -> None:
@@ -124,7 +125,7 @@ class ImagesRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     def sampling(self, usual: SamplingSettings) -> SamplingSettings:
         """How tokens are drawn: what is asked for, else as ``usual``."""
-        names = ("guidance", "temperature", "top_k", "top_p")
+        names = ("guidance", "temperature", "top_k", "top_p", "steps")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return msgspec.structs.replace(usual, **given)
 

@@ -326,7 +326,7 @@ def refusal(error: LinertError, engine: Engine) -> LinertError:
         return ApiError(HTTPStatus.SERVICE_UNAVAILABLE, str(error), retry_after=1)
     if isinstance(error, RequestError):
         text = str(error)
-        fields = ("guidance", "temperature", "top_k", "top_p", "class", "negative", "prompt")
+        fields = ("guidance", "temperature", "top_k", "top_p", "steps", "class", "negative", "prompt")
         named = next((name for name in fields if name in text), None)
         return bad(text, {"class": "class_id", "negative": "negative_prompt"}.get(named or "", named))
     return error

@@ -25,6 +25,7 @@ from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.generator import Generator, make_batch
 from linert.runtime.drawing.loop import generate
 from linert.runtime.drawing.samples import ClassLabel, Sample
+from linert.runtime.errors import RequestError
 from linert.runtime.measuring.bench import step_works
 from tests.conftest import TINY_GROUPS, TINY_LPD, Result
 from tests.onnxruntime_cuda import CapturingBackend, cuda_faults
@@ -191,6 +192,29 @@ def test_bad_order_files_are_named(
     assert message in shown(result)
 
 
+@pytest.mark.parametrize(
+    ("orders", "message"),
+    [
+        ([], "0 orders for 2 images"),
+        ([range(16)], "1 orders for 2 images"),
+        ([range(16), range(1, 17)], "order 1 does not hold every cell from 0 to 15 once"),
+        ([[0] * 16, range(16)], "order 0 does not hold every cell from 0 to 15 once"),
+        ([range(15), range(16)], "order 0 has 15 cells; images have 16"),
+        ([np.arange(16.0), range(16)], "order 0 is no list of cells"),
+    ],
+)
+def test_orders_of_a_program_are_checked_like_those_of_a_file(
+    orders: Any, message: str, grouped_bundle: Path
+) -> None:
+    with Generator(grouped_bundle) as generator:
+        samples = [Sample(ClassLabel(k), 0) for k in (1, 2)]
+        with pytest.raises(RequestError, match=message):
+            generator.draw(samples, orders=orders)
+        in_rows = np.stack([np.arange(16), np.arange(16)[::-1]])
+        rows = generator.draw(samples, orders=in_rows)  # type: ignore[arg-type]
+        assert np.array_equal(rows, generator.draw(samples, orders=list(in_rows)))
+
+
 def test_orders_are_for_groups(tiny_bundle: Path, linert: Linert, tmp_path: Path) -> None:
     path = write_orders(tmp_path / "orders.json", [range(36)])
     result = linert("run", tiny_bundle, "--classes", 1, "--orders", path, "--out", tmp_path / "out")
@@ -295,7 +319,11 @@ def test_what_needs_eviction_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--steps", 4), "the bundle draws no image in 4 steps, only in 5, 3: export it with --steps 5,3,4"),
+        (
+            ("--steps", 4),
+            "the bundle draws no image in 4 steps, only in 5, 3: export it with a list of so many groups too, by --steps or "
+            "--group-sizes",
+        ),
         (("--steps", -1), "steps -1 must be at least 0"),
         (
             ("--window", 4),
@@ -334,6 +362,12 @@ def test_heads_must_be_told_of_sizes_that_are_not_published(
     assert result.code == 2
     assert "2 layers of width 32 are not a published LPD size" in shown(result)
     assert "give it with --heads" in shown(result)
+
+
+def test_the_image_decoder_is_asked_for_by_its_name(lpd_file: Path, linert: Linert, tmp_path: Path) -> None:
+    result = linert("export", lpd_file, "--heads", 4, "--group-sizes", "1,7,8", "--out", tmp_path / "bundle")
+    assert result.code == 2
+    assert "give one with --vq (vq_ds16_c2i.pt for LlamaGen and LPD;" in shown(result)
 
 
 def test_previews_show_the_cells_that_are_drawn(grouped_bundle: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from linert.graphs.memory import memory_of
 from linert.graphs.sampling import SamplingParams, filtered_mass, guide, noise_size, scheduled
 from linert.graphs.stage_tensor import NEXT
 from linert.graphs.stages import Admit, Prefill
-from linert.runtime.bundles.schedule import Groups, GroupWidth, pairs
+from linert.runtime.bundles.schedule import Groups, GroupWidth, mixed_pairs, pairs
 from linert.runtime.drawing.orders import Randomness, generation_order, order_of
 from tests.conftest import random_state
 from tests.golden_weights import DATA, golden_outputs, golden_state
@@ -249,6 +250,20 @@ def test_every_step_has_its_slots(lists: list[tuple[int, ...]]) -> None:
     assert groups.slots <= 1 + 16 + max(width.fed for width in groups.widths)
 
 
+@pytest.mark.parametrize(
+    "lists", [[(1, 1, 14), (1, 7, 8)], [(1, 1, 1, 13), (4, 4, 4, 4)], [(1, 1, 1, 1, 12), (1, 2, 3, 5, 5)]]
+)
+def test_images_in_other_numbers_of_steps_share_every_step(lists: list[tuple[int, ...]]) -> None:
+    """One may feed many tokens and draw few where another feeds few and draws many."""
+    groups = Groups(tuple(lists), stage_widths(lists), 1.0)
+    first, second = map(pairs, lists)
+    for one, other in zip(first, second, strict=False):
+        width = groups.width(max(one[0], other[0]), max(one[1], other[1]))
+        assert width.fits(*one)
+        assert width.fits(*other)
+        assert {(one[0], other[1]), (other[0], one[1])} <= mixed_pairs(lists)
+
+
 def test_images_at_different_groups_share_a_batch(tiny: LPD) -> None:
     """What one image draws does not depend on where the other is."""
     groups, orders = groups_of(SIZES), orders_of([3, 4])
@@ -371,6 +386,20 @@ def test_published_sizes(size: tuple[int, int]) -> None:
     shapes = config.tensor_shapes()
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == counted[size]
     assert config.head_dim == 64
+
+
+@pytest.mark.parametrize("heads", [1, 2, 16, 32])
+def test_heads_of_any_size(heads: int) -> None:
+    """The stages draw what the reference in PyTorch predicts, also where a head has one channel or an odd number."""
+    config = replace(TINY, dim=96, heads=heads)
+    model = LPD(config)
+    model.load_state_dict(random_state(model))
+    model.requires_grad_(False).eval()
+    loop = InGroups(model, groups_of(SIZES), [1, 4], orders_of([3, 4]), guided=False)
+    logits = torch.cat(loop.draw(), dim=1)
+    condition = model.condition([torch.tensor([1, 4])], guided=False)
+    wanted = model(condition, loop.tensors["tokens"], loop.tensors["order"], SIZES)
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
 
 
 def test_what_is_written_under_published_names_is_read_back() -> None:

@@ -249,6 +249,29 @@ def test_numbers_that_no_model_has_are_refused_before_anything_is_allocated(
     assert "Traceback" not in result.err
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("schedule/widths", [], "no groups, or no stage that draws them"),
+        ("schedule/sizes", [], "no groups, or no stage that draws them"),
+        ("schedule/sizes", [[]], "groups of 0 tokens in an image of 16"),
+        ("schedule/sizes", [[1, 16]], "groups of 17 tokens in an image of 16"),
+        ("schedule/sizes", [[0, 16]], "tokens of a group is 0"),
+        ("schedule/sizes", [[1, 7, 8], [2, 6, 8]], "two lists of as many groups"),
+        ("schedule/sizes", [[1, 15]], "steps that feed 1 tokens and draw 15, which no stage does"),
+        ("schedule/widths/0/fed", 10**15, f"for {10**15 + 8} slots"),
+        ("schedule/repulsion", -1, "a repulsion of -1"),
+    ],
+)
+def test_groups_that_no_stage_draws_are_refused(
+    place: str, value: object, message: str, grouped_bundle: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(grouped_bundle, tmp_path / "bundle")
+    forged(copy, put(place, value))
+    with pytest.raises(BundleError, match=message):
+        open_bundle(copy, digests=False)
+
+
 def swap(one: str, other: str) -> Callable[[dict], None]:  # type: ignore[type-arg]
     def change(values: dict) -> None:  # type: ignore[type-arg]
         stages = values["stages"]

@@ -111,14 +111,17 @@ def serving(*arguments: object) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def server(
-    windowed_bundle: Path, prompts_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+    windowed_bundle: Path,
+    prompts_bundle: Path,
+    grouped_bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("serve")
     keys = folder / "keys"
     keys.write_text(f"another\n{KEY}\n")
     (folder / "classes").symlink_to(windowed_bundle)
     bundles = []
-    for name, bundle in (("classes", windowed_bundle), ("words", prompts_bundle)):
+    for name, bundle in (("classes", windowed_bundle), ("words", prompts_bundle), ("groups", grouped_bundle)):
         copied = folder / "bundles" / name
         copied.parent.mkdir(exist_ok=True)
         subprocess.run(["cp", "-r", bundle, copied], check=True)
@@ -186,6 +189,20 @@ def test_streamed_pictures_grow_line_by_line(server: Running) -> None:
     assert events[-1].usage.output_tokens == 36
 
 
+def test_groups_are_drawn_in_as_many_steps_as_are_asked_for(server: Running, grouped_bundle: Path) -> None:
+    with Generator(grouped_bundle) as generator:
+        import msgspec
+
+        for steps in (0, 5, 3):
+            answer = server.client().images.generate(
+                model="groups", prompt="1", n=2, extra_body={"seed": 5, "steps": steps}
+            )
+            sampling = msgspec.structs.replace(generator.manifest.sampling, steps=steps)
+            wanted = generator.generate([ClassLabel(1)], num_images=2, seed=5, sampling=sampling)
+            for image, drawn in zip(answer.data, wanted, strict=True):
+                assert (picture(image.b64_json) == np.asarray(drawn.picture())).all()
+
+
 def test_what_the_cache_kept_is_told(server: Running, windowed_bundle: Path) -> None:
     """The map is the one that run draws."""
     status, content, _ = server.post(
@@ -204,7 +221,7 @@ def test_what_the_cache_kept_is_told(server: Running, windowed_bundle: Path) -> 
 
 def test_models_are_listed(server: Running) -> None:
     client = server.client()
-    assert [model.id for model in client.models.list()] == ["classes", "words"]
+    assert [model.id for model in client.models.list()] == ["classes", "words", "groups"]
     assert client.models.retrieve("words").id == "words"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("none")
@@ -225,6 +242,8 @@ BAD = {
     "a URL": (b'{"prompt": "1", "response_format": "url"}', 400, "response_format"),
     "many streamed": (b'{"prompt": "1", "n": 2, "stream": true}', 400, "n"),
     "a negative guidance": (b'{"prompt": "1", "guidance": -1}', 400, "guidance"),
+    "steps of a raster": (b'{"prompt": "1", "steps": 4}', 400, "steps"),
+    "steps that no image has": (b'{"model": "groups", "prompt": "1", "steps": 4}', 400, "steps"),
     "a number that is none": (b'{"prompt": "1", "temperature": 1e999}', 400, "temperature"),
     "a long prompt": (json.dumps({"model": "words", "prompt": "a " * 500}).encode(), 400, "prompt"),
     "a long body": (json.dumps({"prompt": "a" * 5000}).encode(), 413, None),
@@ -279,7 +298,7 @@ def test_metrics_are_what_prometheus_reads(server: Running) -> None:
     assert after["linert_tokens_total"] - before["linert_tokens_total"] == 72
     for name in ("waiting", "first_line", "image"):
         assert after[f"linert_{name}_seconds_count"] - before[f"linert_{name}_seconds_count"] == 2
-    assert after["linert_rows"] == 2 + 3
+    assert after["linert_rows"] == 2 + 3 + 3
     assert after["linert_state_bytes"] > 0
     assert after["linert_rows_busy"] == after["linert_queued"] == 0
 
