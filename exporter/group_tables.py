@@ -51,8 +51,9 @@ USUAL_STEPS = {16: 20, 32: 48}
 USUAL_REPULSION = {16: 2.0, 32: 4.0}
 """Distance within which tokens of a group are avoided in the published orders, likewise."""
 
-MOST_PADDING = 0.12
-"""Share of rows that are filled up, for which one more width is not worth its stages."""
+MOST_PADDING = 0.15
+"""Share of rows that are filled up, for which one more width is not worth its stages: ONNX Runtime holds the weights once for each of these
+on the CPU, in the order in which products of several rows read them."""
 
 MOST_WIDTHS = 8
 
@@ -67,11 +68,11 @@ def group_sizes(grid: int) -> dict[int, tuple[int, ...]]:
     return tables
 
 
-def stage_widths(lists: Sequence[Sequence[int]]) -> tuple[GroupWidth, ...]:
-    """The widths of the decode stages for images whose groups have the sizes of any of ``lists``.
+def stage_widths(lists: Sequence[Sequence[int]], most: int = MOST_WIDTHS) -> tuple[GroupWidth, ...]:
+    """At most so many widths of the decode stages for images whose groups have the sizes of any of ``lists``.
 
     As few as leave at most :data:`MOST_PADDING` of the rows to be filled up, where all lists are drawn equally often; with
-    :data:`MOST_WIDTHS` whatever is left. Images of several lists may share a batch: where no width takes what a step of them needs, the last
+    the ``most`` whatever is left. Images of several lists may share a batch: where no width takes what a step of them needs, the last
     is made to take everything.
     """
     steps = Counter(pair for sizes in lists for pair in pairs(sizes))
@@ -86,7 +87,7 @@ def stage_widths(lists: Sequence[Sequence[int]]) -> tuple[GroupWidth, ...]:
 
     # best[end]: the fewest rows for kinds[:end] with as many widths as rounds were done.
     best: list[tuple[int, tuple[GroupWidth, ...]] | None] = [(0, ()), *([None] * len(kinds))]
-    for _ in range(min(MOST_WIDTHS, len(kinds))):
+    for _ in range(min(most, len(kinds))):
         following: list[tuple[int, tuple[GroupWidth, ...]] | None] = [None] * (len(kinds) + 1)
         for first, end in itertools.combinations(range(len(kinds) + 1), 2):
             if (before := best[first]) is not None:

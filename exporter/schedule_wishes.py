@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from linert.exporter.group_tables import USUAL_REPULSION, USUAL_STEPS, group_sizes, stage_widths
+from linert.exporter.group_tables import (
+    MOST_WIDTHS,
+    USUAL_REPULSION,
+    USUAL_STEPS,
+    group_sizes,
+    stage_widths,
+)
 from linert.exporter.models import LoadedTransformer
 from linert.runtime.bundles.schedule import Groups, Lines, Schedule
 from linert.runtime.errors import RequestError
@@ -15,12 +21,13 @@ class ScheduleWishes:
     """What an export asks of the schedule; what is empty or None is left open.
 
     ``windows``: positions that a decode step of a raster may take. ``steps``: numbers of steps of a published table. ``group_sizes``: lists of
-    sizes of groups. ``repulsion``: of the orders that are made.
+    sizes of groups. ``group_stages``: most widths of decode stages. ``repulsion``: of the orders that are made.
     """
 
     windows: tuple[int, ...] = ()
     steps: tuple[int, ...] = ()
     group_sizes: tuple[tuple[int, ...], ...] = ()
+    group_stages: int | None = None
     repulsion: float | None = None
 
     def settle(self, transformer: LoadedTransformer) -> Schedule:
@@ -31,9 +38,11 @@ class ScheduleWishes:
         """
         title = transformer.family.a_title
         if not transformer.family.grouped:
-            if self.steps or self.group_sizes or self.repulsion is not None:
+            told = (self.group_stages, self.repulsion)
+            if self.steps or self.group_sizes or told != (None, None):
                 raise RequestError(
-                    f"{transformer.path} is {title}, which draws line by line: leave --steps, --group-sizes and --repulsion out"
+                    f"{transformer.path} is {title}, which draws line by line: leave --steps, --group-sizes, --group-stages and "
+                    "--repulsion out"
                 )
             return Lines(self.windows or (1,))
         if self.windows not in ((), (1,)):
@@ -63,4 +72,5 @@ class ScheduleWishes:
         repulsion = USUAL_REPULSION.get(grid, grid / 8) if self.repulsion is None else self.repulsion
         if not 0 <= repulsion <= grid:
             raise RequestError(f"a repulsion of {repulsion:g} cells; must be 0 to {grid}")
-        return Groups(tuple(lists), stage_widths(lists), float(repulsion))
+        widths = stage_widths(lists, MOST_WIDTHS if self.group_stages is None else self.group_stages)
+        return Groups(tuple(lists), widths, float(repulsion))

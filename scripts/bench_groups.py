@@ -59,7 +59,11 @@ def main(bundles: tuple[Path, ...], rounds: int, threads: int) -> None:
         median, manifest = statistics.median(times), generator.manifest
         parts = manifest.parts(manifest.sampling)
         table.add_row(path.name, str(parts), f"{median:.3f}", f"{first / median:.2f} x", size_text(taken))
-        values[path.name] = {"seconds_an_image": times, "times_faster": first / median, "resident_bytes": taken}
+        values[path.name] = {
+            "seconds_an_image": times,
+            "times_faster": first / median,
+            "resident_bytes": taken,
+        }
     console.print(table)
     click.echo(json.dumps(values))
 

@@ -12,7 +12,7 @@ import click
 
 from linert.exporter.cache_wishes import DEFAULT_POLICY, CacheWishes
 from linert.exporter.calibration import Calibration
-from linert.exporter.group_tables import USUAL_REPULSION, USUAL_STEPS
+from linert.exporter.group_tables import MOST_PADDING, MOST_WIDTHS, USUAL_REPULSION, USUAL_STEPS
 from linert.exporter.model_options import help_text
 from linert.exporter.models import ModelRequest
 from linert.exporter.precision import DEFAULT_BLOCK, FLOATS, Method, Precision, PrecisionSettings
@@ -190,6 +190,12 @@ def schedule_options() -> Decorator:
             multiple=True,
             callback=lambda c, p, texts: tuple(parse_counts(text, "sizes like 1,3,5") for text in texts),
             help=f"{grouped_families()}: tokens that each decode step draws, where no table is to be taken. Repeatable.",
+        ),
+        click.option(
+            "--group-stages",
+            type=click.IntRange(1, MOST_WIDTHS),
+            help=f"{grouped_families()}: widths of the decode stages at the most. Fewer take less memory and compute more. Default: as many as "
+            f"leave {MOST_PADDING:.0%} of what is computed to be filled up.",
         ),
         click.option(
             "--repulsion",

@@ -283,7 +283,7 @@ def test_a_raster_takes_no_groups(
     result = linert("export", tiny_files[0], "--vq", tiny_files[1], *options, "--steps", 20)
     assert result.code == 2
     assert (
-        "is a LlamaGen, which draws line by line: leave --steps, --group-sizes and --repulsion out"
+        "is a LlamaGen, which draws line by line: leave --steps, --group-sizes, --group-stages and --repulsion out"
         in shown(result)
     )
     for option, message in (

@@ -341,7 +341,10 @@ def test_few_widths_leave_little_to_fill_up(grid: int, steps: int) -> None:
     needed = sum(fed + drawn for fed, drawn in pairs(sizes))
     computed = sum(step.width.fed + step.width.drawn for step in groups.steps(sizes))
     assert needed <= computed <= (1 + MOST_PADDING) * needed
-    assert len(groups.widths) <= 6
+    assert len(groups.widths) <= 5
+    # Fewer stages fill up more.
+    [widest] = stage_widths([sizes], most=1)
+    assert (widest.fed, widest.drawn) == (max((1, *sizes[:-1])), max(sizes))
     assert groups.slots == 1 + grid * grid - sizes[-1]
 
 
