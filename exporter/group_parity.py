@@ -39,7 +39,7 @@ def validate_groups(
     decoder: PixelDecoder,
     transformer: LoadedTransformer,
     image_decoder: LoadedImageDecoder,
-    batch: Batch,
+    batches: Sequence[Batch],
     *,
     seed: int,
     asked: Sequence[str] = (),
@@ -49,7 +49,8 @@ def validate_groups(
     """Compare a loaded bundle with the checkpoints it came from.
 
     Args:
-        backend, decoder, transformer, image_decoder, batch, seed, asked, bounds: as in :func:`linert.exporter.parity.validate`.
+        backend, decoder, transformer, image_decoder, seed, asked, bounds: as in :func:`linert.exporter.parity.validate`.
+        batches: what to draw, in every number of steps that is to be proved. The pixels are those of the first.
         report_part: called with a phase's name and the groups done.
 
     Raises:
@@ -58,26 +59,40 @@ def validate_groups(
     model = transformer.eager()
     if not isinstance(model, GroupTransformer):
         raise TypeError(f"{type(model).__name__} does not draw in groups")
-    report = Report(Choices.PYTORCH, list(asked), seed)
-    tokens = torch.from_numpy(
-        # Both sides' logits are looked at below, where it can be said whose are not finite.
-        generate(backend, batch, lambda part: report_part("bundle draws", part), finite=False)
-    )
-    run = report.runs[1] = FreeRunReport(first_divergence=[None] * len(tokens))
-    wanted = model.condition_inputs(len(tokens), guided=backend.bundle.manifest.guided)
-    condition = [torch.from_numpy(batch.conditions[spec.name]) for spec in wanted]
+    report = Report(Choices.PYTORCH, list(asked), seed, in_groups=True)
+    cost = cost_of(backend.bundle.manifest.precision)
     with torch.no_grad():
-        _teacher_forced(backend, model, condition, batch, tokens, report, report_part)
-        cost = cost_of(backend.bundle.manifest.precision)
-        if cost is None:
-            guided = backend.bundle.manifest.guided
-            _free_running(model, condition, batch, tokens, run, report_part, guided=guided)
-        compare_pixels(decoder, image_decoder, tokens, report)
+        drawn = [_compare(backend, model, batch, report, report_part, free=cost is None) for batch in batches]
+        compare_pixels(decoder, image_decoder, drawn[0], report)
     if cost is None:
         report.checks = parity_checks(report, bounds or Bounds(), replayed=False)
     else:
         report.checks = cost_checks(report, cost)
     return report
+
+
+def _compare(
+    backend: Backend,
+    model: GroupTransformer,
+    batch: Batch,
+    report: Report,
+    report_part: Callable[[str, int], None],
+    *,
+    free: bool,
+) -> Tensor:
+    """Compare one batch; the tokens ``[I, N]`` that the bundle drew. ``free``: whether PyTorch draws on its own too."""
+    tokens = torch.from_numpy(
+        # Both sides' logits are looked at below, where it can be said whose are not finite.
+        generate(backend, batch, lambda part: report_part("bundle draws", part), finite=False)
+    )
+    run = report.runs[len(batch.groups)] = FreeRunReport(first_divergence=[None] * len(tokens))
+    guided = backend.bundle.manifest.guided
+    wanted = model.condition_inputs(len(tokens), guided=guided)
+    condition = [torch.from_numpy(batch.conditions[spec.name]) for spec in wanted]
+    _teacher_forced(backend, model, condition, batch, tokens, report, report_part)
+    if free:
+        _free_running(model, condition, batch, tokens, run, report_part, guided=guided)
+    return tokens
 
 
 def _teacher_forced(

@@ -156,11 +156,13 @@ class FreeRunReport:
 
 @dataclass
 class Report:
-    """Everything that :func:`validate` measured. ``runs``: by the width of their windows."""
+    """Everything that :func:`validate` measured. ``runs``: by the width of their windows; or where images are drawn ``in_groups``, by
+    their steps."""
 
     choices: Choices
     asked: list[str]
     seed: int
+    in_groups: bool = False
     logits: Distance = field(default_factory=Distance)
     compression: Distance = field(default_factory=Distance)
     steps_max_abs: list[float] = field(default_factory=list)
@@ -176,6 +178,12 @@ class Report:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
+    def of_run(self, number: int) -> str:
+        """For people, which of :attr:`runs` is meant; nothing of single steps."""
+        if self.in_groups:
+            return f", in {number} steps"
+        return "" if number == 1 else f", windows of {number}"
+
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
         for check, made in zip(values["checks"], self.checks, strict=True):
@@ -183,11 +191,6 @@ class Report:
         if math.isinf(self.pixels_psnr):
             values["pixels_psnr"] = None
         return {"passed": self.passed, **values}
-
-
-def of_window(width: int) -> str:
-    """For people, of a run with windows of so many positions; nothing of single steps."""
-    return "" if width == 1 else f", windows of {width}"
 
 
 def cost_checks(report: Report, cost: Cost) -> list[Check]:
@@ -210,9 +213,9 @@ def parity_checks(report: Report, bounds: Bounds, *, replayed: bool) -> list[Che
         Check("logits, max abs error", report.logits.max_abs, bounds.logits * scale),
         Check("pixels, max abs error", report.pixels_max_abs, bounds.pixels * max(1.0, report.pixels_range)),
     ]
-    for window, run in report.runs.items():
+    for number, run in report.runs.items():
         name = "free-running tokens, undecidedness at divergence"
-        checks.append(Check(name + of_window(window), run.divergence_margin, bounds.margin))
+        checks.append(Check(name + report.of_run(number), run.divergence_margin, bounds.margin))
     if report.lines and not replayed:
         worst = max(line.scores_max_abs or 0.0 for line in report.lines)
         forced = float(np.mean([line.write_slots_agreement for line in report.lines]))
@@ -222,12 +225,12 @@ def parity_checks(report: Report, bounds: Bounds, *, replayed: bool) -> list[Che
             Check("write slots, share equal", forced, least, at_least=True),
             *(
                 Check(
-                    f"write slots while drawing freely, share equal{of_window(window)}",
+                    f"write slots while drawing freely, share equal{report.of_run(number)}",
                     run.evictions_agreement,
                     least,
                     at_least=True,
                 )
-                for window, run in report.runs.items()
+                for number, run in report.runs.items()
             ),
         ]
     return checks

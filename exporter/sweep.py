@@ -72,7 +72,7 @@ def cells(bundle: Bundle, axes: Mapping[str, Sequence[str]]) -> list[SweepCell]:
                 manifest.require_cache(f"--axis {axis}")
         if "grid" in labels and manifest.groups is not None:
             raise RequestError(
-                f"--axis grid: a {manifest.model.family} bundle draws the image that its checkpoint was trained for; leave that out"
+                "--axis grid: the bundle draws the image that its checkpoint was trained for; leave that out"
             )
         if policy is not None and policy not in POLICIES:
             raise RequestError(f"no policy {policy}; there are {', '.join(POLICIES)}")

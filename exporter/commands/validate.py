@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from linert.exporter.group_parity import validate_groups
 from linert.exporter.parity import validate
-from linert.exporter.parity_report import Bounds, Check, Choices, Report, of_window
+from linert.exporter.parity_report import Bounds, Check, Choices, Report
 from linert.exporter.sources import load_sources
 from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.bundles.bundle import Bundle
@@ -144,24 +143,23 @@ def command(
     staging = _with_extra("linert.exporter.stage_parity", "--stages", "stages") if by_stages else None
     console = Console(stderr=True)
     parts = manifest.parts(batch.sampling)
+    batches = _batches(manifest, conditioner, compared, batch)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console
     ) as bar:
         task = bar.add_task("loading", total=parts)
-        compare = (
-            validate_groups if batch.groups else partial(validate, tokens=recorded, choices=Choices(choices))
-        )
-        report = compare(
-            options.open(opened, _stages(manifest, batch)),
-            PixelDecoder(opened, options),
-            transformer,
-            image_decoder,
-            batch,
-            seed=seed,
-            asked=[sample.condition.label for sample in compared],
-            bounds=Bounds(logits=max_logit_error),
-            report_part=lambda phase, part: bar.update(task, description=phase, completed=part),
-        )
+        backend = options.open(opened, _stages(batches))
+        both = (backend, PixelDecoder(opened, options), transformer, image_decoder)
+        common: dict[str, Any] = {
+            "seed": seed,
+            "asked": [sample.condition.label for sample in compared],
+            "bounds": Bounds(logits=max_logit_error),
+            "report_part": lambda phase, part: bar.update(task, description=phase, completed=part),
+        }
+        if manifest.groups is not None:
+            report = validate_groups(*both, batches, **common)
+        else:
+            report = validate(*both, batch, tokens=recorded, choices=Choices(choices), **common)
         bar.update(task, completed=parts)
         quality = []
         if comparing:
@@ -237,10 +235,20 @@ def _recorded(
     return replace(batch, replay=trace.batch(images)), trace.tokens[images], samples
 
 
-def _stages(manifest: Manifest, batch: Batch) -> list[str]:
-    """The stages that draw ``batch``, with windows of every width."""
-    windows = (replace(batch, window=window) for window in manifest.windows)
-    return list(dict.fromkeys(stage for each in windows for stage in each.stages.values()))
+def _batches(
+    manifest: Manifest, conditioner: Conditioner, samples: Sequence[Sample], batch: Batch
+) -> list[Batch]:
+    """``batch``, and the same by windows of every other width, or in every other number of steps."""
+    if manifest.groups is None:
+        return [replace(batch, window=window) for window in manifest.windows]
+    sampled = [msgspec.structs.replace(batch.sampling, steps=steps) for steps in manifest.groups.counts]
+    others = [make_batch(manifest, conditioner, samples, each, None) for each in sampled]
+    return [batch, *(other for other in others if len(other.groups) != len(batch.groups))]
+
+
+def _stages(batches: Sequence[Batch]) -> list[str]:
+    """The stages that draw them."""
+    return list(dict.fromkeys(stage for batch in batches for stage in batch.stages.values()))
 
 
 def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> None:
@@ -261,11 +269,13 @@ def _print(report: Report, quality: Sequence[QualityCost], console: Console) -> 
         for line in report.lines:
             table.add_row(str(line.line), f"{line.scores_max_abs:.2e}", f"{line.write_slots_agreement:.2%}")
         console.print(table)
-    for window, run in report.runs.items():
+    for number, run in report.runs.items():
         diverged = [index for index in run.first_divergence if index is not None]
         where = f", first divergence at token {min(diverged)}" if diverged else ""
         if run.tokens_agreement is not None:
-            console.print(f"free-running tokens{of_window(window)}: {run.tokens_agreement:.2%} equal{where}")
+            console.print(
+                f"free-running tokens{report.of_run(number)}: {run.tokens_agreement:.2%} equal{where}"
+            )
     if report.recorded_agreement is not None:
         console.print(f"tokens equal to the trace's: {report.recorded_agreement:.2%}")
     console.print(f"pixels: max abs error {report.pixels_max_abs:.2e}, PSNR {report.pixels_psnr:.1f} dB")

@@ -297,11 +297,10 @@ class Manifest(Record, frozen=True):
             RequestError: there is none; the message says that ``what`` needs one.
         """
         if self.cache is None:
-            name = f"{what}: a {self.model.family} bundle"
             if self.groups is None:
-                raise RequestError(f"{name} has no KV cache; leave that out")
+                raise RequestError(f"{what}: a {self.model.family} bundle has no KV cache; leave that out")
             raise RequestError(
-                f"{name} evicts nothing: its layers keep every token, each in a slot of its own; leave that out"
+                f"{what}: the bundle evicts nothing: its layers keep every token, each in a slot of its own; leave that out"
             )
         return self.cache
 
