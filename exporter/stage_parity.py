@@ -18,7 +18,7 @@ from polygraphy.logger import G_LOGGER
 
 from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.manifest import Manifest
-from linert.runtime.drawing.loop import Batch, begin, run_step
+from linert.runtime.drawing.loop import Batch, begin, run_group, run_step
 
 Feed = dict[str, NDArray[Any]]
 
@@ -129,30 +129,27 @@ def compare_stages(
 
 
 def feeds_of(backend: Backend, batch: Batch) -> dict[str, Feed]:
-    """Inputs of every stage, from the middle of a line in the middle of an image, by drawing ``batch``."""
+    """Inputs of every stage, from the middle of a line in the middle of an image, by drawing ``batch``; or of groups, from the last step that
+    a stage has in it."""
     manifest = backend.bundle.manifest
-    raster = manifest.raster
-    middle = raster.lines // 2
     feeds: dict[str, Feed] = {}
 
-    def keep(prefix: str) -> None:
+    def keep(kind: str) -> None:
         for stage, spec in backend.stages.items():
-            if stage.startswith(prefix):
+            if stage == kind or stage.startswith(f"{kind}."):
                 feeds[stage] = {tensor.name: backend.read(tensor.name) for tensor in spec.inputs}
+
+    def admit() -> None:
+        # Every other image begins anew.
+        backend.write("admitted", (np.arange(manifest.images) + 1) % 2)
+        keep("admit")
 
     begin(backend, batch)
     keep("prefill")
-    for step in raster.schedule():
-        if (step.stage, step.line) == ("line_end", middle):
-            if "replay_slots" in backend.specs:
-                backend.write("replay_slots", backend.read("write_slots"))
-            keep("line_end")
-        run_step(backend, batch, step)
-        if (step.stage, step.line, step.column) == ("decode", middle, raster.line_width // 2):
-            keep("decode")
-            # Every other image begins anew.
-            backend.write("admitted", (np.arange(manifest.images) + 1) % 2)
-            keep("admit")
+    if batch.groups:
+        _draw_groups(backend, batch, keep, admit)
+    else:
+        _draw_lines(backend, batch, keep, admit)
     tokens = backend.read("tokens")[: backend.specs["grid_tokens"].shape[0]]
     backend.write("grid_tokens", tokens)
     keep("vq_decoder")
@@ -162,6 +159,41 @@ def feeds_of(backend: Backend, batch: Batch) -> dict[str, Feed]:
         backend.write("text_lengths", np.array([tokens.shape[1] // 2]))
         keep("text_encoder")
     return feeds
+
+
+def _draw_groups(
+    backend: Backend, batch: Batch, keep: Callable[[str], None], admit: Callable[[], None]
+) -> None:
+    """Draw in groups; every stage is kept before the last step of its width, and one that draws none of them from the middle."""
+    by_width = {step.width: step for step in batch.groups}
+    for number, step in enumerate(batch.groups):
+        backend.write("group_size", np.full(backend.bundle.manifest.images, step.drawn))
+        if number == len(batch.groups) // 2:
+            groups = backend.bundle.manifest.groups
+            for width in groups.widths if groups else ():
+                if width not in by_width:
+                    keep(width.stage(filtered=True))
+            admit()
+        if by_width[step.width] is step:
+            keep(step.width.stage(filtered=True))
+        run_group(backend, batch, step)
+
+
+def _draw_lines(
+    backend: Backend, batch: Batch, keep: Callable[[str], None], admit: Callable[[], None]
+) -> None:
+    """Draw line by line; stages are kept in the middle."""
+    raster = backend.bundle.manifest.raster
+    middle = raster.lines // 2
+    for step in raster.schedule():
+        if (step.stage, step.line) == ("line_end", middle):
+            if "replay_slots" in backend.specs:
+                backend.write("replay_slots", backend.read("write_slots"))
+            keep("line_end")
+        run_step(backend, batch, step)
+        if (step.stage, step.line, step.column) == ("decode", middle, raster.line_width // 2):
+            keep("decode")
+            admit()
 
 
 def _difference(

@@ -18,7 +18,7 @@ from gpu_phases.plans import DEMOS as PLANNED
 from linert.runtime.drawing.generator import Generator
 
 DEMO_IMAGES = 4
-CHECKPOINTS = dict(zip(("demo", "lasadgen"), PLANNED.values(), strict=True))
+CHECKPOINTS = dict(zip(("demo", "lasadgen", "lpd"), PLANNED.values(), strict=True))
 """What an export is told of a demo's model."""
 
 WINDOWS = "1,4,8"
@@ -35,7 +35,8 @@ def make_demo(out: Path, name: str, windows: str = WINDOWS) -> None:
         floats = "fp16" if precision == "int4" else precision
         linert(
             *("export", *CHECKPOINTS[model], "--vq", DEMO / "vq_demo.pt", "--batch", 2, "--guidance", 3),
-            *("--window", windows, "--precision", precision, "--activations", floats),
+            *(() if model == "lpd" else ("--window", windows)),
+            *("--precision", precision, "--activations", floats),
             *("--image-decoder-precision", floats, "--out", bundle),
         )
         with Generator(bundle) as generator:

@@ -25,7 +25,7 @@ from linert.runtime.measuring.measured import Measured
 FOLDER = "bundles"
 DEMO_SEED = 7
 DEMO_CLASSES = (3, 8)
-DEMOS = ("demo_fp32", "demo_fp16", "lasadgen_fp32", "demo_int4")
+DEMOS = ("demo_fp32", "demo_fp16", "lasadgen_fp32", "demo_int4", "lpd_fp32")
 """Model and precision of the weights; what is exported in float32 draws the CPU's tokens, others may round differently."""
 XL = "xl"
 

@@ -19,6 +19,7 @@ DEMO = ROOT / "demo"
 DEMOS: dict[str, tuple[object, ...]] = {
     "the demo": (DEMO / "c2i_demo.pt", "--grid", 16, "--heads", 4, "--budget-lines", 4),
     "the LASADGen demo": (DEMO / "lasadgen_demo",),
+    "the LPD demo": (DEMO / "lpd_demo.pth", "--heads", 4),
 }
 """Checkpoints and what their export is told."""
 

@@ -18,8 +18,12 @@ from linert.exporter.stage_parity import compare_stages
 from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import file_sha256, open_bundle
 from linert.runtime.bundles.engines import engines_folder, missing_plugins, read_engines
+from linert.runtime.drawing.conditioning import open_conditioner
+from linert.runtime.drawing.generator import make_batch
+from linert.runtime.drawing.samples import ClassLabel, Sample
 from linert.runtime.plugins import CONTENTS
 from tests.conftest import Result
+from tests.onnxruntime_cuda import CapturingBackend
 from tests.runtime.test_backends import emulated
 from tests.runtime.test_ort import tiny_batch
 
@@ -39,6 +43,33 @@ def test_all_stages_agree(planned_bundle: Path) -> None:
         (name, tensor.name) for name, spec in bundle.manifest.stages.items() for tensor in spec.outputs
     }
     assert all(far.judged and far.passed for far in differences)
+
+
+def test_stages_of_groups_agree_and_one_that_is_off_is_found(
+    grouped_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(grouped_bundle)
+    stages = list(bundle.manifest.stages)
+    reference, other = OrtBackend(bundle, stages), CapturingBackend(bundle, stages, device="cpu")
+    samples = [Sample(ClassLabel(2), seed) for seed in (3, 4, 5)]
+    batch = make_batch(bundle.manifest, open_conditioner(bundle), samples, bundle.manifest.sampling, None)
+    differences = compare_stages(reference, other, batch)
+    assert {far.stage for far in differences} == set(stages)
+    assert all(far.judged and far.passed for far in differences)
+    groups = bundle.manifest.groups
+    assert groups is not None
+    width = groups.widths[-1]
+    wrong = OrtBackend(bundle, stages)
+    run = wrong._run
+
+    def off(name: str) -> None:
+        run(name)
+        if name == width.stage(filtered=True):
+            wrong.array(width.logits)[0, 0, 0] += 0.01
+
+    monkeypatch.setattr(wrong, "_run", off)
+    found = [(far.stage, far.output) for far in compare_stages(reference, wrong, batch) if not far.passed]
+    assert found == [(width.stage(filtered=True), width.logits)]
 
 
 @pytest.mark.parametrize(
