@@ -62,7 +62,7 @@ def test_a_traceback_is_found_and_its_input_kept(tmp_path: Path) -> None:
 
 def test_a_file_that_draws_otherwise_is_found(tmp_path: Path) -> None:
     done = fuzz(
-        UNVERIFIED, "--cases", 40, "--seed", 1, "--only", "bundle file", "--keep", tmp_path / "faults"
+        UNVERIFIED, "--cases", 240, "--seed", 2, "--only", "bundle file", "--keep", tmp_path / "faults"
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert ": otherwise: " in done.stdout

@@ -386,18 +386,24 @@ def test_the_exported_line_end_chooses_as_pytorch_does(policy: str, generator: G
                 assert (result == value.numpy()).all(), spec.name
 
 
-def test_every_declared_setting_can_be_asked_for_and_reaches_a_stage(tiny_bundle: Path) -> None:
-    manifest = open_bundle(tiny_bundle).manifest
+def test_every_declared_setting_can_be_asked_for_and_reaches_a_stage(
+    tiny_bundle: Path, grouped_bundle: Path
+) -> None:
+    manifests = [open_bundle(bundle).manifest for bundle in (tiny_bundle, grouped_bundle)]
     asked = {field.name for field in fields(CacheRequest)}
     for record in (CacheSettings, SamplingSettings):
         for setting in settings_of(record):
             assert record is SamplingSettings or setting.name in asked
             spec = setting.declared.stage_input
+            if spec is None:
+                # It decides which stages run.
+                assert setting.name == "steps"
+                continue
             taking = [
                 tensor.dtype
+                for manifest in manifests
                 for stage in manifest.stages.values()
                 for tensor in stage.inputs
-                if spec and tensor.name == spec.name
+                if tensor.name == spec.name
             ]
-            assert spec is not None
             assert set(taking) == {spec.dtype}
