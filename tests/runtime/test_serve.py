@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -27,13 +28,18 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from linert import Generator
+from linert.runtime.backends.options import BackendOptions
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.drawing.eviction_map import MapKind, Residency, draw_map
 from linert.runtime.drawing.generator import picture as generator_picture
-from linert.runtime.drawing.samples import ClassLabel, Sample
+from linert.runtime.drawing.samples import ClassLabel, Prompt, Sample
 from linert.runtime.errors import RequestError
-from linert.runtime.serving.models import check_names, model_name
-from tests.conftest import Result
+from linert.runtime.serving.api import ApiError
+from linert.runtime.serving.models import EngineSettings, Models, check_names, model_name
+from tests.conftest import Result, run_linert
 from tests.runtime.test_engine import SECONDS, prompts_bundle
+from tests.text_models import write_lumina
 
 openai = pytest.importorskip("openai")
 
@@ -311,6 +317,28 @@ def test_a_model_is_called_as_its_folder_is_named(tmp_path: Path, monkeypatch: p
     assert names == ["fox", tmp_path.name, "bundle", "bundle"]
     with pytest.raises(RequestError, match="two bundles are called bundle"):
         check_names([Path("."), Path("../bundle")])
+
+
+def test_every_size_of_a_bundle_has_an_engine(tmp_path: Path) -> None:
+    checkpoint, vqgan = write_lumina(tmp_path / "lumina")
+    bundle = tmp_path / "sizes"
+    options = ("--size", "128x256,64x256", "--budget-lines", "1/4", "--batch", 2, "--prompt-tokens", 64)
+    result = run_linert("export", checkpoint, "--vq", vqgan, *options, "--out", bundle)
+    assert result.code == 0, result.err
+    settings = EngineSettings(BackendOptions(threads=1), CacheRequest(), window=1, waiting=8)
+    with contextlib.closing(Models([bundle], settings)) as models:
+        model = models.by_name["sizes"]
+        assert list(model.engines) == ["128x256", "64x256"]
+        asked = [(size, Sample(Prompt("a red fox"), seed)) for seed in (3, 4) for size in model.engines]
+        handles = [model.engine(size)[1].submit(sample) for size, sample in asked]
+        drawn = [handle.result(SECONDS) for handle in handles]
+        with pytest.raises(ApiError, match="draws 128x256, 64x256, not 1x1"):
+            model.engine("1x1")
+    for (size, sample), image in zip(asked, drawn, strict=True):
+        with Generator(open_bundle(bundle, size)) as generator:
+            assert (generator.draw([sample])[0] == image.tokens).all()
+        width, height = map(int, size.split("x"))
+        assert image.pixels.shape == (3, height, width)
 
 
 def test_who_goes_away_frees_the_rows(server: Running) -> None:
