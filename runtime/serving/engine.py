@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from linert.runtime.backends.base import Backend
-from linert.runtime.backends.options import BackendOptions
+from linert.runtime.backends.options import BackendName, BackendOptions
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.sampling_settings import SamplingSettings
@@ -82,6 +82,8 @@ class Engine(Closing):
         self._ready = threading.Event()
         self._pixels = ThreadPoolExecutor(1, "linert-pixels")
         self._decoder = PixelDecoder(bundle, self.options)
+        # Where pixels are decoded by the cores that draw, both at once take longer than one after the other.
+        self._turns = self.options.name is BackendName.CPU
         self._thread = threading.Thread(target=self._work, name="linert-engine", daemon=True)
         self._thread.start()
 
@@ -272,7 +274,7 @@ class Engine(Closing):
         return pixels
 
     def _finish(self, handle: Handle, tokens: Tokens) -> None:
-        """Decode an image's pixels, in a thread of its own."""
+        """Decode an image's pixels: on the CPU now, else in a thread of its own while others are drawn."""
 
         def decode() -> None:
             try:
@@ -285,7 +287,10 @@ class Engine(Closing):
                 self.counts.done += 1
                 handle.tell(partial(Done, image=Image(handle.sample, tokens, pixels), kept=handle.kept))
 
-        self._pixels.submit(decode)
+        if self._turns:
+            decode()
+        else:
+            self._pixels.submit(decode)
 
 
 def as_linert_error(error: Exception) -> LinertError:
