@@ -64,6 +64,8 @@ SLOW = (
         "test_precision",
         "test_janus_commands",
         "test_lasadgen_commands",
+        "test_lpd_commands",
+        "test_lpd_requests",
     ),
     *(
         "test_families",

@@ -45,7 +45,7 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     guidance_interval: Annotated[
         int,
         Setting(
-            help="Last guided decode step; -1 guides all.",
+            help="Last guided decode step, counted in tokens where images are drawn in groups; -1 guides all.",
             stage_input=StageInput(name="guidance_interval", dtype="int64"),
         ),
     ] = -1

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from linert.runtime.errors import RequestError
+from linert.runtime.files.text_files import read_content
 from linert.runtime.text import brief
 
 Cells = NDArray[np.int64]
@@ -38,13 +39,7 @@ def read_orders(path: Path, images: int, cells: int) -> NDArray[np.int64]:
     Raises:
         RequestError: it cannot be read, is something else, holds fewer, or an order of another image than one of so many ``cells``.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(content) > MOST_BYTES:
-        raise RequestError(f"{path} is longer than {MOST_BYTES >> 20} MiB: that is no file of orders")
+    content = read_content(path, MOST_BYTES, RequestError)
     try:
         # Those that are not needed stay text.
         listed = msgspec.json.decode(content, type=list[msgspec.Raw])

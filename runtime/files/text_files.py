@@ -41,6 +41,26 @@ def lfs_remedy(path: Path) -> str:
     return f"{path} is a git-lfs pointer, not the file that it stands for: fetch that with git lfs pull, or download it"
 
 
+def read_content(path: Path, most: int, error: type[LinertError]) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        error: what to raise.
+
+    Raises:
+        LinertError: ``error``: it cannot be read, or is longer than ``most`` bytes.
+    """
+    try:
+        # A pipe has no size before it is read.
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except OSError as fault:
+        raise error(f"cannot read {path}: {fault.strerror or fault}") from fault
+    if len(content) > most:
+        raise error(f"{path} is longer than {most >> 20} MiB: that is no text for this")
+    return content
+
+
 def read_text(path: Path, error: type[LinertError]) -> str:
     """The text of a file, without its byte-order mark.
 
@@ -50,14 +70,7 @@ def read_text(path: Path, error: type[LinertError]) -> str:
     Raises:
         LinertError: ``error``: it cannot be read, is longer than :data:`MOST_BYTES`, is no UTF-8, or holds zero bytes.
     """
-    try:
-        # A pipe has no size before it is read.
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-    except OSError as fault:
-        raise error(f"cannot read {path}: {fault.strerror or fault}") from fault
-    if len(content) > MOST_BYTES:
-        raise error(f"{path} is longer than {MOST_BYTES >> 20} MiB: that is no text for this")
+    content = read_content(path, MOST_BYTES, error)
     if content.startswith(LFS_HEAD):
         raise error(lfs_remedy(path))
     for mark, encoding in OTHER_ENCODINGS.items():
