@@ -20,11 +20,10 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 
-from linert.exporter.line_evict import as_operation
+from linert.exporter.operations import as_operation, body_of
 from linert.exporter.precision import Weight
 from linert.exporter.weight_storage import lift_weights, store_weights
 from linert.exporter.weights_file import WeightsFile
-from linert.graphs.line_buffer import LineEnd
 from linert.graphs.stage import Stage
 from linert.graphs.stage_tensor import NEXT
 from linert.runtime.plugins.contracts import DOMAIN
@@ -56,14 +55,29 @@ def export_stage(
     model.graph.name = stage.name
     model.producer_name, model.producer_version = PRODUCER, None
     _tidy(model)
-    operation = operation_of(stage)
     proto = ir.to_proto(model)
     if any(node.domain == DOMAIN for node in proto.graph.node):
-        proto.functions.append(stage.memory.function())
-    if operation is not None:
-        as_operation(proto, operation)
+        proto.functions.extend(operation_body(operation) for operation in stage.operations())
+    if stage.operation is not None:
+        as_operation(proto, stage.operation.name, stage.operation.attributes)
     _check_in_place(proto, stage)
     return proto
+
+
+def operation_body(operation: onnx.FunctionProto | Stage) -> onnx.FunctionProto:
+    """The body of an operation of our own, which is traced if a stage says what it does.
+
+    Raises:
+        TypeError: a stage that is no operation.
+        RuntimeError: the tracer failed.
+    """
+    if not isinstance(operation, Stage):
+        return operation
+    if operation.operation is None:
+        raise TypeError(f"{operation.name} is no operation")
+    model = trace(operation).model
+    _tidy(model)
+    return body_of(ir.to_proto(model), operation.operation.name)
 
 
 class Traced(NamedTuple):
@@ -86,7 +100,7 @@ def trace(stage: Stage) -> Traced:
     model = _program(stage)
     parameters = [name for name, _ in stage.named_parameters()]
     # An operation's body has no tensors in files.
-    constants = lift_weights(model, parameters, constants=operation_of(stage) is None)
+    constants = lift_weights(model, parameters, constants=stage.operation is None)
     with _quiet():
         onnxscript.optimizer.optimize_ir(
             model,
@@ -106,11 +120,6 @@ def _small(node: ir.Node) -> bool | None:
         for shape in shapes
     )
     return False if large else None
-
-
-def operation_of(stage: Stage) -> dict[str, int] | None:
-    """The attributes by which the whole stage is one operation of ours; None if it is not."""
-    return stage.plugin_attributes() if isinstance(stage, LineEnd) else None
 
 
 def _program(stage: Stage) -> ir.Model:

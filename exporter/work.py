@@ -10,7 +10,12 @@ import onnx
 from onnx import TensorProto, helper
 
 from linert.runtime.bundles.manifest import Work
-from linert.runtime.plugins.contracts import LINE_ATTENTION, SPATIAL_DECAY_STEP
+from linert.runtime.plugins.contracts import (
+    LINE_ATTENTION,
+    LINE_WINDOW_ATTENTION,
+    SPATIAL_DECAY_STEP,
+    SPATIAL_DECAY_WINDOW,
+)
 
 BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
 
@@ -18,7 +23,7 @@ BITS = {TensorProto.INT4: 4, TensorProto.UINT4: 4}
 def work_of(model: onnx.ModelProto, state: Collection[str]) -> Work:
     """Bytes of weights and of state that one run of ``model`` reads, and its multiply-accumulates in products and convolutions.
 
-    Of a table only the rows looked up count, and of a matrix a column only one.
+    Of a table only the rows looked up count, and of a matrix a column only those of the positions fed.
 
     Args:
         state: names of the inputs that are state.
@@ -51,10 +56,18 @@ def work_of(model: onnx.ModelProto, state: Collection[str]) -> Work:
         elif node.op_type == LINE_ATTENTION.name:
             size = LINE_ATTENTION.sizes([shapes[name] for name in node.input])
             macs += 2 * size["R"] * size["G"] * size["D"] * size["C"]
+        elif node.op_type == LINE_WINDOW_ATTENTION.name:
+            size = LINE_WINDOW_ATTENTION.sizes([shapes[name] for name in node.input])
+            macs += 2 * size["R"] * size["G"] * size["T"] * size["D"] * size["S"]
         elif node.op_type == SPATIAL_DECAY_STEP.name:
             size = SPATIAL_DECAY_STEP.sizes([shapes[name] for name in node.input])
             macs += size["R"] * (size["C"] * (size["D"] + size["E"]) + size["D"] * size["E"])
             state_bytes[node.input[list(SPATIAL_DECAY_STEP.inputs).index("above")]] //= size["M"]
+        elif node.op_type == SPATIAL_DECAY_WINDOW.name:
+            size = SPATIAL_DECAY_WINDOW.sizes([shapes[name] for name in node.input])
+            macs += size["R"] * size["T"] * (size["C"] * (size["D"] + size["E"]) + size["D"] * size["E"])
+            above = node.input[list(SPATIAL_DECAY_WINDOW.inputs).index("above")]
+            state_bytes[above] = state_bytes[above] * min(size["T"], size["M"]) // size["M"]
     weight_bytes = sum(_bytes(weights[name], elements) for name, elements in read.items())
     return Work(weight_bytes, sum(state_bytes.values()), macs)
 

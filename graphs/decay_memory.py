@@ -10,11 +10,12 @@ from onnx import FunctionProto
 from torch import Tensor
 from torch.nn import functional as F
 
-from linert.graphs.line_attention import scatter_rows
 from linert.graphs.memory import LayerStep, Projections, RasterMemory, StepPosition, WindowStep
 from linert.graphs.pieces import joined
-from linert.graphs.spatial_decay import Decay, DecayState, attend, factors, fold, step_index
+from linert.graphs.spatial_decay import Decay, DecayState, factors, fold, step_index
 from linert.graphs.spatial_decay_step import StepInputs, function_proto, spatial_decay_step
+from linert.graphs.spatial_decay_window import WindowInputs, spatial_decay_window
+from linert.graphs.spatial_decay_window import function_proto as window_proto
 from linert.graphs.stage import Geometry, Stage
 from linert.graphs.stage_tensor import StateTensor
 from linert.graphs.transformer import RasterTransformer
@@ -74,8 +75,11 @@ class DecayMemory(RasterMemory):
     ) -> WindowStep:
         return DecayWindowStep(self, self.factors(model), window, state)
 
-    def function(self) -> FunctionProto:
+    def step_operation(self) -> FunctionProto:
         return function_proto(self.matrices)
+
+    def window_operations(self, width: int) -> Sequence[FunctionProto | Stage]:
+        return [window_proto(self.matrices)]
 
     def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:
         return [DecayLineEnd(model, self)]
@@ -140,7 +144,7 @@ class DecayWindowStep(WindowStep):
         source = self._per_row(torch.minimum(window.offset, window.last_fed[:, None]), heads)
         row = torch.arange(geometry.rows)[:, None].expand_as(source)
         written = self._per_row(slot, heads).gather(1, source)
-        self.place = torch.stack([row, torch.zeros_like(row), written], dim=-1).flatten(0, 1)
+        self.place = torch.stack([row, torch.zeros_like(row), written], dim=-1)
         self.source = (source + row * window.width).flatten()
         signed = memory.matrices == 1
         matrix = torch.zeros_like(window.columns) if signed else window.columns
@@ -161,23 +165,17 @@ class DecayWindowStep(WindowStep):
         return values[:, None].expand(-1, heads, -1).flatten(0, 1)
 
     def attend(self, layer: int, new: Projections) -> tuple[Tensor, tuple[Tensor, ...]]:
-        geometry, rows = self.geometry, self.geometry.rows
-        before = self.state[layer]
+        geometry, width = self.geometry, self.window.width
+        rows, state = geometry.rows, self.state[layer]
         # [B, T, heads, D] -> [R, T, D]
-        q, k, v = (part.transpose(1, 2).reshape(rows, self.window.width, -1) for part in new)
-        line = tuple(
-            scatter_rows(kept, self.place, part.flatten(0, 1).index_select(0, self.source))
-            for kept, part in ((before.k_line, k), (before.v_line, v))
+        q, k, v = (part.transpose(1, 2).reshape(rows, width, -1) for part in new)
+        k, v = (part.flatten(0, 1).index_select(0, self.source).unflatten(0, (rows, -1)) for part in (k, v))
+        weighed, above_weighed = self.weighed[layer][:, None].split([state.k_line.shape[2], 1], dim=-1)
+        attended, *line = spatial_decay_window(
+            WindowInputs(q[:, None], k, v, state, self.place, self.matrix, weighed, above_weighed)
         )
-        slots = before.k_line.shape[2]
-        weighed, above_weighed = self.weighed[layer].split([slots, 1], dim=-1)
-        wide = q.float()
-        in_row = attend(wide, line[0].squeeze(1).float(), line[1].squeeze(1).float(), weighed)
-        index = self.matrix[:, :, None, None].expand(-1, -1, *before.above.shape[2:])
-        above = (wide[:, :, None] @ before.above.gather(1, index)).squeeze(2)
-        attended = (in_row + above_weighed * above).to(new.q.dtype)
-        shape = (geometry.sequences, geometry.config.heads, self.window.width, -1)
-        return attended.reshape(shape).transpose(1, 2), line
+        attended = attended.reshape(geometry.sequences, geometry.config.heads, width, -1)
+        return attended.transpose(1, 2), tuple(line)
 
     def commit(self, seen: Sequence[tuple[Tensor, ...]], accepted: Accepted) -> Sequence[tuple[Tensor, ...]]:
         return seen

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from linert.graphs.group_memory import GroupMemory
 from linert.graphs.group_transformer import GroupTransformer
 from linert.graphs.line_attention import OPSET
-from linert.graphs.line_window import HIDDEN
+from linert.graphs.line_window_attention import HIDDEN
 from linert.graphs.memory import Projections
 from linert.graphs.sampling import SamplingParams, guide, sample, scheduled
 from linert.graphs.stage import Stage

@@ -15,7 +15,8 @@ import torch
 from onnx import FunctionProto, helper
 from torch import Tensor
 
-from linert.runtime.plugins.contracts import DOMAIN, LINE_ATTENTION, VERSION, Contract
+from linert.graphs.stage import OwnOperation
+from linert.runtime.plugins.contracts import DOMAIN, FLOAT_TYPE, LINE_ATTENTION, VERSION, Contract
 
 OPSET = 24
 
@@ -83,18 +84,39 @@ def line_attention(inputs: LineAttentionInputs) -> tuple[Tensor, LineBufferState
     """:func:`reference`, or one opaque ``LineAttention`` node while a graph is being exported."""
     if not torch.compiler.is_exporting():
         return reference(inputs)
-    attended, *written = opaque_node(LINE_ATTENTION.name, inputs.flat(), (inputs.q, *inputs.state))
+    attended, *written = contract_node(LINE_ATTENTION, inputs.flat())
     return attended, LineBufferState(*written)
 
 
-def opaque_node(op_type: str, inputs: Sequence[Tensor], like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """One node of an own operation in a graph that is being traced; its outputs have the shapes and types of ``like``."""
+def contract_node(contract: Contract, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One node of an operation in a graph that is being traced, with the outputs that its contract says."""
+    sizes = contract.sizes([tensor.shape for tensor in inputs])
+    kinds = [
+        (
+            inputs[0].dtype if operand.dtype == FLOAT_TYPE else getattr(torch, operand.dtype),
+            operand.shape(sizes),
+        )
+        for operand in contract.outputs.values()
+    ]
+    return opaque_node(OwnOperation(contract.name, {}), inputs, kinds)
+
+
+def opaque_node(
+    operation: OwnOperation,
+    inputs: Sequence[Tensor],
+    kinds: Sequence[tuple[torch.dtype, Sequence[int]]],
+) -> Sequence[Tensor]:
+    """One node of an own operation in a graph that is being traced; ``kinds`` are the types and shapes of its outputs."""
     return torch.onnx.ops.symbolic_multi_out(
-        f"{DOMAIN}::{op_type}",
+        f"{DOMAIN}::{operation.name}",
         inputs,
-        attrs={"plugin_namespace": DOMAIN, "plugin_version": str(VERSION)},
-        dtypes=[tensor.dtype for tensor in like],
-        shapes=[tensor.shape for tensor in like],
+        attrs={
+            "plugin_namespace": DOMAIN,
+            "plugin_version": str(VERSION),
+            **operation.attributes,
+        },
+        dtypes=[dtype for dtype, _ in kinds],
+        shapes=[shape for _, shape in kinds],
         version=VERSION,
     )
 

@@ -18,14 +18,16 @@ from linert.graphs.line_attention import (
     line_attention,
 )
 from linert.graphs.line_window import LineWindowStep
+from linert.graphs.line_window_attention import function_proto as window_attention_proto
+from linert.graphs.line_window_commit import LineWindowCommit
 from linert.graphs.memory import LayerStep, Projections, RasterMemory, StepPosition, WindowStep
 from linert.graphs.pieces import joined, parted
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
-from linert.graphs.stage import Geometry, Stage
+from linert.graphs.stage import Geometry, OwnOperation, Stage
 from linert.graphs.stage_tensor import StageTensor, StateTensor
 from linert.graphs.transformer import RasterTransformer
 from linert.graphs.window import Window
-from linert.runtime.plugins.contracts import LINE_ATTENTION, LINE_EVICT_INPUTS
+from linert.runtime.plugins.contracts import LINE_ATTENTION, LINE_EVICT, LINE_EVICT_INPUTS
 
 GROUP_ENTRIES = 1 << 15
 """Slots of all rows that a line end works on at a time."""
@@ -83,8 +85,13 @@ class LineBuffer(RasterMemory):
     ) -> WindowStep:
         return LineWindowStep(window, inputs, state)
 
-    def function(self) -> FunctionProto:
+    def step_operation(self) -> FunctionProto:
         return function_proto(self.geometry.query_group, self.geometry.cache_dtype)
+
+    def window_operations(self, width: int) -> Sequence[FunctionProto | Stage]:
+        geometry = self.geometry
+        attention = window_attention_proto(geometry.query_group, width, geometry.cache_dtype)
+        return attention, LineWindowCommit(geometry, width)
 
     def line_ends(self, model: RasterTransformer, policies: Sequence[str]) -> list[Stage]:
         ends: list[Stage] = [LineEnd(POLICIES[policy](), self) for policy in policies]
@@ -159,6 +166,7 @@ class LineEnd(Stage):
             loop["line"].next(),
             *(spec.next() for kind in replaced for spec in layers if spec.kind == kind),
         ]
+        self.operation = self._operation()
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config = self.geometry, self.geometry.config
@@ -199,13 +207,13 @@ class LineEnd(Stage):
         replaced = restarted + left_slots if self.policy.replaces_scores else left_slots
         return joined([slots[None] for slots in chosen_slots]), line_number + ended.to(torch.int64), *replaced
 
-    def plugin_attributes(self) -> dict[str, int] | None:
-        """Attributes of the LineEvict operation that this stage is; None where its plugin has no such policy."""
+    def _operation(self) -> OwnOperation | None:
+        """LineEvict; None where its plugin has no such policy."""
         # It restarts scores or leaves them as they are.
         if self.policy.plugin_importance is None or self.policy.carried not in (0, 1):
             return None
         config = self.geometry.config
-        return {
+        attributes = {
             "layers": config.layers,
             "line_width": config.line_width,
             "lines": config.lines,
@@ -215,6 +223,7 @@ class LineEnd(Stage):
             "importance": int(self.policy.plugin_importance),
             "carries_scores": int(not self.policy.replaces_scores),
         }
+        return OwnOperation(LINE_EVICT, attributes)
 
     def _groups(self) -> list[list[int]]:
         """Layers that end their lines together, in one operation instead of one each: runs of the same slots.

@@ -9,30 +9,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from linert.graphs.line_attention import LineBufferState, scatter_rows
+from linert.graphs.line_attention import LineBufferState
+from linert.graphs.line_window_attention import HIDDEN, LineWindowAttentionInputs, line_window_attention
+from linert.graphs.line_window_commit import WindowCommit, WindowLayer, line_window_commit
 from linert.graphs.memory import Projections, WindowStep
 from linert.graphs.pieces import joined, parted
 from linert.graphs.window import Accepted, Window
-
-HIDDEN = -1e30
-"""Added to the logits of what a query does not see."""
-
-
-class Seen(NamedTuple):
-    """What a layer's window hands from attention to the commit.
-
-    ``k``, ``v``: ``[R T, D]``. ``received [R, T, C + T]`` float32: the attention that every query gave the slots, and behind them the
-    positions of the window, averaged over the query heads.
-    """
-
-    k: Tensor
-    v: Tensor
-    received: Tensor
 
 
 class LineWindowStep(WindowStep):
@@ -99,62 +85,28 @@ class LineWindowStep(WindowStep):
             bias += parted(torch.cat([hidden, of_window], dim=-1)[:, None], rows)
         return bias
 
-    def attend(self, layer: int, new: Projections) -> tuple[Tensor, Seen]:
+    def attend(self, layer: int, new: Projections) -> tuple[Tensor, WindowLayer]:
         geometry, width = self.geometry, self.window.width
-        rows, group = geometry.rows, geometry.query_group
-        buffer = self.buffers[layer]
-        # [B, T, heads, D] -> [R, 1, G T, D]
-        q = new.q.transpose(1, 2).reshape(rows, 1, group * width, -1)
+        rows, buffer = geometry.rows, self.buffers[layer]
+        # [B, T, heads, D] -> [R, G, T, D]
+        q = new.q.transpose(1, 2).reshape(rows, geometry.query_group, width, -1)
         k, v = (part.transpose(1, 2).reshape(rows, 1, width, -1) for part in new[1:])
-        bias = self.bias[layer] if group == 1 else self.bias[layer].repeat(1, 1, group, 1)
-        logits = torch.cat([q @ buffer.k_cache.mT, q @ k.mT], dim=-1).float() + bias
-        probs = logits.softmax(-1)
-        of_buffer, of_window = probs.type_as(q).split([buffer.k_cache.shape[2], width], dim=-1)
-        attended = of_buffer @ buffer.v_cache + of_window @ v
-        received = probs.squeeze(1) if group == 1 else probs.reshape(rows, group, width, -1).mean(1)
+        inputs = LineWindowAttentionInputs(q, k, v, buffer.k_cache, buffer.v_cache, self.bias[layer])
+        attended, received, k_cache, v_cache = line_window_attention(inputs)
         attended = attended.reshape(geometry.sequences, geometry.config.heads, width, -1)
-        return attended.transpose(1, 2), Seen(k.flatten(0, 2), v.flatten(0, 2), received)
+        return attended.transpose(1, 2), WindowLayer(
+            k, v, received, k_cache, v_cache, buffer.scores, buffer.slot_pos
+        )
 
-    def commit(self, seen: Sequence[Seen], accepted: Accepted) -> list[tuple[Tensor, ...]]:
-        config, width = self.geometry.config, self.window.width
-        rows = self.geometry.rows
+    def commit(self, seen: Sequence[WindowLayer], accepted: Accepted) -> Sequence[tuple[Tensor, ...]]:
+        layers = self.geometry.config.layers
         # What is not written takes the place of the last that is, with the same: a slot is written once, or twice alike.
         source = torch.where(accepted.written, self.window.offset, accepted.last[:, None])
         source = self._per_row(source)
-        slots = self.slots.gather(2, source.expand(config.layers, -1, -1))
-        positions = self.positions.gather(1, source)
-        flat = (source + torch.arange(rows)[:, None] * width).flatten()
-        row = torch.arange(rows)[:, None].expand(rows, width)
-        place = torch.stack([row.expand_as(slots), torch.zeros_like(slots), slots], dim=-1)
-        places = parted(place.flatten(0, 2), rows * width)
-        weights, kept = self._accounting(accepted)
-        replaced: list[tuple[Tensor, ...]] = []
-        for group in self._groups():
-            count = len(group)
-            capacity = self.geometry.capacities[group[0]]
-            received = (
-                joined([seen[layer].received for layer in group]) * weights.repeat(count, 1)[:, :, None]
-            )
-            received = torch.where(self.score_max, received.amax(1), received.sum(1))
-            of_buffer, of_window = received.split([capacity, width], dim=-1)
-            old = joined([self.buffers[layer].scores for layer in group]) * kept.repeat(count, 1)
-            scores = torch.where(self.score_max, torch.maximum(old, of_buffer), old + of_buffer)
-            sources = source.expand([count, -1, -1]).flatten(0, 1)
-            of_slots = slots[group[0] : group[-1] + 1].flatten(0, 1)
-            scores = scores.scatter(1, of_slots, of_window.gather(1, sources))
-            slot_pos = joined([self.buffers[layer].slot_pos for layer in group])
-            slot_pos = slot_pos.scatter(1, of_slots, positions.expand([count, -1, -1]).flatten(0, 1))
-            for number, (of_layer, held) in enumerate(
-                zip(parted(scores, rows), parted(slot_pos, rows), strict=True)
-            ):
-                layer = group[number]
-                buffer = self.buffers[layer]
-                k, v = (
-                    scatter_rows(cache, places[layer], part.index_select(0, flat))
-                    for cache, part in ((buffer.k_cache, seen[layer].k), (buffer.v_cache, seen[layer].v))
-                )
-                replaced.append((k, v, of_layer, held))
-        return replaced
+        slots = self.slots.gather(2, source.expand(layers, -1, -1))
+        counted, kept = self._accounting(accepted)
+        written = WindowCommit(slots, source, self.positions.gather(1, source), counted, kept, self.score_max)
+        return line_window_commit(self.geometry, seen, written)
 
     def _accounting(self, accepted: Accepted) -> tuple[Tensor, Tensor]:
         """Which queries count in the scores, ``[R, T]`` float32, and whether what was counted before still does, ``[R, 1]``.

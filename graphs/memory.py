@@ -178,8 +178,12 @@ class RasterMemory(Memory):
         """
 
     @abstractmethod
-    def function(self) -> FunctionProto:
-        """The body of the operation that a decode graph holds for every layer; its output ``x_next`` replaces ``x``."""
+    def step_operation(self) -> FunctionProto:
+        """The body of the operation that a decode graph of single steps holds for every layer; its output ``x_next`` replaces ``x``."""
+
+    @abstractmethod
+    def window_operations(self, width: int) -> Sequence[FunctionProto | Stage]:
+        """The bodies of the operations that a decode graph of windows holds."""
 
 
 class RememberingConfig(FamilyConfig, Protocol):

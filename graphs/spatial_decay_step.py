@@ -14,7 +14,7 @@ import torch
 from onnx import FunctionProto
 from torch import Tensor
 
-from linert.graphs.line_attention import function_of, opaque_node
+from linert.graphs.line_attention import contract_node, function_of
 from linert.graphs.spatial_decay import DecayState, attend
 from linert.runtime.plugins.contracts import SPATIAL_DECAY_STEP
 
@@ -56,8 +56,7 @@ def spatial_decay_step(inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`reference`, or one opaque ``SpatialDecayStep`` node while a graph is being exported."""
     if not torch.compiler.is_exporting():
         return reference(inputs)
-    like = (inputs.v, inputs.state.k_line, inputs.state.v_line)
-    attended, k_line, v_line = opaque_node(SPATIAL_DECAY_STEP.name, inputs.flat(), like)
+    attended, k_line, v_line = contract_node(SPATIAL_DECAY_STEP, inputs.flat())
     return attended, k_line, v_line
 
 

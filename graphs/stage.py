@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+from onnx import FunctionProto
 from torch import Tensor, nn
 
 from linert.graphs.stage_tensor import NEXT, StageTensor, StateTensor
@@ -73,10 +74,17 @@ class Geometry:
         return values[:, None].expand(-1, self.config.kv_heads).reshape(self.rows)
 
 
+class OwnOperation(NamedTuple):
+    """What makes a whole stage one operation of the domain ``linert``: its name, and the attributes of its node."""
+
+    name: str
+    attributes: dict[str, int]
+
+
 class Stage(nn.Module):
     """A traced unit: ``forward`` takes ``inputs`` and returns ``outputs``, in order.
 
-    ``in_place`` names the states that a runtime may update where they lie. ``opset`` is the version of the operators that the
+    ``in_place`` names the states that a runtime may update where they lie. ``operation``: where the whole of it is one. ``opset`` is the version of the operators that the
     stage is traced to, the oldest that has all of them: runtimes' kernels lag behind new versions of old operators (ONNX Runtime
     1.31 has none on CUDA for MaxPool and InstanceNormalization of version 22).
     """
@@ -86,6 +94,11 @@ class Stage(nn.Module):
     inputs: Sequence[StageTensor]
     outputs: Sequence[StageTensor]
     in_place: frozenset[str] = frozenset()
+    operation: OwnOperation | None = None
+
+    def operations(self) -> Sequence[FunctionProto | Stage]:
+        """The bodies of the operations of the domain ``linert`` that its graph has: functions, or stages to be traced."""
+        return ()
 
     def updates(self) -> dict[str, str]:
         """Output name to the state that it replaces."""

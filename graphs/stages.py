@@ -15,9 +15,11 @@ scheduled after the write.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+from onnx import FunctionProto
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -180,6 +182,9 @@ class Decode(DecodeStage):
     def __init__(self, model: RasterTransformer, memory: RasterMemory, *, filtered: bool = True) -> None:
         super().__init__(model, memory, 1, filtered=filtered)
 
+    def operations(self) -> Sequence[FunctionProto | Stage]:
+        return [self.memory.step_operation()]
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config, model = self.geometry, self.geometry.config, self.model
         inputs = {spec.name: tensor for spec, tensor in zip(self.inputs, tensors, strict=True)}
@@ -230,6 +235,9 @@ class WindowDecode(DecodeStage):
         self, model: RasterTransformer, memory: RasterMemory, width: int, *, filtered: bool = True
     ) -> None:
         super().__init__(model, memory, width, filtered=filtered)
+
+    def operations(self) -> Sequence[FunctionProto | Stage]:
+        return self.memory.window_operations(self.width)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config, model = self.geometry, self.geometry.config, self.model

@@ -82,7 +82,7 @@ SLOW = (
         "test_traced_graphs",
         "test_line_evict_kernels",
     ),
-    *("test_spatial_decay_step_kernels", "test_intervals", "test_quick_starts", "test_site"),
+    *("test_spatial_decay_kernels", "test_intervals", "test_quick_starts", "test_site"),
 )
 """Files that take five seconds or longer, the longest first. In this order they begin, so that at the end no worker is left
 alone with one. ``make check`` leaves them out."""

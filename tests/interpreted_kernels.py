@@ -9,19 +9,30 @@ from typing import Any
 
 import torch
 
-from linert.exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
+from linert.exporter.tensorrt import (
+    line_attention_kernels,
+    line_evict_kernels,
+    line_window_kernels,
+    spatial_decay_kernels,
+)
 from linert.exporter.tensorrt.compile import ALIGNMENT
 from linert.runtime.plugins.base import Launch, Operation, TensorKind
 from linert.runtime.plugins.contracts import (
     FLOAT_TYPE,
     LINE_ATTENTION,
     LINE_EVICT_INPUTS,
+    LINE_WINDOW_ATTENTION,
+    LINE_WINDOW_COMMIT_LAYER,
+    LINE_WINDOW_COMMIT_SHARED,
     SPATIAL_DECAY_STEP,
-    Contract,
+    SPATIAL_DECAY_WINDOW,
+    Operand,
 )
 from linert.runtime.plugins.line_attention import LineAttentionLaunch
 from linert.runtime.plugins.line_evict import LineEvictLaunch
+from linert.runtime.plugins.line_window import LineWindowAttentionLaunch, LineWindowCommitLaunch
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.runtime.plugins.spatial_decay_window import SpatialDecayWindowLaunch
 from tests.emulated_gpu import Kernel
 
 
@@ -52,7 +63,7 @@ def interpreted_kernels(
     """All kernels of an operation for one launch; ``kinds`` of its inputs."""
     float_type = getattr(torch, kinds[0].dtype)
     if isinstance(launch, LineAttentionLaunch):
-        pointers = _types(LINE_ATTENTION, float_type) | {
+        pointers = _types(LINE_ATTENTION.inputs, float_type) | {
             "attended": float_type,
             "logits": torch.float32,
             "partial": torch.float32,
@@ -62,17 +73,36 @@ def interpreted_kernels(
             for name in ("attend", "combine")
         }
     if isinstance(launch, SpatialDecayStepLaunch):
-        pointers = _types(SPATIAL_DECAY_STEP, float_type) | {"attended": float_type}
-        kernel = spatial_decay_step_kernels.spatial_decay_step
+        pointers = _types(SPATIAL_DECAY_STEP.inputs, float_type) | {"attended": float_type}
+        kernel = spatial_decay_kernels.spatial_decay_step
         return {"spatial_decay_step": interpreted(kernel, pointers, launch.constants)}
+    if isinstance(launch, SpatialDecayWindowLaunch):
+        pointers = _types(SPATIAL_DECAY_WINDOW.inputs, float_type) | {"attended": float_type}
+        kernel = spatial_decay_kernels.spatial_decay_window
+        return {"spatial_decay_window": interpreted(kernel, pointers, launch.constants)}
+    if isinstance(launch, LineWindowAttentionLaunch):
+        operands = {**LINE_WINDOW_ATTENTION.inputs, **LINE_WINDOW_ATTENTION.results}
+        pointers = _types(operands, float_type) | {"logits": torch.float32, "partial": torch.float32}
+        constants = {name: launch.constants(name) for name in ("attend_window", "combine_window")}
+        # The interpreter multiplies the bits of bfloat16.
+        constants["attend_window"]["WIDENED"] = 1
+        return {
+            name: interpreted(getattr(line_window_kernels, name), pointers, numbers)
+            for name, numbers in constants.items()
+        }
+    if isinstance(launch, LineWindowCommitLaunch):
+        pointers = _types({**LINE_WINDOW_COMMIT_LAYER, **LINE_WINDOW_COMMIT_SHARED}, float_type)
+        pointers["slot_pos_next"] = torch.int32
+        kernel = line_window_kernels.commit_window
+        return {"commit_window": interpreted(kernel, pointers, launch.constants)}
     assert isinstance(launch, LineEvictLaunch)
     names = ("table", *LINE_EVICT_INPUTS, "write_slots_next", "line_next")
     pointers = dict.fromkeys(names, torch.int64) | {"scratch": torch.int32}
     return {"line_evict": interpreted(line_evict_kernels.line_evict, pointers, launch.constants)}
 
 
-def _types(contract: Contract, float_type: torch.dtype) -> dict[str, torch.dtype]:
+def _types(operands: Mapping[str, Operand], float_type: torch.dtype) -> dict[str, torch.dtype]:
     return {
         name: float_type if operand.dtype == FLOAT_TYPE else getattr(torch, operand.dtype)
-        for name, operand in contract.inputs.items()
+        for name, operand in operands.items()
     }

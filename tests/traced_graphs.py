@@ -29,7 +29,7 @@ from linert.graphs.stage import Stage
 ROOT = Path(__file__).parents[1]
 SOURCES = (
     *sorted((ROOT / "graphs").rglob("*.py")),
-    *(ROOT / "exporter" / name for name in ("onnx_export.py", "weight_storage.py", "line_evict.py")),
+    *(ROOT / "exporter" / name for name in ("onnx_export.py", "weight_storage.py", "operations.py")),
 )
 """Of what the stages compute, and of how they are traced."""
 

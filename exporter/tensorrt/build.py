@@ -74,20 +74,22 @@ class BuildRequest:
                 raise ExportError(f"{error}; build with --no-plugin") from error
 
     def launches(self) -> list[Launch]:
-        """How linert's operations run in a decode step, in the graph's order; a step of a group has none.
+        """How linert's operations run in decode steps of every width, in the order of the graphs; a step of a group has none.
 
         Raises:
             ValueError: a kernel cannot do a shape; the message says what it can.
         """
-        if self.bundle.manifest.groups is not None:
-            return []
-        graph = onnx.load(self.bundle.stage_path("decode"), load_external_data=False).graph
-        kinds = {value.name: _kind(value) for value in (*graph.input, *graph.value_info)}
-        return [
-            OPERATIONS[node.op_type]().launch([kinds[name] for name in node.input], self.capabilities)
-            for node in graph.node
-            if node.domain == plugins.NAMESPACE
-        ]
+        found = []
+        for stage in self.bundle.manifest.stages:
+            if not stage.startswith("decode"):
+                continue
+            graph = onnx.load(self.bundle.stage_path(stage), load_external_data=False).graph
+            kinds = {value.name: _kind(value) for value in (*graph.input, *graph.value_info, *graph.output)}
+            for node in graph.node:
+                if node.domain == plugins.NAMESPACE:
+                    operation = OPERATIONS[node.op_type](**_attributes(node))
+                    found.append(operation.launch([kinds[name] for name in node.input], self.capabilities))
+        return found
 
     def built(self) -> Engines | None:
         """The plans that are there, if they are what this would build."""
@@ -114,6 +116,12 @@ class BuildRequest:
     def version(self) -> str:
         """Of the flavour that is installed."""
         return str(self.flavour.load().__version__)
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, int]:
+    """The numbers among the attributes of a node."""
+    values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
 
 
 def _kind(value: onnx.ValueInfoProto) -> TensorKind:

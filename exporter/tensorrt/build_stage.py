@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +171,15 @@ def described(trt: Any, network: Any) -> tuple[tuple[Layer, ...], dict[str, str]
         elif layer.type == cache_update:
             aliases[layer.get_output(0).name] = layer.get_input(0).name
         layers.append(Layer(layer.name, layer.type.name, outputs, plugin))
-    return tuple(layers), aliases
+    ends = {network.get_output(index).name for index in range(network.num_outputs)}
+    return tuple(layers), {name: _first_of(aliases, name) for name in aliases if name in ends}
+
+
+def _first_of(aliases: Mapping[str, str], name: str) -> str:
+    """Where a tensor lies that may have been handed on several times."""
+    while name in aliases:
+        name = aliases[name]
+    return name
 
 
 def capability_at_hand() -> int:

@@ -10,21 +10,32 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from linert.exporter.tensorrt import line_attention_kernels, line_evict_kernels, spatial_decay_step_kernels
+from linert.exporter.tensorrt import (
+    line_attention_kernels,
+    line_evict_kernels,
+    line_window_kernels,
+    spatial_decay_kernels,
+)
 from linert.runtime.errors import ExportError
-from linert.runtime.plugins import line_attention, line_evict, spatial_decay_step
+from linert.runtime.plugins import line_attention, line_evict, line_window, spatial_decay_step
 from linert.runtime.plugins.base import Launch
 from linert.runtime.plugins.contracts import (
     FLOAT_TYPE,
     LINE_ATTENTION,
     LINE_EVICT_INPUTS,
+    LINE_WINDOW_ATTENTION,
+    LINE_WINDOW_COMMIT_LAYER,
+    LINE_WINDOW_COMMIT_SHARED,
     SPATIAL_DECAY_STEP,
-    Contract,
+    SPATIAL_DECAY_WINDOW,
+    Operand,
 )
 from linert.runtime.plugins.kernels import CompiledKernel, KernelSet
 from linert.runtime.plugins.line_attention import LineAttentionLaunch
 from linert.runtime.plugins.line_evict import LineEvictLaunch
+from linert.runtime.plugins.line_window import LineWindowAttentionLaunch, LineWindowCommitLaunch
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.runtime.plugins.spatial_decay_window import SpatialDecayWindowLaunch
 
 PTX_CAPABILITY = 80
 """The text is compiled for the oldest GPU, so that all later ones can take it."""
@@ -61,6 +72,12 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
         return _line_evict(launch, capabilities)
     if isinstance(launch, SpatialDecayStepLaunch):
         return _spatial_decay_step(launch, capabilities)
+    if isinstance(launch, LineWindowAttentionLaunch):
+        return _line_window_attention(launch, capabilities)
+    if isinstance(launch, LineWindowCommitLaunch):
+        return _line_window_commit(launch, capabilities)
+    if isinstance(launch, SpatialDecayWindowLaunch):
+        return _spatial_decay_window(launch, capabilities)
     raise TypeError(f"no kernels for {type(launch).__name__}")
 
 
@@ -74,10 +91,10 @@ def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelS
 
 
 def _spatial_decay_step(launch: SpatialDecayStepLaunch, capabilities: Sequence[int]) -> KernelSet:
-    pointers = _pointers(SPATIAL_DECAY_STEP, launch.dtype)
+    pointers = _pointers(SPATIAL_DECAY_STEP.inputs, launch.dtype)
     signature = {**pointers, "attended": pointers["v"], "slots": "i32", "matrices": "i32"}
     kernel = compile_kernel(
-        spatial_decay_step_kernels.spatial_decay_step,
+        spatial_decay_kernels.spatial_decay_step,
         signature,
         launch.constants,
         capabilities,
@@ -86,8 +103,53 @@ def _spatial_decay_step(launch: SpatialDecayStepLaunch, capabilities: Sequence[i
     return KernelSet({"spatial_decay_step": kernel})
 
 
+def _spatial_decay_window(launch: SpatialDecayWindowLaunch, capabilities: Sequence[int]) -> KernelSet:
+    pointers = _pointers(SPATIAL_DECAY_WINDOW.inputs, launch.step.dtype)
+    signature = {**pointers, "attended": pointers["v"], "slots": "i32", "matrices": "i32"}
+    kernel = compile_kernel(
+        spatial_decay_kernels.spatial_decay_window,
+        signature,
+        launch.constants,
+        capabilities,
+        spatial_decay_step.WARPS,
+    )
+    return KernelSet({"spatial_decay_window": kernel})
+
+
+def _line_window_attention(launch: LineWindowAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:
+    inputs = _pointers(LINE_WINDOW_ATTENTION.inputs, launch.dtype)
+    outputs = _pointers(LINE_WINDOW_ATTENTION.results, launch.dtype)
+    scratch = {"logits": "*fp32", "partial": "*fp32", "slots": "i32"}
+    signatures = {
+        "attend_window": {**inputs, **scratch, "part_entries": "i32"},
+        "combine_window": {**outputs, **scratch, "parts": "i32"},
+    }
+    return KernelSet(
+        {
+            name: compile_kernel(
+                getattr(line_window_kernels, name),
+                signature,
+                launch.constants(name),
+                capabilities,
+                launch.warps(name),
+            )
+            for name, signature in signatures.items()
+        }
+    )
+
+
+def _line_window_commit(launch: LineWindowCommitLaunch, capabilities: Sequence[int]) -> KernelSet:
+    operands = {**LINE_WINDOW_COMMIT_LAYER, **LINE_WINDOW_COMMIT_SHARED}
+    pointers = _pointers(operands, launch.dtype)
+    signature = {**pointers, "slot_pos_next": pointers["slot_pos"], "slots": "i32"}
+    kernel = compile_kernel(
+        line_window_kernels.commit_window, signature, launch.constants, capabilities, line_window.WARPS
+    )
+    return KernelSet({"commit_window": kernel})
+
+
 def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:
-    pointers = _pointers(LINE_ATTENTION, launch.dtype)
+    pointers = _pointers(LINE_ATTENTION.inputs, launch.dtype)
     results = {"attended": pointers["q"], "logits": "*fp32", "partial": "*fp32"}
     read = {name: pointers[name] for name in line_attention.COMBINED}
     signatures = {
@@ -109,11 +171,11 @@ def _line_attention(launch: LineAttentionLaunch, capabilities: Sequence[int]) ->
     )
 
 
-def _pointers(contract: Contract, dtype: str) -> dict[str, str]:
-    """Triton's types of an operation's inputs, where those of :data:`FLOAT_TYPE` are of ``dtype``."""
+def _pointers(operands: Mapping[str, Operand], dtype: str) -> dict[str, str]:
+    """Triton's types of an operation's tensors, where those of :data:`FLOAT_TYPE` are of ``dtype``."""
     return {
         name: f"*{TYPES[dtype if operand.dtype == FLOAT_TYPE else operand.dtype]}"
-        for name, operand in contract.inputs.items()
+        for name, operand in operands.items()
     }
 
 

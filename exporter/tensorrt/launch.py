@@ -8,18 +8,24 @@ import torch
 from torch import Tensor
 
 from linert.exporter.tensorrt import line_attention_kernels as kernels
+from linert.exporter.tensorrt import line_window_kernels as window_kernels
+from linert.exporter.tensorrt import spatial_decay_kernels
 from linert.exporter.tensorrt.line_evict_kernels import line_evict as line_evict_kernel
-from linert.exporter.tensorrt.spatial_decay_step_kernels import (
-    spatial_decay_step as spatial_decay_step_kernel,
-)
 from linert.graphs.line_attention import LineAttentionInputs
+from linert.graphs.line_window_attention import Attended, LineWindowAttentionInputs
+from linert.graphs.line_window_commit import WindowCommit, WindowLayer
 from linert.graphs.spatial_decay_step import StepInputs
-from linert.runtime.plugins.contracts import FLOAT_TYPE, LINE_ATTENTION
+from linert.graphs.spatial_decay_window import WindowInputs
+from linert.runtime.plugins.base import TensorKind
+from linert.runtime.plugins.contracts import FLOAT_TYPE, LINE_ATTENTION, SPATIAL_DECAY_WINDOW
 from linert.runtime.plugins.line_attention import COMBINED, LineAttentionLaunch
 from linert.runtime.plugins.line_evict import WARPS as EVICT_WARPS
 from linert.runtime.plugins.line_evict import LineEvictLaunch
+from linert.runtime.plugins.line_window import WARPS as WINDOW_WARPS
+from linert.runtime.plugins.line_window import LineWindowAttentionLaunch, LineWindowCommitLaunch
 from linert.runtime.plugins.spatial_decay_step import WARPS as STEP_WARPS
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
+from linert.runtime.plugins.spatial_decay_window import SpatialDecayWindow, SpatialDecayWindowLaunch
 
 
 def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | None = None) -> Tensor:
@@ -87,12 +93,77 @@ def spatial_decay_step(inputs: StepInputs, launch: SpatialDecayStepLaunch | None
     slots, dtype = inputs.state.k_line.shape[2], str(inputs.q.dtype).removeprefix("torch.")
     launch = launch or SpatialDecayStepLaunch(rows, slots, matrices, key_dim, value_dim, dtype)
     attended = torch.empty_like(inputs.v)
-    spatial_decay_step_kernel[launch.grid](
+    spatial_decay_kernels.spatial_decay_step[launch.grid](
         *(*inputs.flat(), attended, launch.slots, launch.matrices),
         **launch.constants,
         num_warps=STEP_WARPS,
     )
     return attended
+
+
+def spatial_decay_window(inputs: WindowInputs) -> Tensor:
+    """What :func:`linert.graphs.spatial_decay_window.reference` does, in place: returns what was attended, ``[R, 1, T, E]``."""
+    kinds = [
+        TensorKind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for tensor in inputs.flat()
+    ]
+    launch: SpatialDecayWindowLaunch = SpatialDecayWindow().launch(kinds)
+    [shape] = [
+        operand.shape(SPATIAL_DECAY_WINDOW.sizes([kind.shape for kind in kinds]))
+        for operand in SPATIAL_DECAY_WINDOW.results.values()
+    ]
+    attended = inputs.v.new_empty(shape)
+    spatial_decay_kernels.spatial_decay_window[launch.grid](
+        *(*inputs.flat(), attended, launch.step.slots, launch.step.matrices),
+        **launch.constants,
+        num_warps=STEP_WARPS,
+    )
+    return attended
+
+
+def line_window_attention(
+    inputs: LineWindowAttentionInputs, launch: LineWindowAttentionLaunch | None = None
+) -> Attended:
+    """What :func:`linert.graphs.line_window_attention.reference` does. Triton's interpreter multiplies the bits of bfloat16, which
+    are widened for it.
+
+    Args:
+        launch: other parts or blocks than the shape's own.
+    """
+    rows, group, width, head_dim = inputs.q.shape
+    slots, dtype = inputs.k_cache.shape[2], str(inputs.q.dtype).removeprefix("torch.")
+    launch = launch or LineWindowAttentionLaunch(rows, group, width, slots, head_dim, dtype)
+    made = torch.empty_like(inputs.q), inputs.bias.new_empty(rows, width, launch.entries)
+    scratch = (
+        inputs.bias.new_empty(launch.logits_floats),
+        inputs.bias.new_empty(launch.partial_floats),
+    )
+    window_kernels.attend_window[launch.attend_grid](
+        *(*inputs, *scratch, launch.slots, launch.part_entries),
+        **launch.constants("attend_window") | {"WIDENED": int(not inputs.q.is_cuda)},
+        num_warps=launch.warps("attend_window"),
+    )
+    window_kernels.combine_window[launch.combine_grid](
+        *(*made, *scratch, launch.slots, launch.parts),
+        **launch.constants("combine_window"),
+        num_warps=launch.warps("combine_window"),
+    )
+    return Attended(*made, inputs.k_cache, inputs.v_cache)
+
+
+def line_window_commit(layers: Sequence[WindowLayer], shared: WindowCommit) -> None:
+    """What :class:`linert.graphs.line_window_commit.LineWindowCommit` does, in place."""
+    rows, _, width, head_dim = layers[0].k.shape
+    slots = tuple(layer.scores.shape[1] for layer in layers)
+    dtype = str(layers[0].k.dtype).removeprefix("torch.")
+    launch = LineWindowCommitLaunch(slots, rows, width, head_dim, dtype)
+    for layer, grid, write_slots in zip(layers, launch.grids, shared.write_slots, strict=True):
+        slot_pos = layer.slot_pos.clone()
+        window_kernels.commit_window[grid](
+            *(*layer, write_slots, *shared[1:], slot_pos, layer.scores.shape[1]),
+            **launch.constants,
+            num_warps=WINDOW_WARPS,
+        )
+        layer.slot_pos.copy_(slot_pos)
 
 
 def line_evict(

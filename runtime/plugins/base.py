@@ -113,4 +113,5 @@ class StepOperation(Operation):
         return [operand.shape(sizes) for operand in self.contract.outputs.values()]
 
     def aliased_input(self, output: int) -> int:
-        return list(self.contract.inputs).index(self.contract.replaced[output - 1]) if output else -1
+        source = self.contract.aliases.get(list(self.contract.outputs)[output])
+        return -1 if source is None else list(self.contract.inputs).index(source)

@@ -1,8 +1,8 @@
 """The operations of the domain ``linert``, each described once: what graphs, plugins and kernels are all made from.
 
 A contract says of every tensor its type, its axes and what it is. Axes: R = sequences x KV heads (or heads), G = query heads of a
-KV head, C = slots of a layer, D = size of a key, E = size of a value, M = matrices of a state, L = layers, B = sequences,
-W = line width; a number is the size itself.
+KV head, C = slots of a layer, T = positions of a window, S = C + T, D = size of a key, E = size of a value, M = matrices of a state,
+L = layers, B = sequences, W = line width; a number is the size itself.
 """
 
 from __future__ import annotations
@@ -37,21 +37,28 @@ class Operand(NamedTuple):
 class Contract:
     """An operation: the tensors that it takes and makes.
 
-    ``inputs``: by name, in their order. ``like``: the input whose type and axes the first output has, but for ``result_axes``
-    where these are given. ``replaced``: the inputs that the outputs behind it are written over.
+    ``inputs``: by name, in their order. ``results``: the outputs that have memory of their own. ``replaced``: the inputs that the
+    outputs behind them are written over. ``handed_on``: the inputs that come out as they are, where they lie: TensorRT lets a plugin
+    write over a tensor that nobody else reads, and so whoever reads it before hands it on.
     """
 
     name: str
     inputs: Mapping[str, Operand]
-    result: str
-    like: str
-    replaced: tuple[str, ...]
+    results: Mapping[str, Operand]
+    replaced: tuple[str, ...] = ()
+    handed_on: tuple[str, ...] = ()
 
     @property
     def outputs(self) -> dict[str, Operand]:
-        """What it makes, by name: its result, then every input that is replaced, as ``X_next``."""
-        after = {f"{name}_next": self.inputs[name] for name in self.replaced}
-        return {self.result: self.inputs[self.like], **after}
+        """What it makes, by name: its results, then every input that is replaced, as ``X_next``, or handed on, as ``X_read``."""
+        return {**self.results, **{output: self.inputs[name] for output, name in self.aliases.items()}}
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Outputs that lie where an input lies, with its name."""
+        return {f"{name}_next": name for name in self.replaced} | {
+            f"{name}_read": name for name in self.handed_on
+        }
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
         """The sizes of the axes where the inputs have these shapes.
@@ -93,11 +100,71 @@ LINE_ATTENTION = Contract(
         ),
         "score_max": Operand("bool", "", "keep the largest probability received instead of the sum"),
     },
-    result="attended",
-    like="q",
+    results={"attended": Operand(FLOAT_TYPE, "R 1 G D", "values of the slots, weighed by the attention")},
     replaced=("k_cache", "v_cache", "scores", "slot_pos"),
 )
 """Write a token into its slot, attend over the line buffer, account for the attention. Softmax and scores are float32."""
+
+LINE_WINDOW_ATTENTION = Contract(
+    name="LineWindowAttention",
+    inputs={
+        "q": Operand(FLOAT_TYPE, "R G T D", "queries, rotated and already multiplied by the softmax scale"),
+        "k": Operand(FLOAT_TYPE, "R 1 T D", "rotated keys of the window"),
+        "v": Operand(FLOAT_TYPE, "R 1 T D", "values of the window"),
+        "k_cache": Operand(FLOAT_TYPE, "R 1 C D", "keys of the line buffer"),
+        "v_cache": Operand(FLOAT_TYPE, "R 1 C D", "values of the line buffer"),
+        "bias": Operand(
+            "float32",
+            "R 1 T S",
+            "added to the logits of each query, of the slots and behind them of the window: 0, or -1e30 where it does not see them",
+        ),
+    },
+    results={
+        "attended": Operand(FLOAT_TYPE, "R G T D", "values, weighed by the attention"),
+        "received": Operand(
+            "float32", "R T S", "attention of each query to what it sees, averaged over the query heads"
+        ),
+    },
+    handed_on=("k_cache", "v_cache"),
+)
+"""Attend with a window's queries over the line buffer and over the window itself, and write nothing. Softmax is float32."""
+
+LINE_WINDOW_COMMIT = "LineWindowCommit"
+
+LINE_WINDOW_COMMIT_LAYER = {
+    "k": Operand(FLOAT_TYPE, "R 1 T D", "rotated keys of the window"),
+    "v": Operand(FLOAT_TYPE, "R 1 T D", "values of the window"),
+    "received": Operand(
+        "float32", "R T S", "attention of each query to the slots, and behind them to the window"
+    ),
+    "k_cache": Operand(FLOAT_TYPE, "R 1 C D", "keys of the line buffer"),
+    "v_cache": Operand(FLOAT_TYPE, "R 1 C D", "values of the line buffer"),
+    "scores": LINE_ATTENTION.inputs["scores"],
+    "slot_pos": LINE_ATTENTION.inputs["slot_pos"],
+}
+"""What LineWindowCommit takes of every layer, layer by layer; C may differ."""
+
+LINE_WINDOW_COMMIT_SHARED = {
+    "write_slots": Operand("int64", "L R T", "the slots that are written"),
+    "source": Operand(
+        "int64",
+        "R T",
+        "which position of the window is written there; one slot may be named again with the same one",
+    ),
+    "position": Operand("int32", "R T", "sequence position that the slot then holds"),
+    "counted": Operand("float32", "R T", "1 for the queries whose attention is accounted for, else 0"),
+    "kept": Operand("float32", "R 1", "1, or 0 where the scores from before count no longer"),
+    "score_max": LINE_ATTENTION.inputs["score_max"],
+}
+"""What it takes behind that.
+
+It writes what was accepted of a window into every layer's buffer and accounts for the attention of the queries accepted. A slot that
+is written has the score that its new token received from them. Outputs, layer by layer: the caches and scores, over their inputs, and
+the positions, which decode steps read before and so have memory of their own.
+"""
+
+LINE_WINDOW_COMMIT_REPLACED = ("k_cache", "v_cache", "scores")
+"""What it writes where it lies."""
 
 SPATIAL_DECAY_STEP = Contract(
     name="SpatialDecayStep",
@@ -113,12 +180,34 @@ SPATIAL_DECAY_STEP = Contract(
         "weighed": Operand("float32", "R 1 1 C", "how it weighs the slots"),
         "above_weighed": Operand("float32", "R 1 1 1", "how it weighs that matrix"),
     },
-    result="attended",
-    like="v",
+    results={"attended": Operand(FLOAT_TYPE, "R 1 1 E", "what was read")},
     replaced=("k_line", "v_line"),
 )
 """One step of linear attention: write the token's key and value, then read the line in progress, the prefix and all lines above.
 Sums are float32."""
+
+SPATIAL_DECAY_WINDOW = Contract(
+    name="SpatialDecayWindow",
+    inputs={
+        "q": Operand(FLOAT_TYPE, "R 1 T D", "queries"),
+        "k": Operand(FLOAT_TYPE, "R T D", "keys that are written"),
+        "v": Operand(FLOAT_TYPE, "R T E", "values that are written"),
+        "k_line": SPATIAL_DECAY_STEP.inputs["k_line"],
+        "v_line": SPATIAL_DECAY_STEP.inputs["v_line"],
+        "above": SPATIAL_DECAY_STEP.inputs["above"],
+        "place": Operand(
+            "int64",
+            "R T 3",
+            "where they are written: row, 0 and slot; a slot may be named again with the same key and value",
+        ),
+        "matrix": Operand("int64", "R T", "which of the M matrices each query reads"),
+        "weighed": Operand("float32", "R 1 T C", "how each query weighs the slots"),
+        "above_weighed": Operand("float32", "R 1 T 1", "how each weighs its matrix"),
+    },
+    results={"attended": Operand(FLOAT_TYPE, "R 1 T E", "what was read")},
+    replaced=("k_line", "v_line"),
+)
+"""A window of linear attention: write its keys and values, then read with every query. Sums are float32."""
 
 LINE_EVICT = "LineEvict"
 

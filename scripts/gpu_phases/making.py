@@ -24,7 +24,7 @@ from tests.exporter.test_line_attention_kernels import inputs_of as attention_in
 from tests.exporter.test_line_evict_kernels import NAMES
 from tests.exporter.test_line_evict_kernels import Case as EvictCase
 from tests.exporter.test_line_evict_kernels import tensors_of as evict_inputs
-from tests.exporter.test_spatial_decay_step_kernels import inputs_of as decay_inputs
+from tests.exporter.test_spatial_decay_kernels import inputs_of as decay_inputs
 from tests.graphs.test_line_attention import bundled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -89,11 +89,10 @@ def decay_case(
 def evict_case(wish: EvictCase, capabilities: Sequence[int]) -> Case:
     """LineEvict of a policy; whole numbers and zeros alone come out, so that all must be equal."""
     stage = wish.stage
-    attributes = stage.plugin_attributes()
-    assert attributes is not None
+    assert stage.operation is not None
     inputs = [tensor for part in evict_inputs(wish, stage) for tensor in part]
     name = f"LineEvict, {wish.policy}, budgets of {wish.budgets} lines"
-    return case(name, LineEvict(**attributes), inputs, stage(*inputs), 0.0, capabilities)
+    return case(name, LineEvict(**stage.operation.attributes), inputs, stage(*inputs), 0.0, capabilities)
 
 
 def all_cases(capabilities: Sequence[int], *, few: bool = False) -> Iterator[Case]:

@@ -91,12 +91,11 @@ def tensors_of(
 
 def check(case: Case) -> None:
     stage = case.stage
-    attributes = stage.plugin_attributes()
-    assert attributes is not None
+    assert stage.operation is not None
     settings, scores, slot_pos = tensors_of(case, stage)
     wanted = stage(*settings, *scores, *slot_pos)
     capacities = stage.geometry.capacities
-    launch = LineEvictLaunch(capacities, stage.geometry.rows, *list(attributes.values())[1:])
+    launch = LineEvictLaunch(capacities, stage.geometry.rows, *list(stage.operation.attributes.values())[1:])
     results = line_evict(
         launch, *([tensor.to(DEVICE) for tensor in part] for part in (settings, scores, slot_pos))
     )
@@ -174,9 +173,8 @@ def work_of_a_row(slots: int, importance: Importance, equal: bool) -> int:
 def test_shapes_and_types_of_the_plugin_are_the_stage_s() -> None:
     for name in NAMES:
         stage = Case(name, (3, 4), True, 0, 0, (False,) * 4, 0).stage
-        attributes = stage.plugin_attributes()
-        assert attributes is not None
-        operation = LineEvict(**attributes)
+        assert stage.operation is not None
+        operation = LineEvict(**stage.operation.attributes)
         types = {torch.int64: "int64", torch.int32: "int32", torch.float32: "float32"}
         assert operation.input_types == tuple(types[spec.dtype] for spec in stage.inputs)
         assert operation.output_types == tuple(types[spec.dtype] for spec in stage.outputs)

@@ -5,6 +5,7 @@ Kernels may touch what they were given and nothing else, whatever that holds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -14,18 +15,24 @@ pytest.importorskip("triton")
 pytest.importorskip("cuda.bindings")
 
 from linert.graphs.line_attention import reference
+from linert.graphs.line_window_attention import reference as window_reference
 from linert.graphs.spatial_decay_step import reference as decay_reference
+from linert.graphs.spatial_decay_window import reference as decay_window_reference
 from linert.runtime.backends.cuda import Device
 from linert.runtime.plugins.base import Call, Launch, Operation, TensorKind
 from linert.runtime.plugins.contracts import FLOAT_TYPE
 from linert.runtime.plugins.kernels import CompiledKernel, DeviceKernels, LoadedKernel
 from linert.runtime.plugins.line_attention import LineAttention, LineAttentionLaunch
 from linert.runtime.plugins.line_evict import LineEvict
+from linert.runtime.plugins.line_window import LineWindowAttention, LineWindowCommit
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStep, SpatialDecayStepLaunch
+from linert.runtime.plugins.spatial_decay_window import SpatialDecayWindow
 from tests.emulated_gpu import CAPABILITY, EmulatedDriver
 from tests.exporter.test_line_attention_kernels import inputs_of
 from tests.exporter.test_line_evict_kernels import NAMES, Case, tensors_of
-from tests.exporter.test_spatial_decay_step_kernels import inputs_of as decay_inputs_of
+from tests.exporter.test_line_window_kernels import attention_inputs, commit_inputs, commit_stage
+from tests.exporter.test_spatial_decay_kernels import inputs_of as decay_inputs_of
+from tests.exporter.test_spatial_decay_kernels import window_inputs_of
 from tests.exporter.watched_memory import watched
 from tests.graphs.test_line_attention import bundled
 from tests.interpreted_kernels import interpreted_kernels
@@ -178,15 +185,82 @@ def test_a_spatial_decay_step_of_no_slot_and_no_matrix(beyond: int) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("slots", [9, 200])
+def test_line_window_attention(slots: int) -> None:
+    inputs = attention_inputs(2, 2, 3, slots, 16, torch.float32)
+    (attended, received, *caches), _ = enqueue(LineWindowAttention(), inputs)
+    wanted = window_reference(type(inputs)(*(part.nan_to_num() for part in inputs)))
+    torch.testing.assert_close(attended, wanted.attended, atol=3e-6, rtol=0)
+    torch.testing.assert_close(received, wanted.received, atol=2e-6, rtol=0)
+    for ours, theirs in zip(caches, (inputs.k_cache, inputs.v_cache), strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs.nan_to_num())
+
+
+@LOUD
+@pytest.mark.parametrize("slots", [9, 200])
+def test_line_window_attention_on_memory_that_holds_anything(slots: int) -> None:
+    like = attention_inputs(2, 2, 3, slots, 8, torch.float32)
+    for seed in range(10):
+        enqueue(LineWindowAttention(), garbage_like(like, seed))
+
+
+@pytest.mark.parametrize("score_max", [False, True])
+def test_line_window_commit(score_max: bool) -> None:
+    stage = commit_stage((9, 300), 4, torch.float32)
+    layers, shared = commit_inputs(stage, score_max=score_max)
+    inputs = [*itertools.chain.from_iterable(layers), *shared]
+    results, _ = enqueue(LineWindowCommit(2), inputs)
+    for spec, ours, theirs in zip(stage.outputs, results, stage(*inputs), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0, msg=spec.name)
+
+
+@LOUD
+def test_a_commit_on_memory_that_holds_anything() -> None:
+    layers, shared = commit_inputs(commit_stage((9, 30), 4, torch.float32))
+    for seed in range(10):
+        enqueue(LineWindowCommit(2), garbage_like([*itertools.chain.from_iterable(layers), *shared], seed))
+
+
+@pytest.mark.parametrize("beyond", BEYOND)
+def test_what_is_committed_to_no_slot_is_not_written(beyond: int) -> None:
+    stage = commit_stage((9,), 2, torch.float32)
+    layers, shared = commit_inputs(stage)
+    slots = shared.write_slots.clone()
+    slots[:, 0] = beyond
+    ours, _ = enqueue(LineWindowCommit(1), [*layers[0], *shared._replace(write_slots=slots)])
+    wanted = stage(*layers[0], *shared)
+    for before, after, theirs in zip(layers[0][3:], ours, wanted, strict=True):
+        assert torch.equal(after[1:], theirs[1:])
+        kept = before[0] if before.dtype is not torch.float32 or before.dim() > 2 else None
+        assert kept is None or torch.equal(after[0], kept)
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_spatial_decay_window(rows: int) -> None:
+    inputs = window_inputs_of(rows, 3, 9, 5, 20, 36, torch.float32)
+    (attended, *line), _ = enqueue(SpatialDecayWindow(), inputs.flat())
+    clean = inputs._replace(state=type(inputs.state)(*(part.nan_to_num() for part in inputs.state)))
+    wanted, *after = decay_window_reference(clean)
+    torch.testing.assert_close(attended, wanted, atol=3e-6 * wanted.abs().max().item(), rtol=0)
+    for ours, theirs in zip(line, after, strict=True):
+        assert torch.equal(ours.nan_to_num(), theirs)
+
+
+@LOUD
+def test_a_spatial_decay_window_on_memory_that_holds_anything() -> None:
+    like = window_inputs_of(2, 3, 9, 5, 20, 36, torch.float32).flat()
+    for seed in range(10):
+        enqueue(SpatialDecayWindow(), garbage_like(like, seed))
+
+
 @LOUD
 @pytest.mark.parametrize("valid_settings", [False, True])
 @pytest.mark.parametrize("policy", NAMES)
 def test_a_line_end_on_memory_that_holds_anything(policy: str, valid_settings: bool) -> None:
     case = Case(policy, (3, 4), False, 2, 1, (True, False, False, False), 4, heads=1)
     stage = case.stage
-    attributes = stage.plugin_attributes()
-    assert attributes is not None
-    operation = LineEvict(**attributes)
+    assert stage.operation is not None
+    operation = LineEvict(**stage.operation.attributes)
     like = [tensor for part in tensors_of(case, stage) for tensor in part]
     for seed in range(4):
         garbage = garbage_like(like, seed)
@@ -206,9 +280,8 @@ def test_line_evict(policy: str) -> None:
     # More slots than a program looks at a time.
     case = Case(policy, (3, 12), True, 2, 1, (True, False, False, True), 4)
     stage = case.stage
-    attributes = stage.plugin_attributes()
-    assert attributes is not None
-    operation = LineEvict(**attributes)
+    assert stage.operation is not None
+    operation = LineEvict(**stage.operation.attributes)
     inputs = [tensor for part in tensors_of(case, stage) for tensor in part]
     results, _ = enqueue(operation, inputs)
     for spec, ours, theirs in zip(stage.outputs, results, stage(*inputs), strict=True):
