@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
@@ -13,18 +14,26 @@ from gpu_phases.cases import Case, Values
 from gpu_phases.speeds import Fill, Speed, Variant
 from linert.exporter.tensorrt.compile import kernels_of
 from linert.graphs.line_attention import reference as attention_reference
+from linert.graphs.line_window_attention import reference as window_reference
 from linert.graphs.spatial_decay import DecayState
 from linert.graphs.spatial_decay_step import reference as decay_reference
+from linert.graphs.spatial_decay_window import reference as decay_window_reference
 from linert.runtime.plugins.base import Launch, Operation, TensorKind
 from linert.runtime.plugins.line_attention import LineAttention
 from linert.runtime.plugins.line_evict import LineEvict
+from linert.runtime.plugins.line_window import LineWindowAttention, LineWindowCommit
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStep
+from linert.runtime.plugins.spatial_decay_window import SpatialDecayWindow
 from tests.exporter.test_line_attention_kernels import TOLERANCE
 from tests.exporter.test_line_attention_kernels import inputs_of as attention_inputs
 from tests.exporter.test_line_evict_kernels import NAMES
 from tests.exporter.test_line_evict_kernels import Case as EvictCase
 from tests.exporter.test_line_evict_kernels import tensors_of as evict_inputs
+from tests.exporter.test_line_window_kernels import TOLERANCE as WINDOW_TOLERANCE
+from tests.exporter.test_line_window_kernels import attention_inputs as window_inputs
+from tests.exporter.test_line_window_kernels import commit_inputs, commit_stage
 from tests.exporter.test_spatial_decay_kernels import inputs_of as decay_inputs
+from tests.exporter.test_spatial_decay_kernels import window_inputs_of as decay_window_inputs
 from tests.graphs.test_line_attention import bundled
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -86,6 +95,45 @@ def decay_case(
     return case(name, SpatialDecayStep(), inputs.flat(), [attended, *lines], TOLERANCE[dtype], capabilities)
 
 
+def window_attention_case(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, capabilities: Sequence[int]
+) -> Case:
+    """LineWindowAttention on ``(rows, query heads a KV head, positions, slots, head size)``; what nobody sees is not a number."""
+    inputs = window_inputs(*shape, dtype)
+    wanted = window_reference(type(inputs)(*(part.float().nan_to_num() for part in inputs)))
+    outputs = [wanted.attended.to(dtype), wanted.received, inputs.k_cache, inputs.v_cache]
+    name = f"LineWindowAttention, {'x'.join(map(str, shape))}, {_name(dtype)}"
+    return case(name, LineWindowAttention(), inputs, outputs, WINDOW_TOLERANCE[dtype], capabilities)
+
+
+def window_commit_case(
+    capacities: tuple[int, ...], width: int, dtype: torch.dtype, capabilities: Sequence[int]
+) -> Case:
+    """LineWindowCommit of layers of ``capacities`` slots."""
+    stage = commit_stage(capacities, width, dtype)
+    layers, shared = commit_inputs(stage)
+    inputs = [*itertools.chain.from_iterable(layers), *shared]
+    name = f"LineWindowCommit, {width} into {capacities}, {_name(dtype)}"
+    return case(name, LineWindowCommit(len(capacities)), inputs, stage(*inputs), 1e-6, capabilities)
+
+
+def decay_window_case(
+    shape: tuple[int, int, int, int, int, int], dtype: torch.dtype, capabilities: Sequence[int]
+) -> Case:
+    """SpatialDecayWindow on ``(rows, positions, slots, matrices, key size, value size)``; what weighs nothing is not a number."""
+    inputs = decay_window_inputs(*shape, dtype)
+    clean = DecayState(*(part.nan_to_num() for part in inputs.state))
+    attended, _, _ = decay_window_reference(inputs._replace(state=clean))
+    at = tuple(inputs.place.flatten(0, 1).unbind(-1))
+    lines = [
+        line.index_put(at, new.flatten(0, 1))
+        for line, new in zip(inputs.state[:2], (inputs.k, inputs.v), strict=True)
+    ]
+    name = f"SpatialDecayWindow, {'x'.join(map(str, shape))}, {_name(dtype)}"
+    outputs = [attended, *lines]
+    return case(name, SpatialDecayWindow(), inputs.flat(), outputs, TOLERANCE[dtype], capabilities)
+
+
 def evict_case(wish: EvictCase, capabilities: Sequence[int]) -> Case:
     """LineEvict of a policy; whole numbers and zeros alone come out, so that all must be equal."""
     stage = wish.stage
@@ -107,6 +155,13 @@ def all_cases(capabilities: Sequence[int], *, few: bool = False) -> Iterator[Cas
             yield attention_case(shape, dtype, capabilities, keep_largest=number == 1)
         for sizes in [(2, 5, 2, 8, 8)] if few else [(264, 9, 2, 32, 32), (6, 25, 5, 64, 64)]:
             yield decay_case(sizes, dtype, capabilities)
+        for window in (
+            [(2, 1, 3, 33, 16)] if few else [(6, 1, 8, 601, 64), (264, 1, 4, 97, 64), (8, 4, 8, 145, 128)]
+        ):
+            yield window_attention_case(window, dtype, capabilities)
+        yield window_commit_case((9, 30) if few else (145, 601), 3 if few else 8, dtype, capabilities)
+        for lines in [(2, 3, 9, 2, 8, 8)] if few else [(6, 8, 25, 24, 64, 64), (264, 4, 9, 2, 32, 32)]:
+            yield decay_window_case(lines, dtype, capabilities)
     flags = (True, False, False, True)
     for policy in ("linear",) if few else NAMES:
         yield evict_case(EvictCase(policy, (3, 4), True, 2, 1, flags, 4), capabilities)

@@ -13,6 +13,7 @@ from gpu_phases.place import ROOT, Place
 FILES = (
     "test_line_attention_kernels.py",
     "test_line_evict_kernels.py",
+    "test_line_window_kernels.py",
     "test_spatial_decay_kernels.py",
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,38 @@ def test_the_demo(export: Export, linert: Linert) -> None:
     check_layers(*build(linert, bundle), plugins=True, weights="fp32")
 
 
+WINDOWS = ("--window", "1,3")
+
+
+def drawn_on_an_emulated_gpu(bundle: Bundle, width: int) -> None:
+    """The TensorRT loop draws with windows what the CPU draws without them."""
+    stages = list(bundle.manifest.stages)
+    samples = list_samples(conditions_of([1, 4]), 2, seed=4)
+    manifest = bundle.manifest
+    batch = make_batch(manifest, open_conditioner(bundle), samples, manifest.sampling, manifest.cache)
+    here, reference = emulated(bundle, stages), OrtBackend(bundle, stages)
+    drawn = generate(here, replace(batch, window=width))
+    assert (drawn == generate(reference, batch)).all()
+
+
+def test_windows_on_an_emulated_gpu(tiny_files: tuple[Path, Path], export: Export, linert: Linert) -> None:
+    """Attention of a window hands the caches on, and what is committed lies where they lie."""
+    exported = export(*tiny_files, "--grid", 6, "--heads", 4, *WINDOWS, "--batch", 2)
+    for options in (("--no-plugin",), ()):
+        bundle, engines = build(linert, exported, *options)
+        assert missing_plugins(bundle, engines) == []
+        layers = bundle.manifest.model.layers
+        for stage in ("decode.w3", "decode.w3.unfiltered"):
+            plan = engines.plans[stage]
+            assert plan.operations == {"LineWindowAttention": layers, "LineWindowCommit": 1}
+            assert plan.plugins == ({} if options else plan.operations)
+            kinds = () if options else ("k_cache", "v_cache", "scores")
+            assert plan.aliases == {
+                f"{kind}.{n}.next": f"{kind}.{n}" for n in range(layers) for kind in kinds
+            }
+        drawn_on_an_emulated_gpu(bundle, 3)
+
+
 def test_groups(lpd_file: Path, tiny_files: tuple[Path, Path], export: Export, linert: Linert) -> None:
     """TensorRT writes what a group feeds into the caches where they lie, and needs no plugin for it."""
     bundle = export(lpd_file, tiny_files[1], "--heads", 4, "--group-sizes", "1,7,8", "--batch", 2)
@@ -129,18 +162,20 @@ def test_spatial_decay_on_an_emulated_gpu(
     """All stages of a LASADGen have plans, with plugins and without, and the TensorRT loop draws what the CPU draws."""
     net = LASADGen(LASADGenConfig(2, 32, 4, 64, 64, 5, 6, Variant.MANHATTAN, gate_rank=8))
     write_lasadgen(random_state(net), net.config, tmp_path / "model")
-    exported = export(tmp_path / "model", tiny_files[1], "--batch", 2)
+    exported = export(tmp_path / "model", tiny_files[1], *WINDOWS, "--batch", 2)
     for options in (("--no-plugin",), ()):
         bundle, engines = build(linert, exported, *options)
         assert set(engines.plans) == set(bundle.manifest.stages)
         assert missing_plugins(bundle, engines) == []
-        for stage in ("decode", "decode.unfiltered"):
-            plan = engines.plans[stage]
-            assert plan.operations == {"SpatialDecayStep": 2}
-            assert plan.plugins == ({} if options else plan.operations)
-            assert plan.aliases == {
-                f"{kind}.{n}.next": f"{kind}.{n}" for n in (0, 1) for kind in ("k_line", "v_line")
-            }
+        lines = {f"{kind}.{n}.next": f"{kind}.{n}" for n in (0, 1) for kind in ("k_line", "v_line")}
+        for stage, operation in (("decode", "SpatialDecayStep"), ("decode.w3", "SpatialDecayWindow")):
+            for variant in (stage, f"{stage}.unfiltered"):
+                plan = engines.plans[variant]
+                assert plan.operations == {operation: 2}
+                assert plan.plugins == ({} if options else plan.operations)
+                # Without plugins TensorRT writes one token where its cache lies, and a window elsewhere.
+                assert plan.aliases == ({} if options and operation.endswith("Window") else lines)
+        drawn_on_an_emulated_gpu(bundle, 3)
         stages = list(bundle.manifest.stages)
         samples = list_samples(conditions_of([1, 4]), 2, seed=4)
         batch = make_batch(bundle.manifest, open_conditioner(bundle), samples, bundle.manifest.sampling, None)

@@ -165,6 +165,6 @@ def test_a_commit_leaves_what_the_reference_leaves(
         (lambda: LineWindowCommitLaunch((9,), 0, 1000, 8, "float32"), "0 rows.*windows of 1000"),
     ],
 )
-def test_what_the_kernels_cannot_do_is_said(launch: object, message: str) -> None:
+def test_what_the_kernels_cannot_do_is_refused(launch: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         launch()  # type: ignore[operator]
