@@ -40,6 +40,7 @@ SCORE_INPUTS = {"score_window": torch.int64, "score_max": torch.int64}
 class LineBuffer(RasterMemory):
     """Keys and values of so many lines, in slots of which the next line overwrites those that a policy chose."""
 
+    looks_ahead = True
     written = LINE_ATTENTION.replaced
     unseen = ("k_cache", "v_cache")
     empty: ClassVar[Mapping[str, int]] = {"slot_pos": -1}

@@ -132,7 +132,12 @@ class Memory(ABC):
 
 
 class RasterMemory(Memory):
-    """The memory of a model that draws token after token, line by line."""
+    """The memory of a model that draws token after token, line by line.
+
+    ``looks_ahead``: what a window draws behind its line's end says something of what will be drawn there.
+    """
+
+    looks_ahead: ClassVar[bool] = False
 
     def loop_state(self) -> list[StateTensor]:
         return self.geometry.loop_state()

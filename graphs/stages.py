@@ -243,7 +243,13 @@ class WindowDecode(DecodeStage):
         geometry, config, model = self.geometry, self.geometry.config, self.model
         inputs = {spec.name: tensor for spec, tensor in zip(self.inputs, tensors, strict=True)}
         images = geometry.images
-        window = Window.of(geometry, self.width, inputs["position"], inputs["starts"])
+        window = Window.of(
+            geometry,
+            self.width,
+            inputs["position"],
+            inputs["starts"],
+            looks_ahead=self.memory.looks_ahead,
+        )
         state = self.memory.by_layer(tensors[-len(self.memory.layer_state()) :])
         step = self.memory.begin_window(model, window, inputs, state)
 
@@ -276,7 +282,8 @@ class WindowDecode(DecodeStage):
         moves = accepted.steps[:images] > 0
         token_next = torch.where(moves, drawn.gather(1, last).squeeze(1), inputs["token"])
         # What is drawn behind the accepted tokens is kept as the next drafts. What is not drawn repeats the last that is.
-        kept_draws = window.fed[:images] & (window.at[:images] + 1 >= config.prefix_len)
+        drawn_now = window.offset < window.drawn[:images, None]
+        kept_draws = drawn_now & (window.at[:images] + 1 >= config.prefix_len)
         tokens_next = inputs["tokens"].scatter(
             1,
             torch.where(kept_draws, index, index.gather(1, last)),

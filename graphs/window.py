@@ -3,7 +3,8 @@
 A row feeds its last accepted token and, behind it, drafts of what may follow. Every position draws with the noise that belongs to it. A
 draft is accepted while it is what was just drawn; the first draw that differs takes its place and is accepted as well. So the
 tokens are those that single steps draw (Jacobi decoding with shared noise; arXiv 2410.01699, 2510.24211). What was drawn behind it is
-the next drafts. A window ends with the line of its row, whose next line's slots are not chosen yet.
+the next drafts. Nothing is accepted behind the end of a row's line, whose next line's slots are not chosen yet. Where the memory allows,
+a window looks ahead: what it has room for behind the line's end is drawn as well, so that the next line begins with better drafts.
 
 Axes: I images, B sequences, T window, N image tokens, W tokens of a line, R = B x KV heads.
 """
@@ -26,8 +27,8 @@ class Window:
     """Where the window of every sequence lies.
 
     ``width``: T. ``at [B, T]``: positions, within the image's. ``starts [B]``: padding at the beginning of the condition. ``count
-    [B]``: how many of the T positions are fed, 0 of a finished image. ``in_prefix [B]`` bool: positions of the condition, all of which are
-    accepted. ``column [B]``: of the first position, in its line.
+    [B]``: how many of the T positions are fed for good, 0 of a finished image; others may be looked ahead to, ``drawn [B]`` in all.
+    ``in_prefix [B]`` bool: positions of the condition, all of which are accepted. ``column [B]``: of the first position, in its line.
     """
 
     geometry: Geometry
@@ -35,21 +36,24 @@ class Window:
     at: Tensor
     starts: Tensor
     count: Tensor
+    drawn: Tensor
     in_prefix: Tensor
     column: Tensor
 
     @staticmethod
-    def of(geometry: Geometry, width: int, position: Tensor, starts: Tensor) -> Window:
+    def of(geometry: Geometry, width: int, position: Tensor, starts: Tensor, *, looks_ahead: bool) -> Window:
         """The window at ``position [B]``: to the end of the condition, of the line, or of what an image feeds."""
         config = geometry.config
         image_index = position - config.prefix_len
         in_prefix = image_index < 0
         column = image_index % config.line_width
-        left_of_line = torch.minimum(config.line_width - column, config.image_tokens - 1 - image_index)
-        left = torch.where(in_prefix, -image_index, left_of_line)
+        left_of_image = config.image_tokens - 1 - image_index
+        left_of_line = torch.minimum(config.line_width - column, left_of_image)
+        count = torch.where(in_prefix, -image_index, left_of_line).clamp(min=0, max=width)
+        drawn = torch.where(in_prefix, count, left_of_image.clamp(min=0, max=width)) if looks_ahead else count
         last = config.prefix_len + config.image_tokens - 1
         at = (position[:, None] + torch.arange(width)).clamp(max=last)
-        return Window(geometry, width, at, starts, left.clamp(min=0, max=width), in_prefix, column)
+        return Window(geometry, width, at, starts, count, drawn, in_prefix, column)
 
     @property
     def offset(self) -> Tensor:
@@ -58,7 +62,7 @@ class Window:
 
     @property
     def fed(self) -> Tensor:
-        """``[B, T]`` bool, the positions that are fed."""
+        """``[B, T]`` bool, the positions that are fed for good."""
         return self.offset < self.count[:, None]
 
     @property

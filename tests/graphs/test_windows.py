@@ -9,6 +9,7 @@ from linert.graphs import stages
 from linert.graphs.families.lasadgen import Variant
 from linert.graphs.memory import memory_of
 from linert.graphs.policies import POLICIES
+from linert.graphs.window import NO_DRAFT
 from tests.eager import Eager
 from tests.graphs.test_lasadgen import model as decaying_model
 from tests.graphs.test_rows import due
@@ -81,6 +82,28 @@ def test_a_window_draws_what_single_steps_draw(policy: str, settings: dict[str, 
         for ours, theirs in zip(ours_of_image, theirs_of_image, strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
     assert window_passes <= passes
+
+
+@pytest.mark.parametrize("policy", ["linear", ""])
+def test_a_window_of_a_line_buffer_looks_ahead(policy: str) -> None:
+    """Behind its line's end it draws what the next line begins with, and accepts none of it."""
+    eager = eager_of(policy, 4)
+    config = eager.geometry.config
+    eager.run("prefill")
+    ahead = 0
+    while (eager.tensors["position"] < config.prefix_len + config.image_tokens - 1).any():
+        begun = (eager.tensors["position"][:2] - config.prefix_len).clamp(min=0)
+        line_end = (begun // config.line_width + 1) * config.line_width
+        eager.run("decode")
+        fed = eager.tensors["position"][:2] - config.prefix_len
+        assert (fed <= line_end).all()
+        for tokens, end in zip(eager.tensors["tokens"], line_end.tolist(), strict=True):
+            # The first token of the next line is drawn by the last of this one.
+            ahead += int((tokens[end + 1 : end + 4] != NO_DRAFT).sum())
+        if any(due(eager)):
+            eager.run("line_end")
+    assert (ahead > 0) == bool(policy)
+    assert (eager.tensors["tokens"] != NO_DRAFT).all()
 
 
 @pytest.mark.parametrize("guided", [True, False])
