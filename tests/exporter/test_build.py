@@ -241,10 +241,9 @@ def test_requests_that_cannot_be_met_are_refused(half: Path, linert: Linert) -> 
 def test_launches_follow_the_state(half: Path) -> None:
     request = BuildRequest(open_bundle(half), FLAVOURS["rtx"], (80,), True)
     rows, head = 4 * TINY.heads, TINY.head_dim
-    assert (
-        request.launches()
-        == [LineAttentionLaunch.tuned(rows, 1, 1 + 3 * TINY.grid, head, "float16")] * TINY.layers
-    )
+    # With and without filters.
+    launch = LineAttentionLaunch.tuned(rows, 1, 1 + 3 * TINY.grid, head, "float16")
+    assert request.launches() == [launch] * (2 * TINY.layers)
 
 
 def test_kernels_are_compiled_without_a_gpu(tmp_path: Path) -> None:
