@@ -1,0 +1,31 @@
+"""``leverage``: how far a token can move what attention puts out."""
+
+from __future__ import annotations
+
+from torch import Tensor, where
+
+from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy
+
+
+class Leverage(Policy):
+    """Keep tokens of large values whose keys stand apart; attention received plays no part.
+
+    The importance of a slot is the length of its value, times the distance of its key from the mean key of the image tokens
+    held. What a token adds to attention's output is no longer than its value, and a query can only favour it by what its key
+    differs in. Both last as long as the image, where what one line attended to holds for the next lines at best. (Nobody
+    else's; how it measures is in the documentation.)
+    """
+
+    name = "leverage"
+    reads_keys = True
+    reads_values = True
+
+    def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
+        assert line.keys is not None and line.values is not None
+        held = (line.slot_pos >= line.prefix_len)[:, :, None]
+        # Slots that hold nothing may be of memory that was never written.
+        keys = where(held, line.keys.float(), 0.0)
+        values = where(held, line.values.float(), 0.0)
+        mean = keys.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
+        apart = (keys - mean).square().sum(-1).sqrt()
+        return values.square().sum(-1).sqrt() * apart
