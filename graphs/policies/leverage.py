@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor, where
+from torch import Tensor
+from torch.linalg import vector_norm
 
 from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy
 
@@ -22,10 +23,8 @@ class Leverage(Policy):
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         assert line.keys is not None and line.values is not None
-        held = (line.slot_pos >= line.prefix_len)[:, :, None]
-        # Slots that hold nothing may be of memory that was never written.
-        keys = where(held, line.keys.float(), 0.0)
-        values = where(held, line.values.float(), 0.0)
-        mean = keys.sum(1, keepdim=True) / held.sum(1, keepdim=True).clamp(min=1)
-        apart = (keys - mean).square().sum(-1).sqrt()
-        return values.square().sum(-1).sqrt() * apart
+        held = (line.slot_pos >= line.prefix_len).float()
+        keys = line.keys.float()
+        # What other slots hold does not count: zeros, or what an image before left there.
+        mean = (held[:, None] @ keys) / held.sum(1).clamp(min=1)[:, None, None]
+        return vector_norm(line.values.float(), dim=-1) * vector_norm(keys - mean, dim=-1)
