@@ -22,7 +22,8 @@ class Leverage(Policy):
     reads_values = True
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
-        assert line.keys is not None and line.values is not None
+        assert line.keys is not None
+        assert line.values is not None
         held = (line.slot_pos >= line.prefix_len).float()
         keys = line.keys.float()
         # What other slots hold does not count: zeros, or what an image before left there.
