@@ -207,11 +207,10 @@ class HistoryModel(History):
         position = torch.full((self.geometry.rows, 1), self.position, dtype=torch.int32)
         own = []
         for layer, (scores, slot_pos) in enumerate(zip(self.scores, self.slot_pos, strict=True)):
-            keys = None
-            if self.policy.reads_keys:
-                held = slot_pos.clamp(min=0).long()[:, :, None]
-                keys = self.keys[layer].gather(1, held.expand(-1, -1, self.keys[layer].shape[2]))
-            line = finished_line(self.geometry, scores, slot_pos, position, keys)
+            held = slot_pos.clamp(min=0).long()[:, :, None].expand(-1, -1, self.geometry.config.head_dim)
+            keys = self.keys[layer].gather(1, held) if self.policy.reads_keys else None
+            values = self.values[layer].gather(1, held) if self.policy.reads_values else None
+            line = finished_line(self.geometry, scores, slot_pos, position, keys, values)
             chosen, left, fresh = end_line(self.policy, line, self.params.capacity[layer], self.params)
             own.append(chosen)
             if replay is not None:

@@ -149,7 +149,8 @@ class LineEnd(Stage):
         self.name = f"line_end.{policy.name}"
         self.policy = policy
         self.geometry = geometry = memory.geometry
-        wanted = ["scores", "slot_pos"] + ["k_cache"] * policy.reads_keys
+        read = ["k_cache"] * policy.reads_keys + ["v_cache"] * policy.reads_values
+        wanted = ["scores", "slot_pos", *read]
         replaced = ["scores", "slot_pos"] if policy.replaces_scores else ["slot_pos"]
         layers = memory.layer_state()
         loop = {spec.name: spec for spec in memory.state()}
@@ -177,7 +178,9 @@ class LineEnd(Stage):
         ended = geometry.due(position, line_number)
         due = geometry.per_row(ended)[:, None]
         position_rows = geometry.per_row(position)[:, None].to(torch.int32)
-        scores, slot_pos, *keys = _chunks(tensors[inputs:], config.layers)
+        scores, slot_pos, *read = _chunks(tensors[inputs:], config.layers)
+        values = read.pop() if self.policy.reads_values else None
+        keys = read.pop() if self.policy.reads_keys else None
         ends: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for group in self._groups():
             before = joined([scores[layer] for layer in group])
@@ -187,7 +190,10 @@ class LineEnd(Stage):
                 before,
                 slot_pos_before,
                 position_rows.repeat(len(group), 1),
-                joined([keys[0][layer].squeeze(1) for layer in group]) if keys else None,
+                *(
+                    joined([part[layer].squeeze(1) for layer in group]) if part else None
+                    for part in (keys, values)
+                ),
             )
             capacity = (
                 params.capacity[group[0] : group[-1] + 1, None].expand(-1, geometry.rows).reshape(-1, 1)
@@ -230,12 +236,13 @@ class LineEnd(Stage):
         """Layers that end their lines together, in one operation instead of one each: runs of the same slots.
 
         Their number is bounded, so that what is in between stays in the processor's cache and is small beside the state. A
-        policy that reads keys compares them with each other, which is better done layer by layer.
+        policy that reads keys or values has many more numbers to look at, which is better done layer by layer.
         """
         capacities = self.geometry.capacities
         groups: list[list[int]] = []
+        reads_tokens = self.policy.reads_keys or self.policy.reads_values
         for layer, slots in enumerate(capacities):
-            most = 1 if self.policy.reads_keys else max(1, GROUP_ENTRIES // (self.geometry.rows * slots))
+            most = 1 if reads_tokens else max(1, GROUP_ENTRIES // (self.geometry.rows * slots))
             if groups and capacities[groups[-1][0]] == slots and len(groups[-1]) < most:
                 groups[-1].append(layer)
             else:
@@ -244,7 +251,12 @@ class LineEnd(Stage):
 
 
 def finished_line(
-    geometry: Geometry, scores: Tensor, slot_pos: Tensor, position: Tensor, keys: Tensor | None
+    geometry: Geometry,
+    scores: Tensor,
+    slot_pos: Tensor,
+    position: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
 ) -> FinishedLine:
     """The buffer of one or more layers as a policy sees it; the shapes are :class:`FinishedLine`'s."""
     config = geometry.config
@@ -253,6 +265,7 @@ def finished_line(
         slot_pos=slot_pos,
         position=position,
         keys=keys,
+        values=values,
         prefix_len=config.prefix_len,
         line_width=config.line_width,
         positions=config.prefix_len + config.image_tokens,

@@ -22,6 +22,7 @@ from random_checkpoint import SIZES, random_bundle
 from linert.graphs.policies import POLICIES
 from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.generator import make_batch
 from linert.runtime.drawing.loop import begin, run_step
 from linert.runtime.drawing.samples import ClassLabel, Sample
@@ -47,6 +48,7 @@ def main(size: str, capacity_lines: int, budget_lines: int, images: int, threads
             images=images,
         )
         manifest = bundle.manifest
+        conditioner = open_conditioner(bundle)
         backend = OrtBackend(bundle, list(manifest.stages), threads=threads)
         steps: defaultdict[str, list[float]] = defaultdict(list)
         ends: defaultdict[str, list[float]] = defaultdict(list)
@@ -55,7 +57,7 @@ def main(size: str, capacity_lines: int, budget_lines: int, images: int, threads
                 cache = CacheRequest(policy=policy, budget_lines=None if policy == "full" else budget_lines)
                 settled = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
                 samples = [Sample(ClassLabel(image), image) for image in range(images)]
-                batch = make_batch(bundle, samples, manifest.sampling, settled)
+                batch = make_batch(manifest, conditioner, samples, manifest.sampling, settled)
                 begin(backend, batch)
                 for step in manifest.raster.schedule():
                     if step.line > budget_lines + 1:

@@ -6,6 +6,7 @@ from linert.graphs.policies.base import FinishedLine, LineEndParams, Policy, cho
 from linert.graphs.policies.fading import Fading
 from linert.graphs.policies.full import Full
 from linert.graphs.policies.h2o import H2O
+from linert.graphs.policies.leverage import Leverage
 from linert.graphs.policies.linear import Linear
 from linert.graphs.policies.rkv import RKV
 from linert.graphs.policies.snapkv import SnapKV
@@ -26,7 +27,7 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-for _policy in (Linear, Streaming, H2O, Fading, SnapKV, RKV, Full):
+for _policy in (Linear, Streaming, H2O, Fading, SnapKV, RKV, Leverage, Full):
     register(_policy)
 
 __all__ = [

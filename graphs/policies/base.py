@@ -39,7 +39,7 @@ class FinishedLine:
 
     ``scores [R, C]`` float32: attention received. ``slot_pos [R, C]`` int32: position held, -1 empty.
     ``position [R, 1]`` int32: position of the next token, the first of the next line. ``keys [R, C, D]``: keys after
-    position encoding, for a policy that reads them. ``positions``: of the whole sequence, prefix and image.
+    position encoding, for a policy that reads them; ``values [R, C, D]`` likewise. ``positions``: of the whole sequence, prefix and image.
     ``branches``: 2 when a layer's conditional rows are followed by unconditional ones, else 1.
     """
 
@@ -47,6 +47,7 @@ class FinishedLine:
     slot_pos: Tensor
     position: Tensor
     keys: Tensor | None
+    values: Tensor | None
     prefix_len: int
     line_width: int
     positions: int
@@ -65,7 +66,7 @@ class Policy(ABC):
 
     ``window``: only the last so many queries of a line count in the scores; None counts all of them.
     ``carried``: share of a kept token's score that goes on from line to line; 0 starts again.
-    ``reads_keys``: the policy looks at keys as well. ``plugin_importance``: which of the LineEvict plugin's kinds of importance
+    ``reads_keys``, ``reads_values``: the policy looks at keys, or at values, as well. ``plugin_importance``: which of the LineEvict plugin's kinds of importance
     it is; None where a GPU runs the standard operators.
     """
 
@@ -73,6 +74,7 @@ class Policy(ABC):
     window: ClassVar[int | None] = None
     carried: ClassVar[float] = 0.0
     reads_keys: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
     plugin_importance: ClassVar[Importance | None] = None
 
     @abstractmethod

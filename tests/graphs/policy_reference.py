@@ -10,11 +10,12 @@ import numpy as np
 
 @dataclass
 class Row:
-    """The buffer of one (sequence, KV head) at a line end: ``scores [C]``, ``slot_pos [C]``, ``keys [C, D]``."""
+    """The buffer of one (sequence, KV head) at a line end: ``scores [C]``, ``slot_pos [C]``, ``keys`` and ``values`` ``[C, D]``."""
 
     scores: np.ndarray
     slot_pos: np.ndarray
     keys: np.ndarray
+    values: np.ndarray
     position: int
     prefix_len: int
     line_width: int
@@ -91,8 +92,17 @@ def rkv(row: Row) -> np.ndarray:
     return values
 
 
+def leverage(row: Row) -> np.ndarray:
+    slots = [slot for position, slot in row.slots().items() if position >= row.prefix_len]
+    importance = np.zeros(len(row.scores))
+    for slot in slots:
+        apart = row.keys[slot] - row.keys[slots].astype(float).mean(0)
+        importance[slot] = np.linalg.norm(row.values[slot]) * np.linalg.norm(apart)
+    return importance
+
+
 IMPORTANCE: dict[str, Callable[[Row], np.ndarray]] = {
-    policy.__name__: policy for policy in (full, linear, streaming, h2o, fading, snapkv, rkv)
+    policy.__name__: policy for policy in (full, linear, streaming, h2o, fading, snapkv, rkv, leverage)
 }
 
 

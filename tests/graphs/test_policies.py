@@ -69,7 +69,7 @@ def a_setting(draw: st.DrawFn) -> Setting:
 
 
 class Buffer:
-    """A line buffer filled line by line with made-up attention and keys."""
+    """A line buffer filled line by line with made-up attention, keys and values."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -78,7 +78,7 @@ class Buffer:
         self.scores = np.zeros((setting.rows, slots), np.float32)
         self.slot_pos = np.full((setting.rows, slots), -1, np.int32)
         self.slot_pos[:, :PREFIX] = np.arange(PREFIX)
-        self.keys = self.rng.normal(size=(setting.rows, slots, HEAD_DIM)).astype(np.float32)
+        self.keys, self.values = self.rng.normal(size=(2, setting.rows, slots, HEAD_DIM)).astype(np.float32)
         self.position = PREFIX
         self.write_slots = np.tile(np.arange(PREFIX, PREFIX + WIDTH), (setting.rows, 1))
 
@@ -90,7 +90,7 @@ class Buffer:
         for row, slots in enumerate(self.write_slots):
             self.slot_pos[row, slots] = np.arange(self.position, self.position + WIDTH)
             self.scores[row, slots] = 0
-            self.keys[row, slots] = self.rng.normal(size=(WIDTH, HEAD_DIM))
+            self.keys[row, slots], self.values[row, slots] = self.rng.normal(size=(2, WIDTH, HEAD_DIM))
         paid = self.rng.integers(0, 6, self.scores.shape).astype(np.float32) / 8
         self.scores += np.where(self.slot_pos >= 0, paid, 0)
         self.position += WIDTH
@@ -101,6 +101,7 @@ class Buffer:
             torch.from_numpy(self.slot_pos.copy()),
             torch.full((self.setting.rows, 1), self.position, dtype=torch.int32),
             torch.from_numpy(self.keys.copy()),
+            torch.from_numpy(self.values.copy()),
             PREFIX,
             WIDTH,
             PREFIX + LINES * WIDTH,
@@ -113,6 +114,7 @@ class Buffer:
             self.scores[row],
             self.slot_pos[row],
             self.keys[row],
+            self.values[row],
             self.position,
             PREFIX,
             WIDTH,
@@ -145,14 +147,15 @@ def test_a_whole_image_against_the_reference(setting: Setting, name: str) -> Non
             assume(min(abs(each - NEAR_DUPLICATE).min() for each in cosines) > 1e-5)
         importance = shared_importance(policy.importance(line, params), line, params).numpy()
         wanted_importance = buffer.reference_importance(name)
-        occupied = buffer.slot_pos >= 0
+        # The prefix stays whatever it is worth.
+        occupied = buffer.slot_pos >= PREFIX
         np.testing.assert_allclose(importance[occupied], wanted_importance[occupied], atol=1e-6, rtol=1e-5)
         chosen, left, scores = (t.numpy() for t in end_line(policy, line, params.capacity[0], params))
 
         for row in range(setting.rows):
             at_hand = buffer.row(row)
             # Two implementations round quotients differently: there, choose by the graph's importance.
-            ranked = importance if name in ("linear", "rkv", "snapkv") else wanted_importance
+            ranked = importance if name in ("leverage", "linear", "rkv", "snapkv") else wanted_importance
             wanted = reference.choose(at_hand, ranked[row], setting.capacity, setting.recent, setting.anchors)
             assert chosen[row].tolist() == wanted
             assert len(set(wanted)) == WIDTH
