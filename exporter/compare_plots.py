@@ -28,8 +28,11 @@ LONG_LABEL = 30
 LABEL_LETTERS = 70
 """What fits the width; longer labels have more lines."""
 
-CURVES = cycler(linestyle=["-", "--", ":", "-."]) * cycler(color=mpl.colormaps["tab10"].colors)  # type: ignore[attr-defined]
-"""Forty curves that can be told apart."""
+_STYLES = cycler(linestyle=["-", "--", ":", "-."])
+_COLORS = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+# Ten colours, and their lighter shades once all styles of those are taken.
+CURVES = (_STYLES * cycler(color=_COLORS[::2])).concat(_STYLES * cycler(color=_COLORS[1::2]))
+"""Eighty curves that can be told apart."""
 
 
 def plots(results: Sequence[CellResult], metrics: Sequence[Metric]) -> list[str]:

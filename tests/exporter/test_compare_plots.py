@@ -55,7 +55,7 @@ def cell(label: str, lines: int, number: int) -> CellResult:
 
 @pytest.fixture(scope="module")
 def results() -> list[CellResult]:
-    """Thirty cells beside the full cache, which is more than there are colours."""
+    """Forty cells beside the full cache, which is more than there are colours in all styles of lines."""
     kinds = itertools.product((2, 4, 8), POLICIES, ("lazy", "strict"))
     evicting = [
         cell(f"{policy}, {mode}", lines, number + 1) for number, (lines, policy, mode) in enumerate(kinds)
