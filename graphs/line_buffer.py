@@ -16,6 +16,7 @@ from linert.graphs.line_attention import (
     ScoreParams,
     function_proto,
     line_attention,
+    opaque_node,
 )
 from linert.graphs.line_window import LineWindowStep
 from linert.graphs.line_window_attention import function_proto as window_attention_proto
@@ -23,6 +24,8 @@ from linert.graphs.line_window_commit import LineWindowCommit
 from linert.graphs.memory import LayerStep, Projections, RasterMemory, StepPosition, WindowStep
 from linert.graphs.pieces import joined, parted
 from linert.graphs.policies import POLICIES, FinishedLine, LineEndParams, Policy, end_line, evict
+from linert.graphs.policies.base import carried_scores
+from linert.graphs.policies.given import Given
 from linert.graphs.stage import Geometry, OwnOperation, Stage
 from linert.graphs.stage_tensor import StageTensor, StateTensor
 from linert.graphs.transformer import RasterTransformer
@@ -142,15 +145,19 @@ class LineBufferStep(LayerStep):
 
 
 class LineEnd(Stage):
-    """Let a policy choose the slots that the next line overwrites, in every layer of the sequences that are due; all others stay."""
+    """Let a policy choose the slots that the next line overwrites, in every layer of the sequences that are due; all others stay.
+
+    Where the LineEvict operation knows the policy's importance, the whole stage is one. Where it does not, the stage works out the
+    importance and LineEvict, ``chooser``, the rest.
+    """
 
     def __init__(self, policy: Policy, memory: LineBuffer) -> None:
         super().__init__()
         self.name = f"line_end.{policy.name}"
         self.policy = policy
         self.geometry = geometry = memory.geometry
-        read = ["k_cache"] * policy.reads_keys + ["v_cache"] * policy.reads_values
-        wanted = ["scores", "slot_pos", *read]
+        self.read = ["k_cache"] * policy.reads_keys + ["v_cache"] * policy.reads_values
+        wanted = ["scores", "slot_pos", *self.read]
         replaced = ["scores", "slot_pos"] if policy.replaces_scores else ["slot_pos"]
         layers = memory.layer_state()
         loop = {spec.name: spec for spec in memory.state()}
@@ -169,6 +176,10 @@ class LineEnd(Stage):
             *(spec.next() for kind in replaced for spec in layers if spec.kind == kind),
         ]
         self.operation = self._operation()
+        self.chooser = LineEnd(Given(), memory) if self.operation is None else None
+
+    def operations(self) -> Sequence[FunctionProto | Stage]:
+        return [] if self.chooser is None else [self.chooser]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         geometry, config = self.geometry, self.geometry.config
@@ -178,44 +189,66 @@ class LineEnd(Stage):
         ended = geometry.due(position, line_number)
         due = geometry.per_row(ended)[:, None]
         position_rows = geometry.per_row(position)[:, None].to(torch.int32)
-        scores, slot_pos, *read = _chunks(tensors[inputs:], config.layers)
-        values = read.pop() if self.policy.reads_values else None
-        keys = read.pop() if self.policy.reads_keys else None
-        ends: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-        for group in self._groups():
-            before = joined([scores[layer] for layer in group])
-            slot_pos_before = joined([slot_pos[layer] for layer in group])
-            line = finished_line(
-                geometry,
-                before,
-                slot_pos_before,
-                position_rows.repeat(len(group), 1),
-                *(
-                    joined([part[layer].squeeze(1) for layer in group]) if part else None
-                    for part in (keys, values)
-                ),
-            )
-            capacity = (
-                params.capacity[group[0] : group[-1] + 1, None].expand(-1, geometry.rows).reshape(-1, 1)
-            )
-            chosen, left, fresh = end_line(self.policy, line, capacity, params)
-            of_group = due[None].expand(len(group), -1, -1).reshape(-1, 1)
-            slots_before = write_slots[group[0] : group[-1] + 1].flatten(0, 1)
-            after = (
-                torch.where(of_group, chosen, slots_before),
-                torch.where(of_group, left, slot_pos_before),
-                torch.where(of_group, fresh, before),
-            )
-            pieces = (parted(part, geometry.rows) for part in after)
-            ends |= dict(zip(group, zip(*pieces, strict=True), strict=True))
-        chosen_slots, left_slots, restarted = zip(
-            *(ends[layer] for layer in range(config.layers)), strict=True
+        state = dict(
+            zip(["scores", "slot_pos", *self.read], _chunks(tensors[inputs:], config.layers), strict=True)
         )
-        replaced = restarted + left_slots if self.policy.replaces_scores else left_slots
-        return joined([slots[None] for slots in chosen_slots]), line_number + ended.to(torch.int64), *replaced
+        ends: dict[int, tuple[Tensor, ...]] = {}
+        for group in self._groups():
+            of_group = due[None].expand(len(group), -1, -1).reshape(-1, 1)
+            line = self._finished(state, group, position_rows)
+            after: tuple[Tensor, ...]
+            if self.chooser is not None:
+                fresh = carried_scores(self.policy, line)
+                after = (self.policy.importance(line, params),)
+            else:
+                capacity = params.capacity[group[0] : group[-1] + 1, None]
+                capacity = capacity.expand(-1, geometry.rows).reshape(-1, 1)
+                chosen, left, fresh = end_line(self.policy, line, capacity, params)
+                slots_before = write_slots[group[0] : group[-1] + 1].flatten(0, 1)
+                chosen = torch.where(of_group, chosen, slots_before)
+                after = chosen, torch.where(of_group, left, line.slot_pos)
+            pieces = (
+                parted(part, geometry.rows) for part in (*after, torch.where(of_group, fresh, line.scores))
+            )
+            ends |= dict(zip(group, zip(*pieces, strict=True), strict=True))
+        *found, scores = zip(*(ends[layer] for layer in range(config.layers)), strict=True)
+        replaced = scores if self.policy.replaces_scores else ()
+        if self.chooser is not None:
+            after_all = self._chosen(tensors[:inputs], found[0], state["slot_pos"])
+            return *after_all[:2], *replaced, *after_all[2:]
+        slots_next = joined([slots[None] for slots in found[0]])
+        return slots_next, line_number + ended.to(torch.int64), *replaced, *found[1]
+
+    def _finished(
+        self, state: Mapping[str, Sequence[Tensor]], group: Sequence[int], position_rows: Tensor
+    ) -> FinishedLine:
+        """The layers of a group, one behind the other, as the policy sees them."""
+        scores, slot_pos = (
+            joined([state[kind][layer] for layer in group]) for kind in ("scores", "slot_pos")
+        )
+        keys, values = (
+            joined([state[kind][layer].squeeze(1) for layer in group]) if kind in state else None
+            for kind in ("k_cache", "v_cache")
+        )
+        return finished_line(
+            self.geometry, scores, slot_pos, position_rows.repeat(len(group), 1), keys, values
+        )
+
+    def _chosen(
+        self, settings: Sequence[Tensor], importance: Sequence[Tensor], slot_pos: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """What LineEvict makes of every layer's ``importance [R, C]``."""
+        assert self.chooser is not None
+        assert self.chooser.operation is not None
+        inputs = [*settings, *importance, *slot_pos]
+        if not torch.compiler.is_exporting():
+            after: Sequence[Tensor] = self.chooser(*inputs)
+            return after
+        kinds = [(spec.dtype, spec.shape) for spec in self.chooser.outputs]
+        return opaque_node(self.chooser.operation, inputs, kinds)
 
     def _operation(self) -> OwnOperation | None:
-        """LineEvict; None where its plugin has no such policy."""
+        """LineEvict; None where it does not know the policy's importance, or how its scores go on."""
         # It restarts scores or leaves them as they are.
         if self.policy.plugin_importance is None or self.policy.carried not in (0, 1):
             return None

@@ -66,8 +66,8 @@ class Policy(ABC):
 
     ``window``: only the last so many queries of a line count in the scores; None counts all of them.
     ``carried``: share of a kept token's score that goes on from line to line; 0 starts again.
-    ``reads_keys``, ``reads_values``: the policy looks at keys, or at values, as well. ``plugin_importance``: which of the LineEvict plugin's kinds of importance
-    it is; None where a GPU runs the standard operators.
+    ``reads_keys``, ``reads_values``: the policy looks at keys, or at values, as well. ``plugin_importance``: which of the LineEvict
+    operation's kinds of importance it is; None where the operation is given what standard operators worked out.
     """
 
     name: ClassVar[str]

@@ -17,6 +17,7 @@ from linert.graphs.line_buffer import LineEnd
 from linert.graphs.line_evict import Importance
 from linert.graphs.memory import memory_of
 from linert.graphs.policies import POLICIES
+from linert.graphs.policies.given import Given
 from linert.runtime.plugins.line_evict import LineEvict, LineEvictLaunch
 from tests.exporter.test_line_attention_kernels import DEVICE
 from tests.exporter.watched_memory import watched
@@ -187,3 +188,28 @@ def test_shapes_that_the_kernel_cannot_do_are_refused() -> None:
         LineEvictLaunch((9000,), 4, 24, 24, 1, 2, 2, 0, 0)
     with pytest.raises(ValueError, match="5 rows"):
         LineEvictLaunch((97,), 5, 24, 24, 1, 2, 2, 0, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_importance_that_was_worked_out_before_may_be_anything(seed: int) -> None:
+    """So do the policies have it that the operation does not know: negative numbers, equal ones, infinity."""
+    case = Case("linear", (3, 4), True, 2, 1, (True, False, False, False), seed)
+    geometry = case.stage.geometry
+    stage = LineEnd(
+        Given(), memory_of(geometry.config, images=2, guided=True, capacities=geometry.capacities)
+    )
+    settings, scores, slot_pos = tensors_of(case, stage)
+    importance = [-3.0 * score.round(decimals=1) for score in scores]
+    importance[0][:, ::7] = -1e30
+    importance[1][:, ::5] = float("inf")
+    assert stage.operation is not None
+    launch = LineEvictLaunch(
+        geometry.capacities, geometry.rows, *list(stage.operation.attributes.values())[1:]
+    )
+    results = line_evict(
+        launch, *([tensor.to(DEVICE) for tensor in part] for part in (settings, importance, slot_pos))
+    )
+    for spec, ours, theirs in zip(
+        stage.outputs, results, stage(*settings, *importance, *slot_pos), strict=True
+    ):
+        assert torch.equal(ours.cpu(), theirs), spec.name
