@@ -110,10 +110,14 @@ def drawn_on_an_emulated_gpu(bundle: Bundle, width: int) -> None:
 
 def test_windows_on_an_emulated_gpu(tiny_files: tuple[Path, Path], export: Export, linert: Linert) -> None:
     """Attention of a window hands the caches on, and what is committed lies where they lie."""
-    exported = export(*tiny_files, "--grid", 6, "--heads", 4, *WINDOWS, "--batch", 2)
+    exported = export(
+        *tiny_files, "--grid", 6, "--heads", 4, *WINDOWS, "--policy", "linear,leverage", "--batch", 2
+    )
     for options in (("--no-plugin",), ()):
         bundle, engines = build(linert, exported, *options)
         assert missing_plugins(bundle, engines) == []
+        # It chooses by an importance that is worked out before as well.
+        assert engines.plans["line_end.leverage"].operations == {"LineEvict": 1}
         layers = bundle.manifest.model.layers
         for stage in ("decode.w3", "decode.w3.unfiltered"):
             plan = engines.plans[stage]
