@@ -28,6 +28,7 @@ from linert.runtime.plugins.contracts import (
     LINE_WINDOW_COMMIT_SHARED,
     SPATIAL_DECAY_STEP,
     SPATIAL_DECAY_WINDOW,
+    Contract,
     Operand,
 )
 from linert.runtime.plugins.kernels import CompiledKernel, KernelSet
@@ -71,13 +72,13 @@ def kernels_of(launch: Launch, capabilities: Sequence[int]) -> KernelSet:
     if isinstance(launch, LineEvictLaunch):
         return _line_evict(launch, capabilities)
     if isinstance(launch, SpatialDecayStepLaunch):
-        return _spatial_decay_step(launch, capabilities)
+        return _spatial_decay(SPATIAL_DECAY_STEP, launch, launch.dtype, capabilities)
     if isinstance(launch, LineWindowAttentionLaunch):
         return _line_window_attention(launch, capabilities)
     if isinstance(launch, LineWindowCommitLaunch):
         return _line_window_commit(launch, capabilities)
     if isinstance(launch, SpatialDecayWindowLaunch):
-        return _spatial_decay_window(launch, capabilities)
+        return _spatial_decay(SPATIAL_DECAY_WINDOW, launch, launch.step.dtype, capabilities)
     raise TypeError(f"no kernels for {type(launch).__name__}")
 
 
@@ -90,30 +91,24 @@ def _line_evict(launch: LineEvictLaunch, capabilities: Sequence[int]) -> KernelS
     return KernelSet({"line_evict": kernel})
 
 
-def _spatial_decay_step(launch: SpatialDecayStepLaunch, capabilities: Sequence[int]) -> KernelSet:
-    pointers = _pointers(SPATIAL_DECAY_STEP.inputs, launch.dtype)
+def _spatial_decay(
+    contract: Contract,
+    launch: SpatialDecayStepLaunch | SpatialDecayWindowLaunch,
+    dtype: str,
+    capabilities: Sequence[int],
+) -> KernelSet:
+    """The kernel of one of linear attention's operations: a step, or a window."""
+    name = "spatial_decay_step" if contract is SPATIAL_DECAY_STEP else "spatial_decay_window"
+    pointers = _pointers(contract.inputs, dtype)
     signature = {**pointers, "attended": pointers["v"], "slots": "i32", "matrices": "i32"}
     kernel = compile_kernel(
-        spatial_decay_kernels.spatial_decay_step,
+        getattr(spatial_decay_kernels, name),
         signature,
         launch.constants,
         capabilities,
         spatial_decay_step.WARPS,
     )
-    return KernelSet({"spatial_decay_step": kernel})
-
-
-def _spatial_decay_window(launch: SpatialDecayWindowLaunch, capabilities: Sequence[int]) -> KernelSet:
-    pointers = _pointers(SPATIAL_DECAY_WINDOW.inputs, launch.step.dtype)
-    signature = {**pointers, "attended": pointers["v"], "slots": "i32", "matrices": "i32"}
-    kernel = compile_kernel(
-        spatial_decay_kernels.spatial_decay_window,
-        signature,
-        launch.constants,
-        capabilities,
-        spatial_decay_step.WARPS,
-    )
-    return KernelSet({"spatial_decay_window": kernel})
+    return KernelSet({name: kernel})
 
 
 def _line_window_attention(launch: LineWindowAttentionLaunch, capabilities: Sequence[int]) -> KernelSet:

@@ -17,7 +17,7 @@ from linert.graphs.line_window_commit import WindowCommit, WindowLayer
 from linert.graphs.spatial_decay_step import StepInputs
 from linert.graphs.spatial_decay_window import WindowInputs
 from linert.runtime.plugins.base import TensorKind
-from linert.runtime.plugins.contracts import FLOAT_TYPE, LINE_ATTENTION, SPATIAL_DECAY_WINDOW
+from linert.runtime.plugins.contracts import FLOAT_TYPE, LINE_ATTENTION
 from linert.runtime.plugins.line_attention import COMBINED, LineAttentionLaunch
 from linert.runtime.plugins.line_evict import WARPS as EVICT_WARPS
 from linert.runtime.plugins.line_evict import LineEvictLaunch
@@ -25,7 +25,7 @@ from linert.runtime.plugins.line_window import WARPS as WINDOW_WARPS
 from linert.runtime.plugins.line_window import LineWindowAttentionLaunch, LineWindowCommitLaunch
 from linert.runtime.plugins.spatial_decay_step import WARPS as STEP_WARPS
 from linert.runtime.plugins.spatial_decay_step import SpatialDecayStepLaunch
-from linert.runtime.plugins.spatial_decay_window import SpatialDecayWindow, SpatialDecayWindowLaunch
+from linert.runtime.plugins.spatial_decay_window import SpatialDecayWindow
 
 
 def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | None = None) -> Tensor:
@@ -41,7 +41,7 @@ def line_attention(inputs: LineAttentionInputs, launch: LineAttentionLaunch | No
     """
     rows, _, group, head_dim = inputs.q.shape
     slots = inputs.state.scores.shape[1]
-    dtype = str(inputs.state.k_cache.dtype).removeprefix("torch.")
+    dtype = _dtype_name(inputs.state.k_cache)
     launch = launch or LineAttentionLaunch.tuned(rows, group, slots, head_dim, dtype)
     check(inputs, launch)
     named = dict(zip(LINE_ATTENTION.inputs, inputs.flat(), strict=True))
@@ -90,7 +90,7 @@ def spatial_decay_step(inputs: StepInputs, launch: SpatialDecayStepLaunch | None
         launch: other parts or blocks than the shape's own.
     """
     rows, matrices, key_dim, value_dim = inputs.state.above.shape
-    slots, dtype = inputs.state.k_line.shape[2], str(inputs.q.dtype).removeprefix("torch.")
+    slots, dtype = inputs.state.k_line.shape[2], _dtype_name(inputs.q)
     launch = launch or SpatialDecayStepLaunch(rows, slots, matrices, key_dim, value_dim, dtype)
     attended = torch.empty_like(inputs.v)
     spatial_decay_kernels.spatial_decay_step[launch.grid](
@@ -103,15 +103,10 @@ def spatial_decay_step(inputs: StepInputs, launch: SpatialDecayStepLaunch | None
 
 def spatial_decay_window(inputs: WindowInputs) -> Tensor:
     """What :func:`linert.graphs.spatial_decay_window.reference` does, in place: returns what was attended, ``[R, 1, T, E]``."""
-    kinds = [
-        TensorKind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for tensor in inputs.flat()
-    ]
-    launch: SpatialDecayWindowLaunch = SpatialDecayWindow().launch(kinds)
-    [shape] = [
-        operand.shape(SPATIAL_DECAY_WINDOW.sizes([kind.shape for kind in kinds]))
-        for operand in SPATIAL_DECAY_WINDOW.results.values()
-    ]
-    attended = inputs.v.new_empty(shape)
+    operation = SpatialDecayWindow()
+    kinds = [TensorKind(_dtype_name(tensor), tuple(tensor.shape)) for tensor in inputs.flat()]
+    launch = operation.launch(kinds)
+    attended = inputs.v.new_empty(operation.output_shapes([kind.shape for kind in kinds])[0])
     spatial_decay_kernels.spatial_decay_window[launch.grid](
         *(*inputs.flat(), attended, launch.step.slots, launch.step.matrices),
         **launch.constants,
@@ -130,7 +125,7 @@ def line_window_attention(
         launch: other parts or blocks than the shape's own.
     """
     rows, group, width, head_dim = inputs.q.shape
-    slots, dtype = inputs.k_cache.shape[2], str(inputs.q.dtype).removeprefix("torch.")
+    slots, dtype = inputs.k_cache.shape[2], _dtype_name(inputs.q)
     launch = launch or LineWindowAttentionLaunch(rows, group, width, slots, head_dim, dtype)
     made = torch.empty_like(inputs.q), inputs.bias.new_empty(rows, width, launch.entries)
     scratch = (
@@ -154,7 +149,7 @@ def line_window_commit(layers: Sequence[WindowLayer], shared: WindowCommit) -> N
     """What :class:`linert.graphs.line_window_commit.LineWindowCommit` does, in place."""
     rows, _, width, head_dim = layers[0].k.shape
     slots = tuple(layer.scores.shape[1] for layer in layers)
-    dtype = str(layers[0].k.dtype).removeprefix("torch.")
+    dtype = _dtype_name(layers[0].k)
     launch = LineWindowCommitLaunch(slots, rows, width, head_dim, dtype)
     for layer, grid, write_slots in zip(layers, launch.grids, shared.write_slots, strict=True):
         slot_pos = layer.slot_pos.clone()
@@ -196,3 +191,8 @@ def line_evict(
         num_warps=EVICT_WARPS,
     )
     return write_slots, line, *scores_after, *after
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    """The type of a tensor as contracts call it."""
+    return str(tensor.dtype).removeprefix("torch.")
