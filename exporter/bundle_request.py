@@ -23,7 +23,8 @@ from linert.runtime.bundles.manifest import (
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.schedule import Groups, Lines, Schedule
-from linert.runtime.drawing.conditions import Conditioner, conditioner_of
+from linert.runtime.drawing.conditioner import Conditioner
+from linert.runtime.drawing.conditions import conditioner_of
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import ExportError
 

@@ -42,7 +42,7 @@ from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.schedule import Groups
 from linert.runtime.drawing import samples
-from linert.runtime.drawing.conditions import Conditioner
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.noise import noise_table
 from linert.runtime.drawing.orders import order_of
 from linert.runtime.errors import ExportError

@@ -19,7 +19,7 @@ from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.sampling_settings import SamplingSettings
-from linert.runtime.drawing.conditions import Conditioner
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.generator import Generator, PixelDecoder
 from linert.runtime.drawing.samples import Sample, asked_for
 from linert.runtime.errors import BundleError, LinertError, RequestError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from linert.exporter.checkpoint import TOKENIZER_NAME, Checkpoint, snapshot_of
 from linert.runtime.drawing.caption_encoder import t5_tokens
-from linert.runtime.drawing.conditions import USUAL_PROMPTS
+from linert.runtime.drawing.conditioner import USUAL_PROMPTS
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import CheckpointError
 

@@ -25,7 +25,7 @@ from linert.runtime.commands.condition_options import ConditionRequest
 from linert.runtime.commands.option_group import Decorator, option_group
 from linert.runtime.commands.settings_options import cache_options
 from linert.runtime.drawing.cache_request import CacheRequest
-from linert.runtime.drawing.conditions import Conditioner
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.samples import shortened
 from linert.runtime.errors import RequestError
 

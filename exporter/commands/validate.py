@@ -30,8 +30,8 @@ from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
 from linert.runtime.commands.condition_options import ConditionRequest, condition_options
 from linert.runtime.commands.settings_options import cache_options
 from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.conditioning import open_conditioner
-from linert.runtime.drawing.conditions import Conditioner
 from linert.runtime.drawing.generator import PixelDecoder, make_batch
 from linert.runtime.drawing.loop import Batch
 from linert.runtime.drawing.samples import Sample, list_samples

@@ -19,7 +19,8 @@ from linert.runtime.closing import Closing
 from linert.runtime.cluster.session import Share, first_line, local_cpus, ray_cluster, shares, with_share
 from linert.runtime.cluster.worker import DrawWorker, Features, Opening, Place
 from linert.runtime.drawing.batches import BatchSettings, BatchTask, Finished, OnLines
-from linert.runtime.drawing.conditions import CaptionConditioner, Conditioner
+from linert.runtime.drawing.captions import CaptionConditioner
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.errors import DeviceError, LinertError
 
 MOST_TRIES = 3

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle, open_bundle
 from linert.runtime.drawing.batches import BatchDrawer, BatchSettings, BatchTask, DrawnBatch
-from linert.runtime.drawing.conditions import CaptionConditioner
+from linert.runtime.drawing.captions import CaptionConditioner
 from linert.runtime.drawing.generator import Generator
 from linert.runtime.errors import BundleError, LinertError
 

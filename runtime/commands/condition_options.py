@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from linert.runtime.commands.option_group import Decorator, option_group
-from linert.runtime.drawing.conditions import CaptionConditioner, Conditioner
+from linert.runtime.drawing.captions import CaptionConditioner
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.samples import MOST_IMAGES, ClassLabel, Condition, Prompt, shortened
 from linert.runtime.errors import RequestError
 from linert.runtime.files.text_files import read_lines

@@ -39,8 +39,8 @@ from linert.runtime.drawing.batches import (
     LocalDrawing,
 )
 from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.conditioning import open_conditioner
-from linert.runtime.drawing.conditions import Conditioner
 from linert.runtime.drawing.generator import Generator, drawn_pixels, picture
 from linert.runtime.drawing.orders import read_orders
 from linert.runtime.drawing.output import (

@@ -6,7 +6,8 @@ from linert.runtime.backends.base import Backend
 from linert.runtime.backends.options import BackendOptions
 from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.manifest import ClassInput
-from linert.runtime.drawing.conditions import Conditioner, conditioner_of
+from linert.runtime.drawing.conditioner import Conditioner
+from linert.runtime.drawing.conditions import conditioner_of
 from linert.runtime.drawing.tokenizer import TextTokenizer
 
 

@@ -20,8 +20,9 @@ from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.schedule import GroupStep
 from linert.runtime.closing import Closing
+from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.conditioning import open_conditioner
-from linert.runtime.drawing.conditions import Conditioner, conditions_of
+from linert.runtime.drawing.conditions import conditions_of
 from linert.runtime.drawing.loop import Batch, LineEnds, generate
 from linert.runtime.drawing.noise import noise_table
 from linert.runtime.drawing.orders import Cells, checked_order, order_of

@@ -16,7 +16,7 @@ from linert.runtime.backends.base import Backend
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import Manifest
 from linert.runtime.bundles.setting import stage_inputs
-from linert.runtime.drawing.conditions import Conditioner, Inputs
+from linert.runtime.drawing.conditioner import Conditioner, Inputs
 from linert.runtime.drawing.generator import Tokens, make_batch
 from linert.runtime.drawing.loop import lay_out, not_finite, sampling_inputs
 from linert.runtime.drawing.noise import noise_rows

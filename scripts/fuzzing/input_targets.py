@@ -198,7 +198,7 @@ class CaptionsTarget(Target):
         return said
 
     def use(self, folder: Path) -> str:
-        from linert.runtime.drawing.conditions import CaptionConditioner
+        from linert.runtime.drawing.captions import CaptionConditioner
 
         conditioner = CaptionConditioner(CaptionInput(8), 6, None, guided=True)
         captions = conditioner.read(folder / "captions.npy")

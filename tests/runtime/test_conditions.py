@@ -16,7 +16,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from linert.runtime.bundles.manifest import CaptionInput, PromptInput
 from linert.runtime.commands.condition_options import parse_classes
 from linert.runtime.drawing.caption_encoder import CaptionEncoder, t5_tokens
-from linert.runtime.drawing.conditions import CaptionConditioner, PromptConditioner, conditions_of
+from linert.runtime.drawing.captions import CaptionConditioner
+from linert.runtime.drawing.conditions import PromptConditioner, conditions_of
 from linert.runtime.drawing.samples import MOST_IMAGES, Caption, ClassLabel, Prompt, list_samples
 from linert.runtime.drawing.tokenizer import TextTokenizer
 from linert.runtime.errors import BundleError, RequestError
