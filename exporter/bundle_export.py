@@ -212,7 +212,10 @@ def _manifest(variant: _Variant, files: dict[str, FileRecord]) -> Manifest:
         guided=request.guided,
         capacity_lines=request.capacity_lines,
         policies={
-            policy: PolicySpec(POLICIES[policy]().score_window(request.raster.line_width))
+            policy: PolicySpec(
+                POLICIES[policy]().score_window(request.raster.line_width),
+                dict(request.usual.get(policy, {})),
+            )
             for policy in request.policies
         },
         cache=request.cache,

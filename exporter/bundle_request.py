@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,11 +35,15 @@ MOST_IMAGES = 4096
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The cache of a variant: the policies that it holds, the settings that it runs with by default, lines of every layer's buffer."""
+    """The cache of a variant: the policies that it holds, the settings that it runs with by default, lines of every layer's buffer.
+
+    ``usual``: settings in which runs under a policy differ from ``cache``, by the policy's name.
+    """
 
     policies: tuple[str, ...] = ()
     cache: CacheSettings | None = None
     capacity_lines: tuple[int, ...] = ()
+    usual: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,8 @@ class BundleRequest:
     """Everything that decides what a bundle will be. Nothing is written until :func:`export_bundle`.
 
     ``policies``: those that the bundle holds. ``capacity_lines``: lines of each layer's buffer. ``cache``: the default
-    settings of its runs. A model without a cache has none of the three. ``schedule``: in which order tokens are drawn.
+    settings of its runs; ``usual``: in what those of its policies differ. A model without a cache has none of the four. ``schedule``: in
+    which order tokens are drawn.
     """
 
     transformer: LoadedTransformer
@@ -55,6 +60,7 @@ class BundleRequest:
     policies: tuple[str, ...]
     capacity_lines: tuple[int, ...]
     cache: CacheSettings | None
+    usual: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     images: int
     sampling: SamplingSettings
     precision: PrecisionSettings = field(default_factory=PrecisionSettings)
@@ -155,7 +161,7 @@ class BundleRequest:
 
     @property
     def guided(self) -> bool:
-        return self.sampling.guidance > 1
+        return self.sampling.guided
 
     @property
     def memory(self) -> Memory:
@@ -237,6 +243,7 @@ def with_cache(request: BundleRequest, transformer: LoadedTransformer, shape: Ca
         policies=shape.policies,
         cache=shape.cache,
         capacity_lines=shape.capacity_lines,
+        usual=shape.usual,
     )
 
 

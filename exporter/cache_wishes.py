@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from linert.exporter.bundle_request import CacheShape, raster_of
 from linert.exporter.models import LoadedTransformer
+from linert.graphs.policies import POLICIES
 from linert.runtime.bundles.cache_settings import FULL, CacheSettings
 from linert.runtime.bundles.raster import Raster
 from linert.runtime.bundles.setting import settings_of
 from linert.runtime.drawing.cache_request import CacheRequest, quarter
 from linert.runtime.errors import RequestError
 
-DEFAULT_POLICY = "linear"
+DEFAULT_POLICY = "leverage"
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,13 @@ class CacheWishes:
     request: CacheRequest
     capacities: tuple[int, ...] = ()
 
-    def settle(self, transformer: LoadedTransformer, *, one_of_many: bool = False) -> list[CacheShape]:
+    def settle(
+        self, transformer: LoadedTransformer, *, guided: bool, one_of_many: bool = False
+    ) -> list[CacheShape]:
         """The cache of every variant, the one that holds the default settings first; an empty one for a model without a cache.
 
         Args:
+            guided: whether images have unconditional rows.
             one_of_many: images of other sizes have buffers of the same lines: more than this image's are all of its lines.
 
         Raises:
@@ -41,9 +46,15 @@ class CacheWishes:
                     "--capacity-lines out"
                 )
             return [CacheShape()]
+        shapes = self._shapes(transformer, guided=guided, one_of_many=one_of_many)
+        return [replace(shape, usual=differences(shape, self.request, guided=guided)) for shape in shapes]
+
+    def _shapes(
+        self, transformer: LoadedTransformer, *, guided: bool, one_of_many: bool
+    ) -> Sequence[CacheShape]:
         policies = self.policies or (DEFAULT_POLICY,)
         raster, layers = raster_of(transformer.config), transformer.config.layers
-        cache = usual_cache(raster, layers, policies, self.request)
+        cache = usual_cache(raster, layers, policies, self.request, guided=guided)
         if not self.capacities:
             whole = (raster.lines,) * layers
             return [CacheShape(policies, cache, whole if FULL in policies else cache.budget_lines)]
@@ -84,13 +95,38 @@ def variant_shape(
     return CacheShape(fitting, asked.settle(raster, capacity, cache), capacity)
 
 
-def usual_cache(raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest) -> CacheSettings:
+def usual_cache(
+    raster: Raster, layers: int, policies: Sequence[str], request: CacheRequest, *, guided: bool
+) -> CacheSettings:
     """The cache settings that a bundle runs with by default."""
     usual = CacheSettings(
         policy=policies[0],
         budget_lines=(raster.lines if policies[0] == FULL else quarter(raster),) * layers,
-        **{setting.name: setting.declared.default for setting in settings_of(CacheSettings)},
+        **usual_settings(policies[0], guided=guided),
     )
     cache = request.settle(raster, (raster.lines,) * layers, usual)
     cache.check(raster, (raster.lines,) * layers)
     return cache
+
+
+def usual_settings(policy: str, *, guided: bool) -> dict[str, Any]:
+    """The settings that suit a policy: the declared defaults, but for what it says itself."""
+    declared = {setting.name: setting.declared.default for setting in settings_of(CacheSettings)}
+    usual = declared | POLICIES[policy].usual
+    # Where there are no unconditional rows, none can evict like others.
+    return usual if guided else usual | {"share_guidance": False}
+
+
+def differences(shape: CacheShape, request: CacheRequest, *, guided: bool) -> dict[str, dict[str, Any]]:
+    """In what the usual settings of the policies of ``shape`` differ from those of its default, where ``request`` says nothing."""
+    if shape.cache is None:
+        return {}
+    default = usual_settings(shape.cache.policy, guided=guided)
+    return {
+        policy: {
+            name: value
+            for name, value in usual_settings(policy, guided=guided).items()
+            if value != default[name] and getattr(request, name) is None
+        }
+        for policy in shape.policies
+    }

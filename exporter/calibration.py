@@ -291,7 +291,7 @@ def draw_in_groups(
     """Tokens ``[I, N]`` int64 that ``model`` draws in groups, one image a seed."""
     config = model.config
     noise = torch.from_numpy(noise_table(seeds, config.image_tokens, noise_size(config.vocab_size)))
-    history = GroupHistory(model, guided=sampling.guidance > 1)
+    history = GroupHistory(model, guided=sampling.guided)
     tokens = torch.zeros_like(in_groups.orders)
     groups = draw_groups(history, condition, in_groups.orders, in_groups.sizes, sampling, noise)
     for number, group in enumerate(groups):
@@ -311,7 +311,7 @@ def draw_images(
     """Tokens ``[I, N]`` int64 that ``model`` draws with the full cache, one image a seed."""
     config, images = model.config, len(condition[0])
     slots = (config.prefix_len + config.image_tokens,) * config.layers
-    memory = memory_of(config, images=images, guided=sampling.guidance > 1, capacities=slots)
+    memory = memory_of(config, images=images, guided=sampling.guided, capacities=slots)
     history = full_history(model, memory)
     noise = torch.from_numpy(noise_table(seeds, config.image_tokens, noise_size(config.vocab_size)))
     draw = sampler(sampling_params(sampling), noise, guided=memory.geometry.guided)

@@ -50,11 +50,7 @@ class Grid:
             RequestError: the bundle lacks a policy, full or room, or nothing fits.
         """
         lines = manifest.raster.lines
-        defaults = manifest.require_cache("compare weighs cache policies")
-        full = Cell(
-            CacheRequest(policy=FULL).settle(manifest.raster, manifest.capacity_lines, defaults),
-            "1",
-        )
+        full = Cell(settled(manifest, CacheRequest(policy=FULL)), "1")
         if FULL not in manifest.policies:
             raise RequestError(
                 "compare measures against the full cache and the bundle does not hold it: export it with "
@@ -70,7 +66,7 @@ class Grid:
                 **dict(zip(tried, chosen, strict=True)),
             )
             try:
-                cache = request.settle(manifest.raster, manifest.capacity_lines, defaults)
+                cache = settled(manifest, request)
                 manifest.check_cache(cache)
             except GeometryError as error:
                 refused.append(f"{policy}, {budget}: {error}")
@@ -79,6 +75,12 @@ class Grid:
         if len(cells) == 1 and refused:
             raise RequestError(f"no cell of the grid fits: {refused[0]}")
         return list(cells.values()), refused
+
+
+def settled(manifest: Manifest, request: CacheRequest) -> CacheSettings:
+    """What a bundle makes of ``request``."""
+    defaults = manifest.require_cache("compare weighs cache policies", request.policy)
+    return request.settle(manifest.raster, manifest.capacity_lines, defaults)
 
 
 def labels_of(cells: Sequence[Cell]) -> list[str]:

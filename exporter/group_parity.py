@@ -151,7 +151,7 @@ def _free_running(
     guided: bool,
 ) -> None:
     """Let PyTorch draw on its own, and compare with what the bundle drew."""
-    params, noise = sampling_params(batch.sampling), torch.from_numpy(batch.noise)
+    params, noise = sampling_params(batch.sampling), torch.from_numpy(batch.noise.table)
     history = GroupHistory(model, guided=guided)
     same = 0
     sizes = [step.drawn for step in batch.groups]

@@ -296,7 +296,7 @@ def _free_running(both: BothSides, runs: Sequence[FreeRun]) -> None:
     """
     reference, geometry = both.reference, both.reference.geometry
     params = sampling_params(both.batch.sampling)
-    noise = torch.from_numpy(both.batch.noise)
+    noise = torch.from_numpy(both.batch.noise.whole(geometry.config.image_tokens))
 
     def end_line(line: int) -> None:
         own = reference.end_line(both.imposed(line))

@@ -281,7 +281,7 @@ class GroupPeer:
         self.images = len(batch.orders)
         self.history = GroupHistory(model, guided=guided)
         self.sampling, self.sizes = batch.sampling, [step.drawn for step in batch.groups]
-        self.orders, self.noise = torch.from_numpy(batch.orders), torch.from_numpy(batch.noise)
+        self.orders, self.noise = torch.from_numpy(batch.orders), torch.from_numpy(batch.noise.table)
         specs = model.condition_inputs(self.images, guided=guided)
         self.inputs = [torch.from_numpy(batch.conditions[spec.name]) for spec in specs]
 

@@ -120,11 +120,12 @@ def cell_request(
     raster = raster_of(config)
     cache = None
     if manifest.cache is not None:
+        defaults = manifest.require_cache("the sweep", cell.policy)
         share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
         everything = cell.policy == FULL or (cell.budget is None and share == 1)
         kept = raster.lines if everything else budget_lines(cell.budget or str(share), raster.lines)
         cache = CacheRequest(policy=cell.policy, budget_lines=kept).settle(
-            raster, (raster.lines,) * config.layers, manifest.cache
+            raster, (raster.lines,) * config.layers, defaults
         )
     precision = replace(precision_settings(manifest.precision), method=Method.RTN)
     if cell.precision is not precision.weights:

@@ -47,7 +47,7 @@ class GroupDecode(Stage):
         config, images = geometry.config, geometry.images
         of_image = StageTensor("group_size", torch.int64, (images,))
         self.inputs = [
-            *sampling_inputs(geometry),
+            *sampling_inputs(geometry, geometry.config.image_tokens),
             StageTensor("guidance_linear", torch.int64, (images, 1)),
             StageTensor("order", torch.int64, (images, config.image_tokens)),
             of_image,

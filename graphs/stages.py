@@ -43,9 +43,13 @@ SAMPLING_INPUTS = {
 """Dtypes of the numbers that every decode stage takes of the sampler."""
 
 
-def sampling_inputs(geometry: Geometry) -> list[StageTensor]:
-    config = geometry.config
-    table = (geometry.images, config.image_tokens, noise_size(config.vocab_size))
+NOISE_LINES = 2
+"""Lines of every image whose noise decode stages have: a window draws in the line that it feeds and in the next."""
+
+
+def sampling_inputs(geometry: Geometry, tokens: int) -> list[StageTensor]:
+    """What a decode stage draws with; the noise is that of so many ``tokens`` of every image."""
+    table = (geometry.images, tokens, noise_size(geometry.config.vocab_size))
     return [
         StageTensor("noise", torch.float32, table),
         *(StageTensor(name, dtype, (geometry.images, 1)) for name, dtype in SAMPLING_INPUTS.items()),
@@ -150,7 +154,7 @@ class DecodeStage(Stage):
         self.geometry = geometry = memory.geometry
         loop = [spec for spec in geometry.loop_state() if spec.kind != "line"]
         self.inputs = [
-            *sampling_inputs(geometry),
+            *sampling_inputs(geometry, NOISE_LINES * geometry.config.line_width),
             *memory.settings(),
             *loop,
             *memory.shared_state(),
@@ -212,9 +216,7 @@ class Decode(DecodeStage):
             written += replaced
         logits = model.logits(x).squeeze(1)
         index = drawn_index[: geometry.images]
-        noise = inputs["noise"]
-        at_index = index[:, None, None].expand(-1, 1, noise.shape[2])
-        drawn_with = noise.gather(1, at_index).squeeze(1)
+        drawn_with = noise_of(index[:, None], inputs["noise"]).squeeze(1)
         params = SamplingParams(*(inputs[name] for name in SAMPLING_INPUTS))
         token_next = _next_token(geometry, logits, params, drawn_with, index, self.filtered)
         token_next = with_newlines(config, token_next, index)
@@ -267,8 +269,7 @@ class WindowDecode(DecodeStage):
             seen.append(kept)
         logits = model.logits(x)
         index = window.drawn_index()[:images]
-        noise = inputs["noise"]
-        drawn_with = noise.gather(1, index[:, :, None].expand(-1, -1, noise.shape[2]))
+        drawn_with = noise_of(index, inputs["noise"])
         # One a position.
         params = SamplingParams(
             *(inputs[name].repeat(1, self.width).reshape(-1, 1) for name in SAMPLING_INPUTS)
@@ -313,6 +314,12 @@ class VQDecoder(Stage):
     def forward(self, grid_tokens: Tensor) -> tuple[Tensor]:
         lines = grid_tokens.unflatten(1, (self.rows, -1))
         return (self.image_decoder.decode(lines[:, :, : self.columns]),)
+
+
+def noise_of(index: Tensor, noise: Tensor) -> Tensor:
+    """What the image tokens ``index [I, T]`` are drawn with, ``[I, T, S]``: token n is in row n modulo the rows of ``noise [I, K, S]``."""
+    row = index % noise.shape[1]
+    return noise.gather(1, row[:, :, None].expand(-1, -1, noise.shape[2]))
 
 
 def with_newlines(config: FamilyConfig, token: Tensor, index: Tensor) -> Tensor:

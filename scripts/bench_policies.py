@@ -55,7 +55,9 @@ def main(size: str, capacity_lines: int, budget_lines: int, images: int, threads
         for round_ in range(rounds + 1):
             for policy in policies:
                 cache = CacheRequest(policy=policy, budget_lines=None if policy == "full" else budget_lines)
-                settled = cache.settle(manifest.raster, manifest.capacity_lines, manifest.cache)
+                settled = cache.settle(
+                    manifest.raster, manifest.capacity_lines, manifest.require_cache("the policies", policy)
+                )
                 samples = [Sample(ClassLabel(image), image) for image in range(images)]
                 batch = make_batch(manifest, conditioner, samples, manifest.sampling, settled)
                 begin(backend, batch)

@@ -101,7 +101,7 @@ def exported(model: Path, tokenizer: Path, folder: Path, batch: int, guidance: f
         request = ModelRequest(heads=None if model.is_dir() else TASK.ar.heads)
     transformer, decoder = load_models(model, tokenizer, request)
     policies = ("full",) if transformer.family.cached else ()
-    [shape] = CacheWishes(policies, CacheRequest()).settle(transformer)
+    [shape] = CacheWishes(policies, CacheRequest()).settle(transformer, guided=True)
     bundle_request = BundleRequest(
         transformer=transformer,
         image_decoder=decoder,

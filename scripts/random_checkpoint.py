@@ -95,13 +95,14 @@ def random_bundle(
         model, tokenizer, ModelRequest() if variant else ModelRequest(grid=grid)
     )
     capacities = () if capacity_lines is None else (capacity_lines,)
-    [shape] = CacheWishes(policies, request or CacheRequest(), capacities).settle(transformer)
+    [shape] = CacheWishes(policies, request or CacheRequest(), capacities).settle(transformer, guided=True)
     bundle_request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=shape.policies,
         capacity_lines=shape.capacity_lines,
         cache=shape.cache,
+        usual=shape.usual,
         images=images,
         schedule=ScheduleWishes().settle(transformer),
         sampling=SamplingSettings(guidance=4.0, top_k=top_k),

@@ -209,7 +209,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(export: Callable[..., Path], tiny_files: tuple[Path, Path]) -> Path:
-    """Batch 2, guided, linear with 3 of 6 lines."""
+    """Batch 2, guided, the default policy with 3 of 6 lines."""
     return export(*tiny_files, "--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
 
 

@@ -73,16 +73,19 @@ def command(
     click.get_current_context().with_resource(claim_folder(out, BUNDLE, force=force))
     transformer, image_decoder = load_models(checkpoint, model.vq, model.request)
     many = len(model.sizes) > 1
-    shape, *other_buffers = cache.settle(transformer, one_of_many=many)
+    drawn_by = sampling.settle(transformer.family.usual_sampling(transformer.config))
+    guided = drawn_by.guided
+    shape, *other_buffers = cache.settle(transformer, guided=guided, one_of_many=many)
     request = BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,
         policies=shape.policies,
         capacity_lines=shape.capacity_lines,
         cache=shape.cache,
+        usual=shape.usual,
         images=batch,
         schedule=schedule.settle(transformer),
-        sampling=sampling.settle(transformer.family.usual_sampling(transformer.config)),
+        sampling=drawn_by,
         precision=precision.settle(transformer.config.layers),
         text_encoder=load_text_encoder(model.request.text_encoder) if model.request.text_encoder else None,
     )
@@ -96,7 +99,8 @@ def command(
         sized = load_transformer(
             transformer.checkpoint, replace(model.request, size=size), patch=image_decoder.config.patch
         )
-        others += [with_cache(request, sized, each) for each in cache.settle(sized, one_of_many=many)]
+        shapes = cache.settle(sized, guided=guided, one_of_many=many)
+        others += [with_cache(request, sized, each) for each in shapes]
     conditioner = request.conditioner()
     announced: set[str] = set()
     for each in (request, *others):

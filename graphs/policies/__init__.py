@@ -13,7 +13,7 @@ from linert.graphs.policies.snapkv import SnapKV
 from linert.graphs.policies.streaming import Streaming
 
 POLICIES: dict[str, type[Policy]] = {}
-"""Policies by name. A bundle may hold any of them."""
+"""Policies by name, the default first. A bundle may hold any of them."""
 
 
 def register(policy: type[Policy]) -> type[Policy]:
@@ -27,7 +27,7 @@ def register(policy: type[Policy]) -> type[Policy]:
     return policy
 
 
-for _policy in (Linear, Streaming, H2O, Fading, SnapKV, RKV, Leverage, Full):
+for _policy in (Leverage, Linear, Streaming, H2O, Fading, SnapKV, RKV, Full):
     register(_policy)
 
 __all__ = [

@@ -8,9 +8,9 @@ together.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ class Policy(ABC):
     ``window``: only the last so many queries of a line count in the scores; None counts all of them.
     ``carried``: share of a kept token's score that goes on from line to line; 0 starts again.
     ``reads_keys``, ``reads_values``: the policy looks at keys, or at values, as well. ``plugin_importance``: which of the LineEvict
-    operation's kinds of importance it is; None where the operation is given what standard operators worked out.
+    operation's kinds of importance it is; None where the operation is given what standard operators worked out. ``usual``: settings
+    of the cache (:class:`~linert.runtime.bundles.cache_settings.CacheSettings`) that suit it better than the declared defaults, by name.
     """
 
     name: ClassVar[str]
@@ -76,6 +77,7 @@ class Policy(ABC):
     reads_keys: ClassVar[bool] = False
     reads_values: ClassVar[bool] = False
     plugin_importance: ClassVar[Importance | None] = None
+    usual: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:

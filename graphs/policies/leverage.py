@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -20,6 +23,8 @@ class Leverage(Policy):
     name = "leverage"
     reads_keys = True
     reads_values = True
+    # It knows by itself which early tokens to keep.
+    usual: ClassVar[Mapping[str, Any]] = {"anchor_tokens": 4, "share_guidance": True}
 
     def importance(self, line: FinishedLine, params: LineEndParams) -> Tensor:
         assert line.keys is not None

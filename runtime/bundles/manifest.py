@@ -14,7 +14,7 @@ from linert.runtime.bundles.sampling_settings import GuidanceSchedule, SamplingS
 from linert.runtime.bundles.schedule import Groups, Lines, Schedule
 from linert.runtime.errors import RequestError
 
-SCHEMA = 11
+SCHEMA = 12
 MANIFEST_NAME = "manifest.json"
 CONTRACT_KEY = "linert.contract"
 """Of the entry in an ONNX file's metadata that holds :func:`linert.runtime.bundles.manifest_file.contract`."""
@@ -164,9 +164,14 @@ class ImageDecoder(Record, frozen=True):
 
 
 class PolicySpec(Record, frozen=True):
-    """A cache policy that the bundle holds. ``score_window``: decode's input of that name."""
+    """A cache policy that the bundle holds.
+
+    ``score_window``: decode's input of that name. ``usual``: settings of the cache in which its runs differ from the bundle's
+    ``cache`` unless told otherwise.
+    """
 
     score_window: int
+    usual: dict[str, bool | int | float | str]
 
 
 class PrecisionSpec(Record, frozen=True):
@@ -261,11 +266,12 @@ class Manifest(Record, frozen=True):
         return [spec for spec in self.state if spec.kind == kind]
 
     @property
-    def noise_size(self) -> int:
-        """Numbers of noise that the draw of a token takes."""
+    def noise_shape(self) -> tuple[int, int]:
+        """Of how many tokens of an image the noise is held at once, and how many numbers the draw of one takes."""
         decode = next(stage for name, stage in self.stages.items() if name.startswith("decode"))
         [table] = [tensor for tensor in decode.inputs if tensor.name == "noise"]
-        return table.shape[2]
+        _, held, size = table.shape
+        return held, size
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -290,8 +296,8 @@ class Manifest(Record, frozen=True):
         """Rows an image: 2 with an unconditional one."""
         return 2 if self.guided else 1
 
-    def require_cache(self, what: str) -> CacheSettings:
-        """The default settings of the cache.
+    def require_cache(self, what: str, policy: str | None = None) -> CacheSettings:
+        """The default settings of the cache, and what else is usual under ``policy``.
 
         Raises:
             RequestError: there is none; the message says that ``what`` needs one.
@@ -302,7 +308,9 @@ class Manifest(Record, frozen=True):
             raise RequestError(
                 f"{what}: the bundle evicts nothing: its layers keep every token, each in a slot of its own; leave that out"
             )
-        return self.cache
+        if policy not in self.policies:
+            return self.cache
+        return msgspec.convert(msgspec.to_builtins(self.cache) | self.policies[policy].usual, CacheSettings)
 
     def check_sampling(self, sampling: SamplingSettings) -> None:
         """Raise :class:`RequestError` for settings that this bundle cannot draw with."""

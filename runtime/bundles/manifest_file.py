@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import (
     ITEM_BYTES,
     SCHEMA,
@@ -23,6 +24,7 @@ from linert.runtime.bundles.manifest import (
     decode_stage,
 )
 from linert.runtime.bundles.schedule import Groups, mixed_pairs
+from linert.runtime.bundles.setting import settings_of
 from linert.runtime.errors import BundleError, GeometryError, RequestError
 from linert.runtime.text import brief
 
@@ -85,6 +87,8 @@ def contract(manifest: Manifest) -> str:
         del values[name]
     for part in ("model", "image_decoder"):
         del values[part]["source"]
+    for policy in values["policies"].values():
+        del policy["usual"]
     values["condition"].pop("encoder", None)
     for stage in values["stages"].values():
         del stage["file"], stage["work"]
@@ -146,7 +150,9 @@ def check(manifest: Manifest) -> None:
             raise BundleError(f"the manifest contradicts itself: {shown}")
     try:
         manifest.check_cache(manifest.cache)
-    except (RequestError, GeometryError) as error:
+        for policy in manifest.policies:
+            manifest.require_cache(policy, policy)
+    except (RequestError, GeometryError, msgspec.ValidationError) as error:
         raise BundleError(f"the manifest contradicts itself: {error}") from error
 
 
@@ -246,6 +252,10 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
         wanted |= {"line_end.replay", *(f"line_end.{policy}" for policy in manifest.policies)}
         if len(manifest.capacity_lines) != manifest.model.layers:
             yield f"{len(manifest.capacity_lines)} capacities for {manifest.model.layers} layers"
+    known = {setting.name for setting in settings_of(CacheSettings)}
+    for policy, policy_spec in manifest.policies.items():
+        for name in policy_spec.usual.keys() - known:
+            yield f"{name[:40]!r} is usual under {policy[:40]!r}, and no setting of the cache"
     if isinstance(manifest.condition, CaptionInput) and manifest.condition.encoder:
         wanted.add("text_encoder")
     if missing := sorted(wanted - set(manifest.stages)):
@@ -273,6 +283,13 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
         for tensor in manifest.stages["prefill"].inputs:
             if tensor.name == "caption_features" and tensor.shape[1:] != width:
                 yield f"caption_features of shape {tensor.shape} for features of {width}"
+    held = raster.image_tokens if groups is not None else 2 * raster.line_width
+    for name, stage in manifest.stages.items():
+        for tensor in stage.inputs:
+            if tensor.name == "noise" and (
+                tensor.shape[:2] != (manifest.images, held) or len(tensor.shape) != 3
+            ):
+                yield f"noise of shape {tensor.shape} in {name} for {manifest.images} images, {held} tokens of each"
     for tensor in manifest.stages["vq_decoder"].inputs if "vq_decoder" in manifest.stages else ():
         if tensor.name == "grid_tokens" and tensor.shape[1:] != (raster.image_tokens,):
             yield f"grid_tokens of shape {tensor.shape} for images of {raster.image_tokens} tokens"

@@ -98,6 +98,11 @@ class SamplingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
         """Whether top-k or top-p have anything to do."""
         return not self.greedy and (self.top_k > 0 or self.top_p < 1)
 
+    @property
+    def guided(self) -> bool:
+        """Whether images are drawn with unconditional rows."""
+        return self.guidance > 1
+
     def faults(self, *, guided: bool) -> list[str]:
         """What is wrong with these settings for a bundle with (``guided``) or without unconditional rows."""
         faults = []

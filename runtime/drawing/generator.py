@@ -24,7 +24,7 @@ from linert.runtime.drawing.conditioner import Conditioner
 from linert.runtime.drawing.conditioning import open_conditioner
 from linert.runtime.drawing.conditions import conditions_of
 from linert.runtime.drawing.loop import Batch, LineEnds, generate
-from linert.runtime.drawing.noise import noise_table
+from linert.runtime.drawing.noise import Noise
 from linert.runtime.drawing.orders import Cells, checked_order, order_of
 from linert.runtime.drawing.samples import Condition, Sample, list_samples
 from linert.runtime.drawing.trace import Trace
@@ -104,7 +104,7 @@ def make_batch(
         orders = [*own, *[own[-1]] * (size - count)]
     return Batch(
         conditions=conditioner.inputs([sample.condition for sample in filled]),
-        noise=noise_table(seeds, manifest.raster.image_tokens, manifest.noise_size),
+        noise=Noise(seeds, *manifest.noise_shape),
         sampling=sampling,
         cache=cache,
         groups=steps,

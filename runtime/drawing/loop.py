@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, cast
@@ -18,6 +18,7 @@ from linert.runtime.bundles.raster import Step
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.bundles.schedule import GroupStep
 from linert.runtime.bundles.setting import stage_inputs
+from linert.runtime.drawing.noise import Noise
 from linert.runtime.drawing.window_choice import WindowChoice
 from linert.runtime.errors import BundleError
 
@@ -26,14 +27,15 @@ from linert.runtime.errors import BundleError
 class Batch:
     """What one pass of the loop needs.
 
-    ``conditions``: the model's inputs by name. ``noise``: of every image and token, ``[I, N, S]`` float32. ``replay``: write
-    slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy (see :mod:`linert.runtime.drawing.trace`).
+    ``conditions``: the model's inputs by name. ``noise``: of the images' seeds, which moves on with the images: one
+    run at a time draws a batch. ``replay``: write slots ``[lines - 1, L, R, W]`` int64 to impose instead of asking the policy
+    (see :mod:`linert.runtime.drawing.trace`).
     ``window``: positions of every image that a decode step takes; ``choice`` tries several and keeps to the quickest.
     ``groups``: the decode steps of images that are drawn in groups, and ``orders [I, N]`` int64 the cell of the token of every rank.
     """
 
     conditions: Mapping[str, NDArray[Any]]
-    noise: NDArray[np.float32]
+    noise: Noise
     sampling: SamplingSettings
     cache: CacheSettings | None
     replay: NDArray[np.int64] | None = None
@@ -130,7 +132,8 @@ def lay_out(backend: Backend, batch: Batch) -> None:
         backend.load(stage)
     for name, values in batch.conditions.items():
         backend.write(name, values)
-    backend.write("noise", batch.noise)
+    batch.noise.restart()
+    backend.write("noise", batch.noise.table)
     if batch.orders is not None:
         backend.write("order", batch.orders)
     for name, value in settings_inputs(manifest, batch).items():
@@ -165,6 +168,15 @@ def run_step(backend: Backend, batch: Batch, step: Step) -> None:
     if step.stage == "line_end" and batch.replay is not None:
         backend.write("replay_slots", batch.replay[step.line])
     backend.run(batch.stages[step.stage])
+    if step.stage == "line_end":
+        images = range(backend.bundle.manifest.images)
+        move_noise(backend, batch.noise, ((image, step.line) for image in images))
+
+
+def move_noise(backend: Backend, noise: Noise, ended: Iterable[tuple[int, int]]) -> None:
+    """Let a backend draw on behind line ends, of each image and line that ``ended``."""
+    if noise.move(ended, backend.bundle.manifest.raster):
+        backend.write("noise", noise.table)
 
 
 def run_group(backend: Backend, batch: Batch, step: GroupStep) -> None:
@@ -300,3 +312,4 @@ def _end_lines(backend: Backend, batch: Batch, ends: LineEnds) -> None:
             slots[:, rows] = batch.replay[line][:, rows]
         backend.write("replay_slots", slots)
     backend.run(batch.stages["line_end"])
+    move_noise(backend, batch.noise, ends.pairs())

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from linert.runtime.bundles.manifest import decode_stage
 from linert.runtime.drawing.eviction_map import resident_shares
 from linert.runtime.drawing.generator import Tokens
+from linert.runtime.drawing.loop import move_noise
 from linert.runtime.serving.rows import Beginning, Row, Rows
 
 
@@ -114,3 +115,4 @@ class LineRows(Rows):
             if row.handle.kept is not None and shares is not None:
                 row.handle.kept[row.lines] = shares[number]
             row.lines += 1
+        move_noise(self.backend, self.batch.noise, ((number, row.lines - 1) for number, row in due.items()))

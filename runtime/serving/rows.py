@@ -19,7 +19,6 @@ from linert.runtime.bundles.setting import stage_inputs
 from linert.runtime.drawing.conditioner import Conditioner, Inputs
 from linert.runtime.drawing.generator import Tokens, make_batch
 from linert.runtime.drawing.loop import lay_out, not_finite, sampling_inputs
-from linert.runtime.drawing.noise import noise_rows
 from linert.runtime.drawing.orders import Cells
 from linert.runtime.drawing.samples import Sample
 from linert.runtime.serving.handle import Admitted, Cancelled, Failed, Handle, PartDrawn
@@ -103,7 +102,6 @@ class Rows(ABC):
         inputs: dict[str, NDArray[np.generic]] = {
             **self.batch.conditions,
             **sampling_inputs(manifest, manifest.sampling),
-            "noise": self.batch.noise,
         }
         if self.batch.orders is not None:
             inputs["order"] = self.batch.orders
@@ -187,12 +185,12 @@ class Rows(ABC):
             mine = {
                 **{name: values[0] for name, values in beginning.inputs.items()},
                 **stage_inputs(handle.sampling, self.raster),
-                "noise": noise_rows(handle.sample.seed, *self.batch.noise.shape[1:]),
                 "order": beginning.order,
             }
+            self.batch.noise.begin(number, handle.sample.seed)
             for name, array in self._inputs.items():
                 array[number] = mine[name]
-        for name, array in self._inputs.items():
+        for name, array in (*self._inputs.items(), ("noise", self.batch.noise.table)):
             backend.write(name, array)
         backend.write("admitted", np.array([n in beginnings for n in range(len(self.taken))], np.int64))
         backend.run("admit")

@@ -67,8 +67,7 @@ def test_every_stage_has_a_plan_and_every_layer_the_plugin(built: Path) -> None:
         for layer in range(TINY.layers):
             for name in ("k_cache", "v_cache", "scores", "slot_pos"):
                 assert plan.aliases[f"{name}.{layer}.next"] == f"{name}.{layer}"
-    assert engines.plans["line_end.linear"].plugins == {"LineEvict": 1}
-    assert len(engines.plans["line_end.linear"].layers) == 1
+    assert engines.plans["line_end.leverage"].plugins == {"LineEvict": 1}
     assert not engines.plans["vq_decoder"].operations
     assert missing_plugins(bundle, engines) == []
     # Without it TensorRT for RTX may allocate memory in a run, which then cannot be captured.

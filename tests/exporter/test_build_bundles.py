@@ -61,7 +61,10 @@ def check_layers(bundle: Bundle, engines: Engines, *, plugins: bool, weights: st
     assert set(engines.plans) == set(manifest.stages)
     for stage, plan in engines.plans.items():
         layers = manifest.model.layers
-        decoding, ending = stage.startswith("decode"), stage == "line_end.linear"
+        decoding, ending = (
+            stage.startswith("decode"),
+            stage.startswith("line_end.") and stage != "line_end.replay",
+        )
         wanted = {"LineAttention": layers} if decoding else {"LineEvict": 1} if ending else {}
         assert plan.operations == wanted, stage
         assert plan.plugins == (wanted if plugins else {}), stage

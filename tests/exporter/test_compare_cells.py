@@ -33,7 +33,7 @@ def test_a_bundle_without_the_full_cache_is_refused(
 ) -> None:
     result = linert("compare", tiny_bundle, "--out", tmp_path / "out")
     assert result.code == 2
-    assert "--policy linear,full" in result.err
+    assert "--policy leverage,full" in result.err
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_a_bundle_holds_static_stages_and_one_weights_file(tiny_bundle: Path) ->
         "prefill.onnx",
         "decode.onnx",
         "decode.unfiltered.onnx",
-        "line_end.linear.onnx",
+        "line_end.leverage.onnx",
         "line_end.replay.onnx",
         "vq_decoder.onnx",
     }
@@ -363,10 +363,10 @@ def test_default_protection_always_fits_the_budget(lines: int, width: int, prefi
     raster = Raster(prefix, width, lines)
     for shape in (None, "pyramid"):
         request = CacheRequest(budget_lines=min(budget, lines), layer_budgets=shape)
-        cache = usual_cache(raster, 5, ["linear"], request)
+        cache = usual_cache(raster, 5, ["linear"], request, guided=True)
         cache.check(raster, cache.budget_lines)
         assert sum(cache.budget_lines) == 5 * min(budget, lines)
-    cache = usual_cache(raster, 5, ["full"], CacheRequest())
+    cache = usual_cache(raster, 5, ["full"], CacheRequest(), guided=True)
     cache.check(raster, cache.budget_lines)
 
 

@@ -50,7 +50,7 @@ def request_of(
     transformer: LoadedTransformer, image_decoder: LoadedImageDecoder, precision: PrecisionSettings
 ) -> BundleRequest:
     """The export of one image at a time with the full cache."""
-    [shape] = CacheWishes(("full",), CacheRequest()).settle(transformer)
+    [shape] = CacheWishes(("full",), CacheRequest()).settle(transformer, guided=False)
     return BundleRequest(
         transformer=transformer,
         image_decoder=image_decoder,

@@ -76,7 +76,7 @@ def test_pictures_are_those_of_pytorch(
     orders = torch.from_numpy(np.asarray(batch.orders))
     sizes = next(sizes for sizes in TINY_GROUPS if len(sizes) == steps)
     tokens = torch.zeros_like(orders)
-    noise = torch.from_numpy(batch.noise)
+    noise = torch.from_numpy(batch.noise.table)
     history = GroupHistory(model, guided=True)
     for group in draw_groups(history, [torch.tensor(CLASSES)], orders, sizes, sampling, noise):
         tokens.scatter_(1, group.cells, group.tokens)

@@ -17,7 +17,7 @@ from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.sampling_settings import SamplingSettings
 from linert.runtime.drawing.loop import Batch, begin, run_step
-from linert.runtime.drawing.noise import noise_table
+from linert.runtime.drawing.noise import Noise
 from linert.runtime.measuring import metrics
 from tests.conftest import TINY, TINY_VQ, Result, random_state
 from tests.golden_weights import golden_outputs, golden_state
@@ -87,7 +87,7 @@ def test_teacher_forced_logits_equal_the_published_codes(
     golden = golden_outputs(run)
     opened = open_bundle(golden_bundles[bundle])
     manifest = opened.manifest
-    noise = noise_table(range(3), 64, manifest.noise_size)
+    noise = Noise(range(3), *manifest.noise_shape)
     batch = Batch({"class_ids": golden["classes"]}, noise, manifest.sampling, manifest.cache)
     backend = OrtBackend(opened, batch.stages.values())
     begin(backend, batch)

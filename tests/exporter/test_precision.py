@@ -172,7 +172,10 @@ def test_integers_cost_a_trained_model_what_they_may(
 ) -> None:
     demo = ROOT / "demo"
     sizes = ("--grid", 16, "--heads", 4, "--batch", 2, "--guidance", 3, "--calibration-images", 3)
-    check_costs(export(demo / "c2i_pairs.pt", demo / "vq_pairs.pt", *sizes, *options), linert)
+    # Under the default policy a quarter of the lines loses what the lower half repeats, and what a model says that is lost hangs on
+    # every rounding: the bounds are of one that knows what it draws.
+    policy = ("--policy", "linear")
+    check_costs(export(demo / "c2i_pairs.pt", demo / "vq_pairs.pt", *sizes, *policy, *options), linert)
 
 
 def test_a_precision_that_costs_more_fails(

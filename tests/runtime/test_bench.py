@@ -208,7 +208,11 @@ def test_cells_are_what_their_labels_say(tiny_bundle: Path) -> None:
     # What is not swept is the bundle's: half of the lines.
     [cell] = cells(bundle, parse_axes(["grid=4"]))
     request = cell_request(bundle, cell, *Checkpoints.find(bundle).load(grid=4))
-    assert (request.capacity_lines, request.policies, request.images) == ((2,) * TINY.layers, ("linear",), 2)
+    assert (request.capacity_lines, request.policies, request.images) == (
+        (2,) * TINY.layers,
+        ("leverage",),
+        2,
+    )
 
 
 def test_a_sweep_of_nothing_measures_the_bundle_beside_pytorch(

@@ -34,13 +34,13 @@ def edit(bundle: Path, change: Callable[[dict], None]) -> None:  # type: ignore[
 
 def test_a_whole_bundle_opens(bundle: Path) -> None:
     manifest = open_bundle(bundle).manifest
-    assert list(manifest.policies) == ["linear"]
+    assert list(manifest.policies) == ["leverage"]
     assert decode(encode(manifest), "manifest.json") == manifest
     assert seal(manifest) == manifest
 
 
 @pytest.mark.parametrize(
-    "name", ["weights.bin", "decode.onnx", "prefill.onnx", "line_end.linear.onnx", "vq_decoder.onnx"]
+    "name", ["weights.bin", "decode.onnx", "prefill.onnx", "line_end.leverage.onnx", "vq_decoder.onnx"]
 )
 def test_a_changed_byte_is_refused(name: str, bundle: Path) -> None:
     path = bundle / name
@@ -168,7 +168,7 @@ def test_inspect_tells_costs_without_reading_weights(linert: Linert, bundle: Pat
     told = json.loads(linert("inspect", bundle, "--json").out)
     assert told["state_bytes"] == manifest.state_bytes
     assert told["state_bytes_full_cache"] > told["state_bytes"]
-    assert told["policies"] == ["linear"]
+    assert told["policies"] == ["leverage"]
     assert told["decode_steps"] == 35
 
 
@@ -210,8 +210,14 @@ def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[ty
         ("image_decoder/patch", 10**9),
         ("image_decoder/codebook_size", 0),
         ("condition/num_classes", -1),
-        ("policies/linear/score_window", 10**9),
-        ("policies/linear/score_window", -1),
+        ("policies/leverage/score_window", 10**9),
+        ("policies/leverage/score_window", -1),
+        *[
+            ("policies/leverage/usual", usual)
+            for usual in ({"policy": "h2o"}, {"anchor_tokens": 0.5}, {"": 1})
+        ],
+        ("stages/decode/inputs/0/shape", [2, 6, 129]),
+        ("stages/decode.unfiltered/inputs/0/shape", [12]),
         ("state/0/shape", [-1]),
         ("state/0/shape", [10**15, 10**15, 10**15]),
         ("state/0/shape", [2] * 500),

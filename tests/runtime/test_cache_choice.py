@@ -55,7 +55,7 @@ def test_a_bundle_says_what_it_holds(many_bundle: Path, linert: Linert) -> None:
     told = json.loads(result.out)
     assert sorted(told["policies"]) == sorted(POLICIES)
     assert told["state_bytes"] == told["state_bytes_full_cache"]
-    assert "linear (lazy), 3 lines" in linert("inspect", many_bundle).out
+    assert "leverage (lazy), 3 lines" in linert("inspect", many_bundle).out
 
 
 def test_the_decode_graph_does_not_know_the_policy(
@@ -339,7 +339,7 @@ def test_a_pyramid_keeps_the_sum_and_falls() -> None:
 def test_small_budgets_share_what_is_protected(budget: int, recent: float, anchors: int) -> None:
     """The best measured shares on the demo model: a few anchors before the last recent tokens."""
     raster = Raster(1, 16, 16)
-    cache = usual_cache(raster, 6, ["linear"], CacheRequest(budget_lines=budget))
+    cache = usual_cache(raster, 6, ["linear"], CacheRequest(budget_lines=budget), guided=True)
     assert (cache.recent_lines, cache.anchor_tokens) == (recent, anchors)
 
 

@@ -121,6 +121,6 @@ def test_what_makes_no_sense_is_refused(
 def test_of_several_sizes_a_buffer_has_no_more_lines_than_the_image(tiny_files: Files) -> None:
     transformer, _ = load_models(*tiny_files, ModelRequest(grid=6, heads=4))
     wishes = CacheWishes(("linear", "full"), CacheRequest(budget_lines=3), (3, 9))
-    shapes = wishes.settle(transformer, one_of_many=True)
+    shapes = wishes.settle(transformer, guided=False, one_of_many=True)
     assert [shape.capacity_lines for shape in shapes] == [(3, 3), (6, 6)]
     assert [shape.policies for shape in shapes] == [("linear",), ("linear", "full")]

@@ -14,16 +14,16 @@ from packaging.requirements import Requirement
 from linert.runtime.backends.ort import OrtBackend
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.drawing.loop import Batch, begin, generate  # noqa: F401 (begin: used by a script below)
-from linert.runtime.drawing.noise import noise_rows, noise_table
-from tests.conftest import ROOT, TINY
+from linert.runtime.drawing.noise import Noise, noise_rows
+from tests.conftest import ROOT
 
-STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.linear"]
+STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.leverage"]
 
 
 def tiny_batch(backend: OrtBackend, seed: int = 0) -> Batch:
     manifest = backend.bundle.manifest
     seeds = range(seed, seed + manifest.images)
-    noise = noise_table(seeds, TINY.image_tokens, manifest.noise_size)
+    noise = Noise(seeds, *manifest.noise_shape)
     return Batch({"class_ids": np.arange(manifest.images)}, noise, manifest.sampling, manifest.cache)
 
 
@@ -76,6 +76,8 @@ NOISE_OF_SEVEN = [7.3055825, 0.8199799, 1.153046]
 def test_noise_depends_on_the_seed_and_the_place_alone() -> None:
     rows = noise_rows(123, 1000, 65)
     assert (rows == noise_rows(123, 2000, 65)[:1000]).all()
+    for first in (1, 2, 3, 4, 501):
+        assert (rows[first:] == noise_rows(123, 1000 - first, 65, first)).all()
     assert (rows != noise_rows(124, 1000, 65)).all()
     assert rows.dtype == np.float32
     assert np.isfinite(rows).all()

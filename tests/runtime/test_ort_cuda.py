@@ -24,7 +24,7 @@ from tests.onnxruntime_cuda import CapturingBackend, constant_outputs, cuda_faul
 from tests.runtime.test_ort import tiny_batch
 
 Made = Callable[[Backend], Batch]
-STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.linear", "line_end.h2o", "line_end.replay"]
+STAGES = ["prefill", "decode", "decode.unfiltered", "line_end.leverage", "line_end.h2o", "line_end.replay"]
 
 
 def filtered(batch: Batch) -> Batch:
@@ -80,7 +80,7 @@ def test_a_stage_that_updates_its_state_is_not_run_before_it_is_loaded(planned_b
     backend = OrtCudaBackend(open_bundle(planned_bundle), STAGES, device="cpu")
     # These read nothing that they write.
     backend.run("prefill")
-    backend.run("line_end.linear")
+    backend.run("line_end.leverage")
     with pytest.raises(RequestError, match=r"decode\.unfiltered .*must be loaded"):
         backend.run("decode.unfiltered")
     backend.load("decode.unfiltered")

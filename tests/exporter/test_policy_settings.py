@@ -1,0 +1,85 @@
+"""Settings of the cache that a policy brings itself: what an export or a run asks for goes before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from linert.exporter.cache_wishes import DEFAULT_POLICY
+from linert.graphs.policies import POLICIES
+from linert.runtime.bundles.bundle import open_bundle
+from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.drawing.cache_request import CacheRequest
+from tests.conftest import Result
+
+Linert = Callable[..., Result]
+
+OPTIONS = ("--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 3)
+
+
+def settings(bundle: Path, **asked: Any) -> CacheSettings:
+    cache = CacheRequest(**asked).settle_for(open_bundle(bundle))[1]
+    assert cache is not None
+    return cache
+
+
+def protection(cache: CacheSettings) -> tuple[str, int, bool]:
+    return cache.policy, cache.anchor_tokens, cache.share_guidance
+
+
+def test_a_run_takes_what_is_usual_under_its_policy(
+    export: Callable[..., Path], tiny_files: tuple[Path, Path]
+) -> None:
+    """Whichever of them is the bundle's default. Three lines of six hold 6 anchors beside a recent line."""
+    for policies in ("linear,leverage,streaming", "leverage,linear,streaming"):
+        bundle = export(*tiny_files, *OPTIONS, "--policy", policies)
+        first = policies.split(",")[0]
+        assert settings(bundle).policy == first
+        assert settings(bundle) == settings(bundle, policy=first)
+        assert protection(settings(bundle, policy="linear")) == ("linear", 6, False)
+        assert protection(settings(bundle, policy="streaming")) == ("streaming", 6, False)
+        assert protection(settings(bundle, policy="leverage")) == ("leverage", 4, True)
+        asked = settings(bundle, policy="leverage", anchor_tokens=1, share_guidance=False)
+        assert protection(asked) == ("leverage", 1, False)
+        assert protection(settings(bundle, share_guidance=True, policy="linear")) == ("linear", 6, True)
+
+
+def test_what_an_export_asks_for_holds_for_all_its_policies(
+    export: Callable[..., Path], tiny_files: tuple[Path, Path]
+) -> None:
+    asked = ("--policy", "linear,leverage", "--anchor-tokens", 2)
+    bundle = export(*tiny_files, *OPTIONS, *asked)
+    assert protection(settings(bundle, policy="linear")) == ("linear", 2, False)
+    assert protection(settings(bundle, policy="leverage")) == ("leverage", 2, True)
+
+
+def test_without_unconditional_rows_none_is_to_evict_like_others(
+    export: Callable[..., Path], tiny_files: tuple[Path, Path], linert: Linert, tmp_path: Path
+) -> None:
+    bundle = export(*tiny_files, *OPTIONS, "--policy", "linear,leverage", "--guidance", 1)
+    for policy in ("linear", "leverage"):
+        assert not settings(bundle, policy=policy).share_guidance
+        out = tmp_path / policy
+        drawn = linert("run", bundle, "--classes", "0,1", "--policy", policy, "--out", out)
+        assert drawn.code == 0, drawn.err
+
+
+def test_a_comparison_gives_every_policy_its_usual_settings(many_bundle: Path) -> None:
+    from linert.exporter.compare_grid import Grid
+
+    cells, _ = Grid(("linear", "leverage"), ("3",)).cells(open_bundle(many_bundle).manifest)
+    evicting = [protection(cell.cache) for cell in cells if cell.cache.evicts]
+    # The bundle was exported with 2 anchors.
+    assert evicting == [("linear", 2, False), ("leverage", 2, True)]
+
+
+def test_the_default_comes_first() -> None:
+    assert next(iter(POLICIES)) == DEFAULT_POLICY
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_usual_settings_are_settings(name: str) -> None:
+    assert POLICIES[name].usual.keys() <= set(CacheSettings.__struct_fields__) - {"policy", "budget_lines"}
