@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from linert.exporter.cache_wishes import DEFAULT_POLICY
 from linert.graphs.policies import POLICIES
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.manifest import PolicySpec
+from linert.runtime.bundles.manifest_file import check
 from linert.runtime.drawing.cache_request import CacheRequest
+from linert.runtime.errors import BundleError
 from tests.conftest import Result
 
 Linert = Callable[..., Result]
@@ -65,6 +69,10 @@ def test_without_unconditional_rows_none_is_to_evict_like_others(
         out = tmp_path / policy
         drawn = linert("run", bundle, "--classes", "0,1", "--policy", policy, "--out", out)
         assert drawn.code == 0, drawn.err
+    manifest = open_bundle(bundle).manifest
+    shared = {policy: PolicySpec(0, {"share_guidance": True}) for policy in manifest.policies}
+    with pytest.raises(BundleError, match="share_guidance is usual under leverage, and there are no"):
+        check(msgspec.structs.replace(manifest, policies=shared))
 
 
 def test_a_comparison_gives_every_policy_its_usual_settings(many_bundle: Path) -> None:

@@ -214,7 +214,13 @@ def put(place: str, value: object) -> Callable[[dict], None]:  # type: ignore[ty
         ("policies/leverage/score_window", -1),
         *[
             ("policies/leverage/usual", usual)
-            for usual in ({"policy": "h2o"}, {"anchor_tokens": 0.5}, {"": 1})
+            for usual in (
+                {"policy": "h2o"},
+                {"anchor_tokens": 0.5},
+                {"": 1},
+                {"anchor_tokens": -1},
+                {"recent_lines": -0.5},
+            )
         ],
         ("stages/decode/inputs/0/shape", [2, 6, 129]),
         ("stages/decode.unfiltered/inputs/0/shape", [12]),
@@ -253,6 +259,13 @@ def test_numbers_that_no_model_has_are_refused_before_anything_is_allocated(
     result = linert("inspect", bundle)
     assert result.code == 2
     assert "Traceback" not in result.err
+
+
+def test_a_long_setting_is_not_repeated_in_full(bundle: Path) -> None:
+    forged(bundle, put("policies/leverage/usual", {"mode": "x" * 5000}))
+    with pytest.raises(BundleError, match="contradicts itself") as refused:
+        open_bundle(bundle, digests=False)
+    assert len(str(refused.value)) < 1000
 
 
 @pytest.mark.parametrize(
