@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from linert.exporter.bundle_request import CacheShape, raster_of
 from linert.exporter.models import LoadedTransformer
 from linert.graphs.policies import POLICIES
@@ -62,7 +64,7 @@ class CacheWishes:
         # Each variant holds what fits it; one alone is to hold everything that was asked for.
         alone = len(self.capacities) == 1
         shapes = [
-            variant_shape(raster, layers, policies, cache, lines, alone=alone)
+            self._variant(raster, layers, policies, cache, lines, alone=alone, guided=guided)
             for lines in sorted({min(lines, most) for lines in self.capacities})
         ]
         if all(FULL not in shape.policies for shape in shapes) and FULL in policies:
@@ -77,22 +79,30 @@ class CacheWishes:
             )
         return [first, *(shape for shape in shapes if shape is not first)]
 
-
-def variant_shape(
-    raster: Raster, layers: int, policies: Sequence[str], cache: CacheSettings, lines: int, *, alone: bool
-) -> CacheShape:
-    """The cache of the variant whose buffers have so many ``lines``: what of ``policies`` and of the default fits it."""
-    capacity = (lines,) * layers
-    if alone:
-        return CacheShape(tuple(policies), cache, capacity)
-    fitting = tuple(policy for policy in policies if policy != FULL or lines >= raster.lines)
-    if not fitting or (cache.policy in fitting and max(cache.budget_lines) <= lines):
-        return CacheShape(fitting, cache, capacity)
-    asked = CacheRequest(
-        policy=cache.policy if cache.policy in fitting else fitting[0],
-        budget_lines=min(lines, max(cache.budget_lines)),
-    )
-    return CacheShape(fitting, asked.settle(raster, capacity, cache), capacity)
+    def _variant(
+        self,
+        raster: Raster,
+        layers: int,
+        policies: Sequence[str],
+        cache: CacheSettings,
+        lines: int,
+        *,
+        alone: bool,
+        guided: bool,
+    ) -> CacheShape:
+        """The cache of the variant whose buffers have so many ``lines``: what of ``policies`` and of the default fits it."""
+        capacity = (lines,) * layers
+        if alone:
+            return CacheShape(tuple(policies), cache, capacity)
+        fitting = tuple(policy for policy in policies if policy != FULL or lines >= raster.lines)
+        if not fitting or (cache.policy in fitting and max(cache.budget_lines) <= lines):
+            return CacheShape(fitting, cache, capacity)
+        policy = cache.policy if cache.policy in fitting else fitting[0]
+        usual = msgspec.structs.replace(
+            cache, **difference(policy, cache.policy, self.request, guided=guided)
+        )
+        asked = CacheRequest(policy=policy, budget_lines=min(lines, max(cache.budget_lines)))
+        return CacheShape(fitting, asked.settle(raster, capacity, usual), capacity)
 
 
 def usual_cache(
@@ -118,15 +128,18 @@ def usual_settings(policy: str, *, guided: bool) -> dict[str, Any]:
 
 
 def differences(shape: CacheShape, request: CacheRequest, *, guided: bool) -> dict[str, dict[str, Any]]:
-    """In what the usual settings of the policies of ``shape`` differ from those of its default, where ``request`` says nothing."""
+    """The :func:`difference` of every policy of ``shape`` from that of its default."""
     if shape.cache is None:
         return {}
-    default = usual_settings(shape.cache.policy, guided=guided)
+    default = shape.cache.policy
+    return {policy: difference(policy, default, request, guided=guided) for policy in shape.policies}
+
+
+def difference(policy: str, other: str, request: CacheRequest, *, guided: bool) -> dict[str, Any]:
+    """The usual settings of ``policy`` that are not those of the ``other``, where ``request`` says nothing."""
+    others = usual_settings(other, guided=guided)
     return {
-        policy: {
-            name: value
-            for name, value in usual_settings(policy, guided=guided).items()
-            if value != default[name] and getattr(request, name) is None
-        }
-        for policy in shape.policies
+        name: value
+        for name, value in usual_settings(policy, guided=guided).items()
+        if value != others[name] and getattr(request, name) is None
     }

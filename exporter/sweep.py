@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
+import msgspec
 import torch
 
 from linert.exporter.bundle_export import export_bundle
 from linert.exporter.bundle_request import BundleRequest, raster_of
+from linert.exporter.cache_wishes import difference
 from linert.exporter.calibration import with_integer_decoder
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
 from linert.exporter.precision import Method, Precision
@@ -121,6 +123,10 @@ def cell_request(
     cache = None
     if manifest.cache is not None:
         defaults = manifest.require_cache("the sweep", cell.policy)
+        default = defaults.policy
+        if cell.policy is not None and cell.policy not in manifest.policies and default in POLICIES:
+            usual = difference(cell.policy, default, CacheRequest(), guided=manifest.guided)
+            defaults = msgspec.structs.replace(defaults, **usual)
         share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
         everything = cell.policy == FULL or (cell.budget is None and share == 1)
         kept = raster.lines if everything else budget_lines(cell.budget or str(share), raster.lines)

@@ -9,7 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from linert.exporter.cache_wishes import DEFAULT_POLICY
+from linert.exporter.cache_wishes import DEFAULT_POLICY, CacheWishes
+from linert.exporter.models import ModelRequest, load_models
+from linert.exporter.sources import Checkpoints
+from linert.exporter.sweep import cell_request, cells
 from linert.graphs.policies import POLICIES
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
@@ -58,6 +61,33 @@ def test_what_an_export_asks_for_holds_for_all_its_policies(
     bundle = export(*tiny_files, *OPTIONS, *asked)
     assert protection(settings(bundle, policy="linear")) == ("linear", 2, False)
     assert protection(settings(bundle, policy="leverage")) == ("leverage", 2, True)
+
+
+def test_buffers_that_do_not_hold_the_default_have_what_is_usual_under_another_policy(
+    tiny_files: tuple[Path, Path],
+) -> None:
+    transformer, _ = load_models(*tiny_files, ModelRequest(grid=6, heads=4))
+    for request, anchors in ((CacheRequest(), 4), (CacheRequest(anchor_tokens=2), 2)):
+        wishes = CacheWishes(("full", "leverage", "linear"), request, (3, 6))
+        whole, few = wishes.settle(transformer, guided=True)
+        assert whole.cache is not None
+        assert few.cache is not None
+        assert whole.cache.policy == "full"
+        assert protection(few.cache) == ("leverage", anchors, True)
+        assert few.usual["linear"]["share_guidance"] is False
+
+
+def test_a_sweep_gives_a_policy_that_the_bundle_lacks_its_usual_settings(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    loaded = Checkpoints.find(bundle).load()
+    held, lacking = (
+        cell_request(bundle, cell, *loaded).cache for cell in cells(bundle, {"policy": ("leverage", "linear")})
+    )
+    assert held is not None
+    assert lacking is not None
+    assert protection(held) == ("leverage", 4, True)
+    # Three lines of six hold 6 anchors beside a recent line.
+    assert protection(lacking) == ("linear", 6, False)
 
 
 def test_without_unconditional_rows_none_is_to_evict_like_others(
