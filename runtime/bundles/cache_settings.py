@@ -138,20 +138,6 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             ]
         return ", ".join(parts)
 
-    def faults_of_numbers(self) -> list[str]:
-        """Which numbers are none that any image could have, and why."""
-        numbers = {"budget_lines": (min(self.budget_lines, default=0), 1)} | {
-            setting.name: (getattr(self, setting.name), setting.declared.least)
-            for setting in settings_of(CacheSettings)
-            if setting.declared.least is not None
-        }
-        return [
-            f"{name} is {value}, must be at least {least}"
-            for name, (value, least) in numbers.items()
-            # What is no number is not below it either.
-            if not value >= least or value == math.inf
-        ]
-
     def check(self, raster: Raster, capacity_lines: Sequence[int]) -> None:
         """Raise :class:`GeometryError` naming every setting that does not fit.
 
@@ -159,7 +145,17 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
             raster: the image.
             capacity_lines: lines of each layer's buffer.
         """
-        faults = self.faults_of_numbers()
+        numbers = {"budget_lines": (min(self.budget_lines, default=0), 1)} | {
+            setting.name: (getattr(self, setting.name), setting.declared.least)
+            for setting in settings_of(CacheSettings)
+            if setting.declared.least is not None
+        }
+        faults = [
+            f"{name} is {value}, must be at least {least}"
+            for name, (value, least) in numbers.items()
+            # What is no number is not below it either.
+            if not value >= least or value == math.inf
+        ]
         if len(self.budget_lines) != len(capacity_lines):
             faults.append(f"budgets for {len(self.budget_lines)} layers; the model has {len(capacity_lines)}")
         elif not faults:

@@ -150,23 +150,10 @@ def check(manifest: Manifest) -> None:
             raise BundleError(f"the manifest contradicts itself: {shown}")
     try:
         manifest.check_cache(manifest.cache)
-        faults = [fault for policy in manifest.policies for fault in _unusual(manifest, policy)]
+        for policy in manifest.policies:
+            manifest.require_cache(policy, policy)
     except (RequestError, GeometryError, msgspec.ValidationError) as error:
-        raise BundleError(f"the manifest contradicts itself: {brief(str(error))}") from error
-    if faults:
-        raise BundleError(f"the manifest contradicts itself: {'; '.join(faults[:4])}")
-
-
-def _unusual(manifest: Manifest, policy: str) -> Iterable[str]:
-    """What of the settings that are usual under ``policy`` no run could have.
-
-    Raises:
-        msgspec.ValidationError: one has not the type of its setting.
-    """
-    cache = manifest.require_cache(policy, policy)
-    yield from (f"{fault}, under {brief(policy, 40)}" for fault in cache.faults_of_numbers())
-    if cache.share_guidance and not manifest.guided:
-        yield f"share_guidance is usual under {brief(policy, 40)}, and there are no unconditional rows"
+        raise BundleError(f"the manifest contradicts itself: {error}") from error
 
 
 def _out_of_bounds(manifest: Manifest) -> Iterable[str]:
