@@ -11,6 +11,7 @@ from linert.graphs.policies.linear import Linear
 from linert.graphs.policies.rkv import RKV
 from linert.graphs.policies.snapkv import SnapKV
 from linert.graphs.policies.streaming import Streaming
+from linert.runtime.bundles.cache_settings import faults_of
 
 POLICIES: dict[str, type[Policy]] = {}
 """Policies by name, the default first. A bundle may hold any of them."""
@@ -20,8 +21,10 @@ def register(policy: type[Policy]) -> type[Policy]:
     """Let exports know a policy; it is returned, so that this can stand above a class.
 
     Raises:
-        ValueError: there is another of its name.
+        ValueError: there is another of its name, or what it says to be usual are no settings of the cache.
     """
+    if faults := faults_of(policy.usual):
+        raise ValueError(f"what is usual under {policy.name}: {'; '.join(faults)}")
     if POLICIES.setdefault(policy.name, policy) is not policy:
         raise ValueError(f"there is a policy {policy.name} already: {POLICIES[policy.name].__module__}")
     return policy

@@ -6,16 +6,16 @@ progress included. Kept always: the prefix, the first ``anchor_tokens`` image to
 
 # Annotations are evaluated here, not kept as text: they hold the declarations of the settings.
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 
 from linert.runtime.bundles.raster import Raster, recent_tokens
 from linert.runtime.bundles.setting import Setting, StageInput, settings_of
 from linert.runtime.errors import GeometryError
-from linert.runtime.text import lines_text
+from linert.runtime.text import brief, lines_text
 
 FULL = "full"
 """The policy that evicts nothing: its budget is the whole image."""
@@ -191,6 +191,22 @@ class CacheSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                 "lines, or protect less"
             ]
         return []
+
+
+def faults_of(settings: Mapping[str, object]) -> list[str]:
+    """What of ``settings``, some of the declared ones by name, no run could have: another name, type, or range."""
+    declared = {setting.name: setting for setting in settings_of(CacheSettings)}
+    faults = [f"{brief(name, 40)!r} is no setting of the cache" for name in settings.keys() - declared]
+    for name in settings.keys() & declared:
+        least = declared[name].declared.least
+        try:
+            value: Any = msgspec.convert(settings[name], declared[name].type)
+        except msgspec.ValidationError as error:
+            faults.append(f"{name}: {brief(str(error))}")
+        else:
+            if least is not None and not least <= value < math.inf:
+                faults.append(f"{name} is {value}, must be at least {least}")
+    return sorted(faults)
 
 
 def cache_text(cache: CacheSettings | None) -> str:

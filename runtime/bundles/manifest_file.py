@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from linert.runtime.bundles.cache_settings import CacheSettings
+from linert.runtime.bundles.cache_settings import faults_of
 from linert.runtime.bundles.manifest import (
     ITEM_BYTES,
     SCHEMA,
@@ -24,7 +24,6 @@ from linert.runtime.bundles.manifest import (
     decode_stage,
 )
 from linert.runtime.bundles.schedule import Groups, mixed_pairs
-from linert.runtime.bundles.setting import settings_of
 from linert.runtime.errors import BundleError, GeometryError, RequestError
 from linert.runtime.text import brief
 
@@ -150,9 +149,7 @@ def check(manifest: Manifest) -> None:
             raise BundleError(f"the manifest contradicts itself: {shown}")
     try:
         manifest.check_cache(manifest.cache)
-        for policy in manifest.policies:
-            manifest.require_cache(policy, policy)
-    except (RequestError, GeometryError, msgspec.ValidationError) as error:
+    except (RequestError, GeometryError) as error:
         raise BundleError(f"the manifest contradicts itself: {error}") from error
 
 
@@ -252,10 +249,11 @@ def _contradictions(manifest: Manifest) -> Iterable[str]:
         wanted |= {"line_end.replay", *(f"line_end.{policy}" for policy in manifest.policies)}
         if len(manifest.capacity_lines) != manifest.model.layers:
             yield f"{len(manifest.capacity_lines)} capacities for {manifest.model.layers} layers"
-    known = {setting.name for setting in settings_of(CacheSettings)}
     for policy, policy_spec in manifest.policies.items():
-        for name in policy_spec.usual.keys() - known:
-            yield f"{name[:40]!r} is usual under {policy[:40]!r}, and no setting of the cache"
+        under = f"what is usual under {policy[:40]!r}"
+        yield from (f"{under}: {fault}" for fault in faults_of(policy_spec.usual))
+        if policy_spec.usual.get("share_guidance") and not manifest.guided:
+            yield f"{under}: share_guidance, and there are no unconditional rows"
     if isinstance(manifest.condition, CaptionInput) and manifest.condition.encoder:
         wanted.add("text_encoder")
     if missing := sorted(wanted - set(manifest.stages)):

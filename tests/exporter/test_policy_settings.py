@@ -13,7 +13,8 @@ from linert.exporter.cache_wishes import DEFAULT_POLICY, CacheWishes
 from linert.exporter.models import ModelRequest, load_models
 from linert.exporter.sources import Checkpoints
 from linert.exporter.sweep import cell_request, cells
-from linert.graphs.policies import POLICIES
+from linert.graphs.policies import POLICIES, register
+from linert.graphs.policies.linear import Linear
 from linert.runtime.bundles.bundle import open_bundle
 from linert.runtime.bundles.cache_settings import CacheSettings
 from linert.runtime.bundles.manifest import PolicySpec
@@ -81,7 +82,8 @@ def test_a_sweep_gives_a_policy_that_the_bundle_lacks_its_usual_settings(tiny_bu
     bundle = open_bundle(tiny_bundle)
     loaded = Checkpoints.find(bundle).load()
     held, lacking = (
-        cell_request(bundle, cell, *loaded).cache for cell in cells(bundle, {"policy": ("leverage", "linear")})
+        cell_request(bundle, cell, *loaded).cache
+        for cell in cells(bundle, {"policy": ("leverage", "linear")})
     )
     assert held is not None
     assert lacking is not None
@@ -101,7 +103,7 @@ def test_without_unconditional_rows_none_is_to_evict_like_others(
         assert drawn.code == 0, drawn.err
     manifest = open_bundle(bundle).manifest
     shared = {policy: PolicySpec(0, {"share_guidance": True}) for policy in manifest.policies}
-    with pytest.raises(BundleError, match="share_guidance is usual under leverage, and there are no"):
+    with pytest.raises(BundleError, match="usual under 'leverage': share_guidance, and there are no"):
         check(msgspec.structs.replace(manifest, policies=shared))
 
 
@@ -118,6 +120,17 @@ def test_the_default_comes_first() -> None:
     assert next(iter(POLICIES)) == DEFAULT_POLICY
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_usual_settings_are_settings(name: str) -> None:
-    assert POLICIES[name].usual.keys() <= set(CacheSettings.__struct_fields__) - {"policy", "budget_lines"}
+@pytest.mark.parametrize(
+    ("usual", "told"),
+    [
+        ({"anchor_token": 4}, "'anchor_token' is no setting of the cache"),
+        ({"budget_lines": 4}, "'budget_lines' is no setting of the cache"),
+        ({"anchor_tokens": 0.5}, "anchor_tokens: Expected `int`, got `float`"),
+        ({"recent_lines": -1}, "recent_lines is -1.0, must be at least 0"),
+    ],
+)
+def test_a_policy_is_not_registered_with_what_no_run_could_have(usual: dict[str, Any], told: str) -> None:
+    odd = type("Odd", (Linear,), {"name": "odd", "usual": usual})
+    with pytest.raises(ValueError, match=f"what is usual under odd: {told}"):
+        register(odd)
+    assert "odd" not in POLICIES
