@@ -172,8 +172,8 @@ def test_integers_cost_a_trained_model_what_they_may(
 ) -> None:
     demo = ROOT / "demo"
     sizes = ("--grid", 16, "--heads", 4, "--batch", 2, "--guidance", 3, "--calibration-images", 3)
-    # Under the default policy a quarter of the lines loses what the lower half repeats, and what a model says that is lost hangs on
-    # every rounding: the bounds are of one that knows what it draws.
+    # With a quarter of the lines the default policy keeps some of what the lower half repeats, and there what is said hangs on every
+    # rounding; linear has lost it all the same.
     policy = ("--policy", "linear")
     check_costs(export(demo / "c2i_pairs.pt", demo / "vq_pairs.pt", *sizes, *policy, *options), linert)
 
