@@ -297,7 +297,7 @@ class Manifest(Record, frozen=True):
         return 2 if self.guided else 1
 
     def require_cache(self, what: str, policy: str | None = None) -> CacheSettings:
-        """The default settings of the cache, and what else is usual under ``policy``.
+        """The default settings of the cache; with a ``policy`` what is usual under it, before a budget cuts it to what it holds.
 
         Raises:
             RequestError: there is none; the message says that ``what`` needs one.
