@@ -167,7 +167,7 @@ class PolicySpec(Record, frozen=True):
     """A cache policy that the bundle holds.
 
     ``score_window``: decode's input of that name. ``usual``: settings of the cache in which its runs differ from the bundle's
-    ``cache`` unless told otherwise.
+    ``cache`` unless told otherwise, before they are cut to what a run's budget holds.
     """
 
     score_window: int
