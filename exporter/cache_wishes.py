@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +99,7 @@ class CacheWishes:
             return CacheShape(fitting, cache, capacity)
         policy = cache.policy if cache.policy in fitting else fitting[0]
         usual = msgspec.structs.replace(
-            cache, **difference(policy, cache.policy, self.request, guided=guided)
+            cache, **difference(policy, msgspec.structs.asdict(cache), self.request, guided=guided)
         )
         asked = CacheRequest(policy=policy, budget_lines=min(lines, max(cache.budget_lines)))
         return CacheShape(fitting, asked.settle(raster, capacity, usual), capacity)
@@ -128,16 +128,20 @@ def usual_settings(policy: str, *, guided: bool) -> dict[str, Any]:
 
 
 def differences(shape: CacheShape, request: CacheRequest, *, guided: bool) -> dict[str, dict[str, Any]]:
-    """The :func:`difference` of every policy of ``shape`` from that of its default."""
-    if shape.cache is None:
+    """The :func:`difference` of every policy of ``shape`` from its cache, of the default that from what its budget holds of it."""
+    cache = shape.cache
+    if cache is None:
         return {}
-    default = shape.cache.policy
-    return {policy: difference(policy, default, request, guided=guided) for policy in shape.policies}
+    # Beside anchors or recent lines that were asked for, what was left of the others stays: runs would cut what was asked for instead.
+    asked = request.recent_lines is not None or request.anchor_tokens is not None
+    others = usual_settings(cache.policy, guided=guided) if asked else msgspec.structs.asdict(cache)
+    return {policy: difference(policy, others, request, guided=guided) for policy in shape.policies}
 
 
-def difference(policy: str, other: str, request: CacheRequest, *, guided: bool) -> dict[str, Any]:
-    """The usual settings of ``policy`` that are not those of the ``other``, where ``request`` says nothing."""
-    others = usual_settings(other, guided=guided)
+def difference(
+    policy: str, others: Mapping[str, Any], request: CacheRequest, *, guided: bool
+) -> dict[str, Any]:
+    """The usual settings of ``policy`` that are not those of the ``others``, where ``request`` says nothing."""
     return {
         name: value
         for name, value in usual_settings(policy, guided=guided).items()

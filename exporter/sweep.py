@@ -13,7 +13,7 @@ import torch
 
 from linert.exporter.bundle_export import export_bundle
 from linert.exporter.bundle_request import BundleRequest, raster_of
-from linert.exporter.cache_wishes import difference
+from linert.exporter.cache_wishes import difference, usual_settings
 from linert.exporter.calibration import with_integer_decoder
 from linert.exporter.models import LoadedImageDecoder, LoadedTransformer
 from linert.exporter.precision import Method, Precision
@@ -125,7 +125,8 @@ def cell_request(
         defaults = manifest.require_cache("the sweep", cell.policy)
         default = defaults.policy
         if cell.policy is not None and cell.policy not in manifest.policies and default in POLICIES:
-            usual = difference(cell.policy, default, CacheRequest(), guided=manifest.guided)
+            others = usual_settings(default, guided=manifest.guided)
+            usual = difference(cell.policy, others, CacheRequest(), guided=manifest.guided)
             defaults = msgspec.structs.replace(defaults, **usual)
         share = Fraction(max(manifest.cache.budget_lines), manifest.raster.lines)
         everything = cell.policy == FULL or (cell.budget is None and share == 1)

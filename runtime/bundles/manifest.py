@@ -167,7 +167,7 @@ class PolicySpec(Record, frozen=True):
     """A cache policy that the bundle holds.
 
     ``score_window``: decode's input of that name. ``usual``: settings of the cache in which its runs differ from the bundle's
-    ``cache`` unless told otherwise.
+    ``cache`` unless told otherwise, before they are cut to what a run's budget holds.
     """
 
     score_window: int
@@ -297,7 +297,7 @@ class Manifest(Record, frozen=True):
         return 2 if self.guided else 1
 
     def require_cache(self, what: str, policy: str | None = None) -> CacheSettings:
-        """The default settings of the cache, and what else is usual under ``policy``.
+        """The default settings of the cache; with a ``policy`` what is usual under it, before a budget cuts it to what it holds.
 
         Raises:
             RequestError: there is none; the message says that ``what`` needs one.

@@ -58,7 +58,8 @@ class CacheRequest:
         manifest = bundle.manifest
         if self.empty and manifest.cache is None:
             return bundle, None
-        defaults = manifest.require_cache("cache options", self.policy)
+        default = manifest.require_cache("cache options").policy
+        defaults = manifest.require_cache("cache options", self.policy or default)
         settings = self.settle(manifest.raster, bundle.widest.capacity_lines, defaults)
         return bundle.fitting(settings), settings
 

@@ -64,6 +64,27 @@ def test_what_an_export_asks_for_holds_for_all_its_policies(
     assert protection(settings(bundle, policy="leverage")) == ("leverage", 2, True)
 
 
+def test_a_run_with_more_lines_than_the_default_protects_what_is_usual(
+    export: Callable[..., Path], tiny_files: tuple[Path, Path]
+) -> None:
+    """The default's two lines hold less than a recent line and 16 anchors; in which order policies are named changes nothing."""
+    options = ("--grid", 6, "--heads", 4, "--batch", 2, "--budget-lines", 2, "--capacity-lines", 6)
+    bundles = [
+        export(*tiny_files, *options, "--policy", ",".join(policies))
+        for policies in (("linear", "leverage"), ("leverage", "linear"))
+    ]
+    for bundle, first in zip(bundles, ("linear", "leverage"), strict=True):
+        assert settings(bundle) == settings(bundle, policy=first) == settings(bundle, budget_lines=2)
+        assert settings(bundle).recent_lines < 1
+        more = settings(bundle, budget_lines=5)
+        assert protection(more) == (first, *{"linear": (16, False), "leverage": (4, True)}[first])
+        assert more.recent_lines == 1
+    for policy in ("linear", "leverage"):
+        for lines in (2, 5):
+            one, other = (settings(bundle, policy=policy, budget_lines=lines) for bundle in bundles)
+            assert one == other
+
+
 def test_buffers_that_do_not_hold_the_default_have_what_is_usual_under_another_policy(
     tiny_files: tuple[Path, Path],
 ) -> None:
