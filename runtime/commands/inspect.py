@@ -18,7 +18,9 @@ from linert.runtime.bundles.bundle import Bundle
 from linert.runtime.bundles.cache_settings import NOTHING_EVICTED, CacheSettings, cache_text
 from linert.runtime.bundles.engines import built_flavours, read_engines
 from linert.runtime.bundles.manifest import SLOT, Manifest
+from linert.runtime.bundles.setting import settings_of
 from linert.runtime.commands.bundle_argument import BundlePlace, bundle_argument
+from linert.runtime.drawing.cache_request import CacheRequest
 from linert.runtime.text import lines_text, size_text
 
 if TYPE_CHECKING:
@@ -264,7 +266,26 @@ def _cache_rows(manifest: Manifest, cache: CacheSettings) -> dict[str, str]:
         "saved": f"keys and values: {CacheSaving.of(manifest).text}",
         "policies": ", ".join(manifest.policies),
         "by default": cache.text,
+        **_usual_row(manifest, cache),
     }
+
+
+def _usual_row(manifest: Manifest, cache: CacheSettings) -> dict[str, str]:
+    """In what runs under other policies that evict differ from the default, where they say no more than that."""
+    policies: defaultdict[str, list[str]] = defaultdict(list)
+    for policy in manifest.policies:
+        usual = manifest.require_cache("what is usual", policy)
+        run = CacheRequest(policy=policy).settle(manifest.raster, manifest.capacity_lines, usual)
+        differing = [
+            setting.label(run)
+            for setting in settings_of(CacheSettings)
+            if getattr(run, setting.name) != getattr(cache, setting.name)
+        ]
+        if run.evicts and differing:
+            policies[", ".join(differing)].append(policy)
+    if not policies:
+        return {}
+    return {"under others": "; ".join(f"{', '.join(names)}: {text}" for text, names in policies.items())}
 
 
 def _print_plans(bundle: Bundle, stage: str | None, console: Console) -> None:

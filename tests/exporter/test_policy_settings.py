@@ -39,12 +39,18 @@ def protection(cache: CacheSettings) -> tuple[str, int, bool]:
 
 
 def test_a_run_takes_what_is_usual_under_its_policy(
-    export: Callable[..., Path], tiny_files: tuple[Path, Path]
+    export: Callable[..., Path], tiny_files: tuple[Path, Path], linert: Linert
 ) -> None:
     """Whichever of them is the bundle's default. Three lines of six hold 6 anchors beside a recent line."""
     for policies in ("linear,leverage,streaming", "leverage,linear,streaming"):
         bundle = export(*tiny_files, *OPTIONS, "--policy", policies)
         first = policies.split(",")[0]
+        shown = " ".join(linert("inspect", bundle).out.split())
+        others = {
+            "linear": "leverage: 4 anchor tokens, guidance shared",
+            "leverage": "linear, streaming: 6 anchor tokens, guidance apart",
+        }
+        assert f"under others {others[first]} sampling" in shown
         assert settings(bundle).policy == first
         assert settings(bundle) == settings(bundle, policy=first)
         assert protection(settings(bundle, policy="linear")) == ("linear", 6, False)
@@ -56,10 +62,12 @@ def test_a_run_takes_what_is_usual_under_its_policy(
 
 
 def test_what_an_export_asks_for_holds_for_all_its_policies(
-    export: Callable[..., Path], tiny_files: tuple[Path, Path]
+    export: Callable[..., Path], tiny_files: tuple[Path, Path], linert: Linert
 ) -> None:
-    asked = ("--policy", "linear,leverage", "--anchor-tokens", 2)
+    asked = ("--policy", "linear,leverage,streaming,full", "--anchor-tokens", 2)
     bundle = export(*tiny_files, *OPTIONS, *asked)
+    shown = " ".join(linert("inspect", bundle).out.split())
+    assert "under others leverage: guidance shared sampling" in shown
     assert protection(settings(bundle, policy="linear")) == ("linear", 2, False)
     assert protection(settings(bundle, policy="leverage")) == ("leverage", 2, True)
 
